@@ -1,0 +1,1 @@
+"""Kernels of vllm_defensive: each op has a readable PyTorch reference and a Triton kernel of the same signature."""

