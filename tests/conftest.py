@@ -1,0 +1,35 @@
+"""The environment of every test, and the models that they share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Set before anything imports torch or vLLM, and only where the caller has not chosen: these are read at import.
+for name, value in {
+    "HF_HUB_OFFLINE": "1",  # every model is a local folder; a typo must not turn into a download
+    "OMP_NUM_THREADS": "1",  # in one process with pytest, vLLM's thread binding makes more threads ten times slower
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes a share of the machine's memory
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # LLM() in this process: no start-up of a second one, and tests can look in
+    "VLLM_NO_USAGE_STATS": "1",
+}.items():
+    os.environ.setdefault(name, value)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct: 30 layers, 9 query and 3 KV heads of size 64, 8,192 positions. For slow tests."""
+    from benchmarks.models import ensure_model
+
+    return ensure_model("SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama: 3 layers, 4 query and 2 KV heads of size 32, 4,096 positions, with a tokenizer."""
+    from tests.tiny_model import write_tiny_llama
+
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny-llama")
