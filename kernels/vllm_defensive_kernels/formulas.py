@@ -1,0 +1,258 @@
+"""The formulas of KV eviction, dense and in plain torch: the one place where each of them is written.
+
+Axes: L layers, H KV heads, G query heads per KV head, Q = H*G query heads (the G of head 0 first), W window,
+S prompt tokens, T scored tokens, E evictable tokens, N tokens a page, J pages a head could fill, D head size,
+M hidden size, R rows that are treated alike (heads, layers, or all of them at once).
+
+Scores are float32 whatever the model's dtype: in bf16 only a tenth of them would be distinct. Nothing here reads
+a value back to the host, so on CUDA nothing waits for the device.
+"""
+
+import torch
+from torch import Tensor
+
+# Elements of a temporary that should stay in a core's own cache.
+CACHE_ELEMENTS = 2**17
+# On CUDA a launch costs more than memory traffic; the bound is only there to keep temporaries small.
+DEVICE_ELEMENTS = 2**26
+# Scores that are sorted or packed at a time: enough to keep a GPU busy, few enough that a prompt of 128K tokens needs
+# no gigabyte beside a full KV cache.
+SORT_ELEMENTS = 2**22
+
+STAGE_ONE_MASS = 0.9
+HALF_BUDGET_EPSILON = 1e-4
+
+
+def temporary_elements(tensor: Tensor) -> int:
+    """Elements that one temporary may have on `tensor`'s device."""
+    return CACHE_ELEMENTS if tensor.device.type == "cpu" else DEVICE_ELEMENTS
+
+
+# ---------------------------------------------------------------------------------------------- attention and pooling
+
+
+def window_attention(query_WQD: Tensor, key_HSD: Tensor, scale: float) -> Tensor:
+    """Softmax attention of the last W queries over all S keys, causal. Any float dtype -> fp32 [H, G, W, S].
+
+    Both factors are widened before the product: rounded logits would make most scores equal.
+    """
+    window, query_heads, head_size = query_WQD.shape
+    heads, tokens, _ = key_HSD.shape
+    assert query_heads % heads == 0, f"{query_heads} query heads do not divide over {heads} KV heads"
+    assert tokens >= window, f"{tokens} keys are fewer than the {window} window queries"
+    group = query_heads // heads
+    query_HRD = query_WQD.movedim(1, 0).float().mul(scale).reshape(heads, group * window, head_size)
+    logits_HGWS = torch.bmm(query_HRD, key_HSD.float().mT).view(heads, group, window, tokens)
+    future_WW = torch.ones(window, window, dtype=torch.bool, device=key_HSD.device).triu(1)
+    logits_HGWS[..., tokens - window :].masked_fill_(future_WW, float("-inf"))
+    return logits_HGWS.softmax(dim=-1)
+
+
+def sum_neighbours(values_T: Tensor, kernel: int) -> Tensor:
+    """Sum of the `kernel` (odd) neighbours of each entry of the last axis, zeros beyond its ends. Same shape."""
+    assert kernel % 2 == 1 and kernel > 0, f"pool kernel {kernel} has no centre"
+    total_T = values_T.clone()
+    for shift in range(1, kernel // 2 + 1):
+        total_T[..., shift:] += values_T[..., :-shift]
+        total_T[..., :-shift] += values_T[..., shift:]
+    return total_T
+
+
+def pool_tokens(values_T: Tensor, kernel: int) -> Tensor:
+    """Average over `kernel` neighbours, divided by `kernel` at the ends too (SnapKV, arXiv 2404.14469). Same shape."""
+    return values_T if kernel == 1 else sum_neighbours(values_T, kernel) / kernel
+
+
+def mass_preserving_scale(attention_T: Tensor, kernel: int) -> Tensor:
+    """What to multiply `sum_neighbours` by, row by row, so that each row keeps its sum. [..., T] -> [..., 1].
+
+    Summing neighbours is a symmetric operator, so its row sum needs no pooled row: sum_t (Bx)_t = sum_t x_t (B1)_t.
+    """
+    cover_T = sum_neighbours(attention_T.new_ones(attention_T.shape[-1]), kernel)
+    mass = attention_T.sum(dim=-1, keepdim=True)
+    pooled_mass = (attention_T @ cover_T).unsqueeze(-1)
+    # A row whose mass lies in the window altogether underflows to zeros: it stays zero instead of 0 / 0.
+    return mass / pooled_mass.clamp_min(torch.finfo(mass.dtype).tiny)
+
+
+def pool_preserving_mass(attention_T: Tensor, kernel: int) -> Tensor:
+    """Pool along tokens, then rescale so that each row keeps its sum (DefensiveKV, arXiv 2510.13334). Same shape."""
+    if kernel == 1:
+        return attention_T
+    return sum_neighbours(attention_T, kernel) * mass_preserving_scale(attention_T, kernel)
+
+
+# ----------------------------------------------------------------------------------------------------------- aggregation
+
+
+def aggregate_mean(attention_HGWT: Tensor) -> Tensor:
+    """Mean over the window and the group, without pooling. fp32 [H, G, W, T] -> fp32 [H, T].
+
+    Pooling is linear: pooling this row equals the mean of the pooled rows, at 1/(G*W) of the price.
+    """
+    return attention_HGWT.mean(dim=(1, 2))
+
+
+def clamp_to_mean(peak_T: Tensor) -> Tensor:
+    """Raise every token to the mean of its row: the prior-risk correction of DefensiveKV. Same shape."""
+    return torch.maximum(peak_T, peak_T.mean(dim=-1, keepdim=True))
+
+
+def aggregate_peak(attention_HGWT: Tensor, kernel: int) -> Tensor:
+    """Largest mass-preservingly pooled attention over the window and the group. fp32 [H, G, W, T] -> fp32 [H, T].
+
+    Works on tiles of tokens, so that the pooled rows never leave the cache; the tiling changes no bit of the result.
+    """
+    if kernel == 1:
+        return attention_HGWT.amax(dim=(1, 2))
+    tokens, reach = attention_HGWT.shape[-1], kernel // 2
+    scale = mass_preserving_scale(attention_HGWT, kernel)
+    tile = max(64, temporary_elements(attention_HGWT) // scale.numel())
+    peaks = []
+    for first in range(0, tokens, tile):
+        last = min(first + tile, tokens)
+        left = max(first - reach, 0)
+        pooled = sum_neighbours(attention_HGWT[..., left : last + reach], kernel)[..., first - left : last - left]
+        peaks.append(pooled.mul_(scale).amax(dim=(1, 2)))
+    return torch.cat(peaks, dim=-1)
+
+
+def aggregate_defensive(attention_HGWT: Tensor, kernel: int) -> Tensor:
+    """Worst case instead of average, and nobody below the head's mean (DefensiveKV, arXiv 2510.13334).
+
+    fp32 [H, G, W, T] -> fp32 [H, T].
+    """
+    return clamp_to_mean(aggregate_peak(attention_HGWT, kernel))
+
+
+# ---------------------------------------------------------------------------------------------------------- value norms
+
+
+def value_norm_l1(value_HTD: Tensor, output_QDM: Tensor) -> Tensor:
+    """mean_g || v_t Wo_{h,g} ||_1 (CriticalKV, arXiv 2502.03805). [H, T, D], [Q, D, M] -> fp32 [H, T].
+
+    With bf16 values and weights the products are rounded to bf16 once (relative error of the norm 1e-4), and on CPU
+    the sum of a row too (1e-3); other dtypes are computed in float32.
+    """
+    heads, tokens, _ = value_HTD.shape
+    group, hidden = output_QDM.shape[0] // heads, output_QDM.shape[-1]
+    if not value_HTD.dtype == output_QDM.dtype == torch.bfloat16:
+        value_HTD, output_QDM = value_HTD.float(), output_QDM.float()
+    # A bf16 sum accumulates in float32 inside; asking for a float32 result halves its speed on CPU.
+    total_dtype = value_HTD.dtype if value_HTD.device.type == "cpu" else torch.float32
+    norm_HT = torch.zeros(heads, tokens, dtype=torch.float32, device=value_HTD.device)
+    tile = max(64, 4 * temporary_elements(value_HTD) // hidden)
+    for head in range(heads):
+        for first in range(0, tokens, tile):
+            value_TD = value_HTD[head, first : first + tile]
+            for output_DM in output_QDM[head * group : (head + 1) * group]:
+                norm_HT[head, first : first + tile] += (value_TD @ output_DM).abs_().sum(dim=-1, dtype=total_dtype)
+    return norm_HT / group
+
+
+def output_gram(output_QDM: Tensor) -> Tensor:
+    """Wo Wo^T of each query head, for `value_norm_l2_gram`; computed once at load. [Q, D, M] -> fp32 [Q, D, D]."""
+    output_QDM = output_QDM.float()
+    return torch.bmm(output_QDM, output_QDM.mT)
+
+
+def value_norm_l2_gram(value_HTD: Tensor, gram_QDD: Tensor) -> Tensor:
+    """mean_g || v_t Wo_{h,g} ||_2 without the hidden axis: sqrt(v G v^T). [H, T, D], [Q, D, D] -> fp32 [H, T].
+
+    M/D times cheaper than the L1 norm. Each head is computed in float32 and in cache-sized tiles.
+    """
+    heads, tokens, head_size = value_HTD.shape
+    group = gram_QDD.shape[0] // heads
+    gram_HDGD = gram_QDD.float().view(heads, group, head_size, head_size).transpose(1, 2)
+    norm_HT = torch.empty(heads, tokens, dtype=torch.float32, device=value_HTD.device)
+    tile = max(64, temporary_elements(value_HTD) // (group * head_size))
+    for head in range(heads):
+        gram_DX = gram_HDGD[head].reshape(head_size, group * head_size)
+        for first in range(0, tokens, tile):
+            value_TD = value_HTD[head, first : first + tile].float()
+            product_TGD = (value_TD @ gram_DX).view(-1, group, head_size)
+            square_TG = torch.einsum("tgd,td->tg", product_TGD, value_TD)
+            # Rounding may push a vanishing square below zero.
+            norm_HT[head, first : first + tile] = square_TG.clamp_min_(0).sqrt_().mean(dim=-1)
+    return norm_HT
+
+
+# -------------------------------------------------------------------------------------------------- stages of CriticalKV
+
+
+def certain_by_mass(attention_RT: Tensor, mass: Tensor | float, cap: int) -> Tensor:
+    """The largest entries of each row that together stay below `mass` of its sum, at most `cap`. -> bool [R, T].
+
+    The entry that crosses the threshold is left out, as the reference leaves it out. Ties: the lowest token wins.
+    """
+    share_RT = attention_RT / attention_RT.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(attention_RT.dtype).tiny)
+    sorted_RT = sort_down(share_RT)
+    count_R = (sorted_RT.cumsum(dim=-1) < mass).sum(dim=-1)
+    # A row of zeros never crosses the threshold; it has nothing certain.
+    count_R = torch.where(count_R == attention_RT.shape[-1], 0, count_R).clamp_max(max(cap, 0))
+    return keep_best(share_RT, count_R, last_value(sorted_RT, count_R))
+
+
+# ------------------------------------------------------------------------------------------------------------- selection
+
+
+def sort_down(scores_RE: Tensor) -> Tensor:
+    """Each row's values from the largest to the smallest. Same shape."""
+    return scores_RE.sort(dim=-1, descending=True).values
+
+
+def last_value(sorted_RE: Tensor, count_R: Tensor) -> Tensor:
+    """The smallest of the first `count` values of each sorted row; of an empty choice, the row's largest. -> [R, 1]."""
+    return sorted_RE.gather(-1, (count_R.long() - 1).clamp_min(0).unsqueeze(-1))
+
+
+def keep_best(scores_RE: Tensor, count_R: Tensor, last_R1: Tensor) -> Tensor:
+    """Mark the `count` largest scores of each row. fp32 [R, E], int [R] -> bool [R, E], exactly `count` a row.
+
+    `last_R1`: the `last_value` of those. Ties: the lowest index wins. A threshold and a running count of the ties
+    need no stable sort and no permutation.
+    """
+    above_RE = scores_RE > last_R1
+    tied_RE = scores_RE == last_R1
+    room_R1 = count_R.unsqueeze(-1) - above_RE.sum(dim=-1, keepdim=True)
+    return above_RE | (tied_RE & (tied_RE.cumsum(dim=-1, dtype=torch.int32) <= room_R1))
+
+
+def page_gains(sorted_RE: Tensor, page_size: int) -> Tensor:
+    """Score that each further page of N tokens would add: sums of runs of N. fp32 [R, E] sorted downwards -> [R, J].
+
+    A run with a forced (+inf) token gains +inf. There is no -inf, so no sum is NaN.
+    """
+    return sorted_RE.unflatten(-1, (-1, page_size)).sum(dim=-1)
+
+
+def allocate_pages(gains_UHJ: Tensor, budget_pages: int) -> Tensor:
+    """Give each unit's `budget_pages` pages to the heads that gain most. fp32 [U, H, J] -> int64 [U, H].
+
+    A head's gains fall with j, so the greedy choice is the exact optimum of Ada-KV's objective under paging
+    (arXiv 2407.11550). A unit is whatever shares one budget: a layer, or all layers with their heads in one row.
+    """
+    units, heads, pages = gains_UHJ.shape
+    assert 0 <= budget_pages <= heads * pages, f"{budget_pages} pages for {heads} heads of at most {pages}"
+    gains_UX = gains_UHJ.flatten(1)
+    budget_U = torch.full((units,), budget_pages, device=gains_UHJ.device)
+    keep_UX = keep_best(gains_UX, budget_U, last_value(sort_down(gains_UX), budget_U))
+    return keep_UX.view(units, heads, pages).sum(dim=-1)
+
+
+def packed_positions(keep_RE: Tensor, count_R: Tensor, total: int, first_position: int) -> Tensor:
+    """Kept positions, ascending within a row, row after row. bool [R, E], int [R] -> int32 [total].
+
+    `total` = sum of `count_R`, which the caller knows from shapes: no boolean mask decides a shape here. Column 0 is
+    position `first_position`.
+    """
+    tokens = keep_RE.shape[1]
+    position_E = torch.arange(first_position, first_position + tokens, dtype=torch.int32, device=keep_RE.device)
+    packed = torch.full((total + 1,), first_position, dtype=torch.int32, device=keep_RE.device)
+    before_R1 = (count_R.cumsum(0) - count_R).unsqueeze(-1)
+    step = max(1, SORT_ELEMENTS // tokens)
+    for keep, before in zip(keep_RE.split(step), before_R1.split(step), strict=True):
+        target = keep.cumsum(dim=-1).add_(before - 1)
+        target.masked_fill_(~keep, total)  # one slot behind the end takes what is not kept
+        packed.scatter_(0, target.flatten(), position_E.repeat(len(keep)))
+    return packed[:total]

@@ -1,0 +1,23 @@
+"""What to keep: scores, budgets and the choice of pages. Pure torch, no vLLM; a policy sees tensors.
+
+`score_layer` once a layer, then `select` once a request.
+"""
+
+from vllm_defensive.policy.budget import kept_fraction, reference_budget
+from vllm_defensive.policy.presets import PRESETS, Policy, get_policy, public_names
+from vllm_defensive.policy.scoring import LayerScores, score_layer
+from vllm_defensive.policy.selection import Selection, select, select_within
+
+__all__ = [
+    "PRESETS",
+    "LayerScores",
+    "Policy",
+    "Selection",
+    "get_policy",
+    "kept_fraction",
+    "public_names",
+    "reference_budget",
+    "score_layer",
+    "select",
+    "select_within",
+]

@@ -1,0 +1,177 @@
+"""From one layer's window queries, keys and values to one score a token and head.
+
+Axes: H KV heads, G query heads per KV head, Q = H*G, W window, S prompt tokens, T = S - W scored tokens,
+E evictable tokens, D head size, M hidden size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from vllm_defensive_kernels import formulas
+
+from vllm_defensive.policy.budget import stage_one_cap
+from vllm_defensive.policy.presets import Policy
+
+ReduceHeads = Callable[[Tensor], Tensor]
+
+SINK_TOKENS = 4
+FORCED = float("inf")
+
+
+@dataclass
+class LayerScores:
+    """Scores of one layer's evictable tokens; +inf is a token that must stay."""
+
+    scores_HE: Tensor
+    """fp32: decides how much each head gets and, unless `rank_HE` is there, which of its tokens."""
+    rank_HE: Tensor | None = None
+    """fp32, of half-budget policies: decides the second half of a head's tokens."""
+
+
+def score_layer(
+    policy: Policy,
+    *,
+    layer: int,
+    query_WQD: Tensor | None,
+    key_HSD: Tensor,
+    value_HSD: Tensor,
+    output_QDM: Tensor | None,
+    gram_QDD: Tensor | None,
+    scale: float,
+    keep_ratio: float,
+    evictable: tuple[int, int],
+    reduce_heads: ReduceHeads | None = None,
+    window: int | None = None,
+) -> LayerScores:
+    """Score the tokens in `evictable` = [start, stop) of one layer, in float32.
+
+    Scores are computed over all tokens before the window and then cut to the range, so that a shared head of the
+    prompt does not change what its tokens weigh. Tokens of the window that lie in the range get +inf.
+
+    query_WQD: post-RoPE queries of the last W tokens (None where the policy needs none; give `window` then).
+    output_QDM: the output projection's slice of each query head; None weighs no values.
+    gram_QDD: `formulas.output_gram(output_QDM)`, for "l2-gram"; computed here when it is missing.
+    scale: of the logits. keep_ratio: bounds stage 1 of "mass".
+    reduce_heads: sums a tensor over the ranks that share this layer's heads; None on one rank.
+    """
+    tokens = key_HSD.shape[1]
+    if window is None:
+        window = 0 if query_WQD is None else query_WQD.shape[0]
+    start, stop = evictable
+    assert 0 <= start < stop <= tokens, f"evictable range {evictable} of a prompt of {tokens} tokens"
+    scored = tokens - window
+    assert scored > 0, f"a prompt of {tokens} tokens has none before its window of {window}"
+    rank_HT = None
+    if policy.needs_queries:
+        assert query_WQD is not None and query_WQD.shape[0] == window, f"{policy.name} needs the window's queries"
+        attention = _observe(policy, query_WQD, key_HSD, scale)
+        norm_HT = _value_norm(policy, value_HSD[:, :scored], output_QDM, gram_QDD)
+        if policy.stages == "mass":
+            cap = stage_one_cap(scored, keep_ratio, window)
+            scores_HT = _weigh_and_settle(attention, norm_HT, cap, reduce_heads)
+        else:
+            scores_HT = attention.scores_HT
+            if policy.stages == "half-budget" and norm_HT is not None:
+                rank_HT = (scores_HT + formulas.HALF_BUDGET_EPSILON) * norm_HT
+    else:
+        scores_HT = _score_positions(policy, layer, key_HSD.shape[0], tokens, scored, key_HSD.device)
+    return LayerScores(
+        _cut_and_force(scores_HT, start, stop), None if rank_HT is None else _cut_and_force(rank_HT, start, stop)
+    )
+
+
+@dataclass
+class _Attention:
+    scores_HT: Tensor
+    mean_HT: Tensor
+    """Mean attention over window and group, not pooled."""
+    bias_H: Tensor
+    """Mean mass of a row on the window, or on the W keys before it (see Policy.window_bias)."""
+
+
+def _observe(policy: Policy, query_WQD: Tensor, key_HSD: Tensor, scale: float) -> _Attention:
+    """Reduce the window's attention to what policies read, a few heads at a time: the [G, W, S] rows of one head
+    are all that is ever held."""
+    window, query_heads, _ = query_WQD.shape
+    heads, tokens, _ = key_HSD.shape
+    group, scored = query_heads // heads, tokens - window
+    step = max(1, formulas.temporary_elements(key_HSD) // (group * window * tokens))
+    scores, means, biases = [], [], []
+    for head in range(0, heads, step):
+        some_query = query_WQD[:, head * group : (head + step) * group]
+        rows_HGWS = formulas.window_attention(some_query, key_HSD[head : head + step], scale)
+        attention_HGWT = rows_HGWS[..., :scored]
+        mean_HT = formulas.aggregate_mean(attention_HGWT)
+        means.append(mean_HT)
+        if policy.aggregate == "mean":
+            scores.append(formulas.pool_tokens(mean_HT, policy.pool_kernel))
+        else:
+            scores.append(formulas.aggregate_defensive(attention_HGWT, policy.pool_kernel))
+        if policy.window_bias == "true":
+            biases.append(rows_HGWS[..., scored:].sum(dim=-1).mean(dim=(1, 2)))
+        else:
+            biases.append(mean_HT[:, max(scored - window, 0) :].sum(dim=-1))
+    return _Attention(torch.cat(scores), torch.cat(means), torch.cat(biases))
+
+
+def _value_norm(policy: Policy, value_HTD: Tensor, output_QDM: Tensor | None, gram_QDD: Tensor | None) -> Tensor | None:
+    if policy.value_weight == "l1" and output_QDM is not None:
+        return formulas.value_norm_l1(value_HTD, output_QDM)
+    if policy.value_weight == "l2-gram" and (gram_QDD is not None or output_QDM is not None):
+        return formulas.value_norm_l2_gram(
+            value_HTD, formulas.output_gram(output_QDM) if gram_QDD is None else gram_QDD
+        )
+    return None
+
+
+def _weigh_and_settle(
+    attention: _Attention, norm_HT: Tensor | None, cap: int, reduce_heads: ReduceHeads | None
+) -> Tensor:
+    """DefensiveKV's two stages: weigh by the value norm, then lift what is certain to the layer's maximum.
+
+    The norm is divided by its sum over *heads*, token by token: it looks like a slip of the axis in the reference,
+    but dividing over tokens costs quality. Both that sum and the mean bias run over the heads of all ranks.
+    """
+    scores_HT, bias_H = attention.scores_HT, attention.bias_H
+    parts = [bias_H.sum().view(1), torch.full_like(bias_H[:1], len(bias_H))]
+    if norm_HT is not None:
+        parts.append(norm_HT.sum(dim=0))
+    sums = torch.cat(parts)
+    if reduce_heads is not None:
+        sums = reduce_heads(sums)
+    if norm_HT is not None:
+        scores_HT = scores_HT * norm_HT / sums[2:].clamp_min(torch.finfo(sums.dtype).tiny)
+    mass = formulas.STAGE_ONE_MASS - sums[0] / sums[1]
+    certain_HT = formulas.certain_by_mass(attention.mean_HT, mass, cap)
+    return torch.where(certain_HT, scores_HT.max(), scores_HT)
+
+
+def _score_positions(policy: Policy, layer: int, heads: int, tokens: int, scored: int, device: torch.device) -> Tensor:
+    """Scores that read no tensor of the model. -> fp32 [H, T]."""
+    position_T = torch.arange(scored, device=device)
+    if policy.aggregate == "recency":
+        recency_T = torch.where(position_T < SINK_TOKENS, tokens, position_T)
+        return recency_T.float().expand(heads, -1)
+    if policy.aggregate == "uniform":
+        return torch.ones(heads, scored, device=device)
+    head_H1 = layer * 1000 + torch.arange(heads, device=device).unsqueeze(-1)
+    spread_H1 = torch.exp(6 * _hash_to_unit(head_H1))
+    return spread_H1 * _hash_to_unit(head_H1 * 1_000_003 + position_T)
+
+
+def _hash_to_unit(key: Tensor) -> Tensor:
+    """Spread int64 keys evenly over [0, 1): multiply and fold within 32 bits. The same on every device."""
+    for factor in (0x9E3779B1, 0x85EBCA77):
+        key = ((key ^ (key >> 15)) * factor) & 0xFFFFFFFF
+    return ((key ^ (key >> 16)) >> 8).float() / 2**24
+
+
+def _cut_and_force(scores_HT: Tensor, start: int, stop: int) -> Tensor:
+    """Cut [H, T] to the evictable range; what lies beyond the scored tokens is the window, which must stay."""
+    heads, scored = scores_HT.shape
+    cut_HE = torch.full((heads, stop - start), FORCED, device=scores_HT.device)
+    if start < scored:
+        cut_HE[:, : min(stop, scored) - start] = scores_HT[:, start : min(stop, scored)]
+    return cut_HE
