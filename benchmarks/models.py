@@ -216,6 +216,9 @@ def to_half_rotation(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     return paired.transpose(1, 2).reshape(rows, hidden)
 
 
+CONTROL_TOKEN = 3  # of GGUF's token types
+
+
 def build_tokenizer(reader: GGUFReader) -> tuple[Tokenizer, dict[str, Any]]:
     """The byte-level BPE tokenizer in the file, and its tokenizer_config.json."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -225,8 +228,8 @@ def build_tokenizer(reader: GGUFReader) -> tuple[Tokenizer, dict[str, Any]]:
         raise ValueError(f"tokenizer.ggml.pre={pre_tokenizer!r}: only smollm can be converted")
     tokens = field(reader, "tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in field(reader, "tokenizer.ggml.merges")]
-    control_type = 3  # of GGUF's token types
-    control_tokens = [t for t, kind in zip(tokens, field(reader, "tokenizer.ggml.token_type")) if kind == control_type]
+    kinds = field(reader, "tokenizer.ggml.token_type")
+    control_tokens = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
 
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     # Each digit is a token of its own; a space before it stays one space.

@@ -21,7 +21,7 @@ for name, value in {
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """Folder of SmolLM2-135M-Instruct: 30 layers, 9 query and 3 KV heads of size 64, 8,192 positions. For slow tests."""
+    """Folder of SmolLM2-135M-Instruct: 30 layers, 9 query and 3 KV heads of size 64, 8,192 positions (slow tests)."""
     from benchmarks.models import ensure_model
 
     return ensure_model("SmolLM2-135M-Instruct")

@@ -1,0 +1,45 @@
+# Every target does the set-up that it needs; a machine with make and Python 3.11 or newer will do.
+VENV ?= .venv
+PYTHON ?= python3
+BACKEND ?= cpu
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+# Newer than what it depends on: the environment is up to date, and `make setup` has nothing to do.
+READY := $(VENV)/.ready-$(BACKEND)
+
+.PHONY: help setup model demo test test-fast lint clean distclean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## make the virtual environment: vLLM, this project, the tools
+
+$(READY): setup.py scripts/setup.sh packaging/vllm_stub/setup.py
+	VENV=$(VENV) PYTHON=$(PYTHON) BACKEND=$(BACKEND) scripts/setup.sh
+	@touch $@
+
+model: $(READY)  ## make .models/SmolLM2-135M-Instruct
+	@$(BIN)/python -m benchmarks.models
+
+demo: $(READY) model  ## show the full cache and an evicted one side by side
+	$(BIN)/python -m benchmarks.demo
+
+test: $(READY) model  ## all tests; the slow ones run a real model and start servers
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(READY)  ## the tests that need neither
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove builds and caches; keep the environment and the models
+	rm -rf build dist *.egg-info packaging/*/build packaging/*/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## remove these too
+	rm -rf $(VENV) .models

