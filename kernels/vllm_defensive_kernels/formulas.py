@@ -28,7 +28,7 @@ def temporary_elements(tensor: Tensor) -> int:
     return CACHE_ELEMENTS if tensor.device.type == "cpu" else DEVICE_ELEMENTS
 
 
-# ---------------------------------------------------------------------------------------------- attention and pooling
+# ------------------------------------------------------------------------------------------------ attention and pooling
 
 
 def window_attention(query_WQD: Tensor, key_HSD: Tensor, scale: float) -> Tensor:
@@ -82,7 +82,7 @@ def pool_preserving_mass(attention_T: Tensor, kernel: int) -> Tensor:
     return sum_neighbours(attention_T, kernel) * mass_preserving_scale(attention_T, kernel)
 
 
-# ----------------------------------------------------------------------------------------------------------- aggregation
+# ---------------------------------------------------------------------------------------------------------- aggregation
 
 
 def aggregate_mean(attention_HGWT: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def value_norm_l2_gram(value_HTD: Tensor, gram_QDD: Tensor) -> Tensor:
     return norm_HT
 
 
-# -------------------------------------------------------------------------------------------------- stages of CriticalKV
+# ------------------------------------------------------------------------------------------------- stages of CriticalKV
 
 
 def certain_by_mass(attention_RT: Tensor, mass: Tensor | float, cap: int) -> Tensor:
@@ -190,10 +190,10 @@ def certain_by_mass(attention_RT: Tensor, mass: Tensor | float, cap: int) -> Ten
     count_R = (sorted_RT.cumsum(dim=-1) < mass).sum(dim=-1)
     # A row of zeros never crosses the threshold; it has nothing certain.
     count_R = torch.where(count_R == attention_RT.shape[-1], 0, count_R).clamp_max(max(cap, 0))
-    return keep_best(share_RT, count_R, last_value(sorted_RT, count_R))
+    return keep_best(share_RT, count_R, sorted_RT)
 
 
-# ------------------------------------------------------------------------------------------------------------- selection
+# ------------------------------------------------------------------------------------------------------------ selection
 
 
 def sort_down(scores_RE: Tensor) -> Tensor:
@@ -206,11 +206,20 @@ def last_value(sorted_RE: Tensor, count_R: Tensor) -> Tensor:
     return sorted_RE.gather(-1, (count_R.long() - 1).clamp_min(0).unsqueeze(-1))
 
 
-def keep_best(scores_RE: Tensor, count_R: Tensor, last_R1: Tensor) -> Tensor:
+def keep_best(scores_RE: Tensor, count_R: Tensor, sorted_RE: Tensor | None = None) -> Tensor:
     """Mark the `count` largest scores of each row. fp32 [R, E], int [R] -> bool [R, E], exactly `count` a row.
 
-    `last_R1`: the `last_value` of those. Ties: the lowest index wins. A threshold and a running count of the ties
-    need no stable sort and no permutation.
+    `sorted_RE`: the same rows sorted downwards, where the caller has them. Ties: the lowest index wins.
+    """
+    return keep_down_to(
+        scores_RE, count_R, last_value(sort_down(scores_RE) if sorted_RE is None else sorted_RE, count_R)
+    )
+
+
+def keep_down_to(scores_RE: Tensor, count_R: Tensor, last_R1: Tensor) -> Tensor:
+    """`keep_best` for a caller who knows the smallest score to keep, `last_value(sorted_RE, count_R)`.
+
+    A threshold and a running count of the ties need no stable sort and no permutation.
     """
     above_RE = scores_RE > last_R1
     tied_RE = scores_RE == last_R1
@@ -236,7 +245,7 @@ def allocate_pages(gains_UHJ: Tensor, budget_pages: int) -> Tensor:
     assert 0 <= budget_pages <= heads * pages, f"{budget_pages} pages for {heads} heads of at most {pages}"
     gains_UX = gains_UHJ.flatten(1)
     budget_U = torch.full((units,), budget_pages, device=gains_UHJ.device)
-    keep_UX = keep_best(gains_UX, budget_U, last_value(sort_down(gains_UX), budget_U))
+    keep_UX = keep_best(gains_UX, budget_U)
     return keep_UX.view(units, heads, pages).sum(dim=-1)
 
 

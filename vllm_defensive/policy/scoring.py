@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from vllm_defensive_kernels import formulas
 
 from vllm_defensive.policy.budget import stage_one_cap
 from vllm_defensive.policy.presets import Policy
+from vllm_defensive_kernels import formulas
 
 ReduceHeads = Callable[[Tensor], Tensor]
 
@@ -119,10 +119,10 @@ def _observe(policy: Policy, query_WQD: Tensor, key_HSD: Tensor, scale: float) -
 def _value_norm(policy: Policy, value_HTD: Tensor, output_QDM: Tensor | None, gram_QDD: Tensor | None) -> Tensor | None:
     if policy.value_weight == "l1" and output_QDM is not None:
         return formulas.value_norm_l1(value_HTD, output_QDM)
-    if policy.value_weight == "l2-gram" and (gram_QDD is not None or output_QDM is not None):
-        return formulas.value_norm_l2_gram(
-            value_HTD, formulas.output_gram(output_QDM) if gram_QDD is None else gram_QDD
-        )
+    if policy.value_weight == "l2-gram":
+        if gram_QDD is None and output_QDM is not None:
+            gram_QDD = formulas.output_gram(output_QDM)
+        return None if gram_QDD is None else formulas.value_norm_l2_gram(value_HTD, gram_QDD)
     return None
 
 

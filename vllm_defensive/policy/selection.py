@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from vllm_defensive_kernels import formulas
 
 from vllm_defensive.policy.budget import guarded
 from vllm_defensive.policy.presets import Policy
 from vllm_defensive.policy.scoring import LayerScores
+from vllm_defensive_kernels import formulas
 
 
 @dataclass
@@ -98,7 +98,7 @@ def _keep_by_score(scores: Sequence[LayerScores], count_R: Tensor, last_R1: Tens
     keep, first = [], 0
     for chunk_RE in _chunks([layer.scores_HE for layer in scores]):
         rows = slice(first, first := first + len(chunk_RE))
-        keep.append(formulas.keep_best(chunk_RE, count_R[rows], last_R1[rows]))
+        keep.append(formulas.keep_down_to(chunk_RE, count_R[rows], last_R1[rows]))
     return torch.cat(keep)
 
 
@@ -110,9 +110,7 @@ def _keep_half_by_rank(scores: Sequence[LayerScores], count_R: Tensor) -> Tensor
     keep, first = [], 0
     for score_RE, rank_RE in zip(_chunks(scores_HE), _chunks(ranks_HE), strict=True):
         rows = slice(first, first := first + len(score_RE))
-        half_R = count_R[rows] // 2
-        certain_RE = formulas.keep_best(score_RE, half_R, formulas.last_value(formulas.sort_down(score_RE), half_R))
+        certain_RE = formulas.keep_best(score_RE, count_R[rows] // 2)
         rank_RE.masked_fill_(certain_RE, float("inf"))
-        last_R1 = formulas.last_value(formulas.sort_down(rank_RE), count_R[rows])
-        keep.append(formulas.keep_best(rank_RE, count_R[rows], last_R1))
+        keep.append(formulas.keep_best(rank_RE, count_R[rows]))
     return torch.cat(keep)
