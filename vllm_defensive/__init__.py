@@ -1,3 +1,25 @@
-"""KV-cache eviction for vLLM: at the end of prefill, keep what each head needs and free the rest."""
+"""KV-cache eviction for vLLM: at the end of prefill, keep what each head needs and free the rest.
+
+`vllm serve MODEL --kv-eviction layer-defensivekv`, or with the `LLM` class
+
+    LLM(MODEL, **vllm_defensive.engine_kwargs("layer-defensivekv", keep=0.2))
+"""
+
+from __future__ import annotations
+
+from typing import Any
 
 __version__ = "0.1.0"
+
+
+def engine_kwargs(policy: str, **settings: Any) -> dict[str, Any]:
+    """Keyword arguments for `vllm.LLM` or `EngineArgs` that switch eviction on.
+
+    settings: keep, window, min_tokens, audit, shared, as the flags of the same names. Raises ValueError for wrong ones.
+    """
+    from vllm_defensive import config
+
+    parsed = config.parse({"policy": policy, **settings})
+    if parsed is None:
+        return {}
+    return {"additional_config": {config.KEY: parsed.model_dump(exclude_none=True)}}

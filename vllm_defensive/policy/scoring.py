@@ -142,7 +142,8 @@ def _weigh_and_settle(
     if reduce_heads is not None:
         sums = reduce_heads(sums)
     if norm_HT is not None:
-        scores_HT = scores_HT * norm_HT / sums[2:].clamp_min(torch.finfo(sums.dtype).tiny)
+        # The quotient first: with a single head it is exactly 1, and equal scores stay equal.
+        scores_HT = scores_HT * (norm_HT / sums[2:].clamp_min(torch.finfo(sums.dtype).tiny))
     mass = formulas.STAGE_ONE_MASS - sums[0] / sums[1]
     certain_HT = formulas.certain_by_mass(attention.mean_HT, mass, cap)
     return torch.where(certain_HT, scores_HT.max(), scores_HT)

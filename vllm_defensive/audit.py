@@ -1,0 +1,114 @@
+"""What was kept of each evicted request, written by the worker that did it and read by whoever wants to know.
+
+One `<request id>.safetensors` per evicted request:
+
+    kept_counts   int32 [L, H]     tokens kept by each head, shared blocks, window and tail included
+    kept_indices  int32 [sum]      their positions, ascending, for head (0, 0), (0, 1), ... one after the other
+    token_ids     int32 [T]        the prompt (of a resumed request: the prompt and what it had generated)
+
+and the metadata policy, keep_ratio, num_tokens, block_size, packed_blocks, shared_blocks, window.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vllm_defensive.config import EvictionConfig
+from vllm_defensive.plan import Eviction
+from vllm_defensive.policy import Selection
+
+
+@dataclass(frozen=True)
+class Audit:
+    """One file, as `load` returns it. Shapes as in the module's docstring."""
+
+    kept_counts: Tensor
+    kept_indices: Tensor
+    token_ids: Tensor
+    policy: str
+    keep_ratio: float
+    num_tokens: int
+    block_size: int
+    packed_blocks: int
+    shared_blocks: int
+    window: int
+
+    def positions(self, layer: int, head: int) -> Tensor:
+        """Ascending kept positions, int32, of one head."""
+        counts = self.kept_counts.flatten().long()
+        index = layer * self.kept_counts.shape[1] + head
+        start = int(counts[:index].sum())
+        return self.kept_indices[start : start + int(counts[index])]
+
+    def mask(self) -> Tensor:
+        """bool `[L, H, T]`: True where the entry was kept."""
+        heads = torch.arange(self.kept_counts.numel()).repeat_interleave(self.kept_counts.flatten().long())
+        kept = torch.zeros(self.kept_counts.numel(), self.num_tokens, dtype=torch.bool)
+        kept[heads, self.kept_indices.long()] = True
+        return kept.view(*self.kept_counts.shape, self.num_tokens)
+
+
+def path_of(folder: str | os.PathLike[str], request_id: str) -> Path:
+    """Where the audit of a request goes. Characters that are unsafe in a file name become underscores."""
+    return Path(folder) / f"{re.sub(r'[^A-Za-z0-9._-]', '_', request_id)}.safetensors"
+
+
+def load(path: str | os.PathLike[str]) -> Audit:
+    """Read one audit file. Raises FileNotFoundError, or ValueError if the file is not an audit."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no audit file {os.fspath(path)}")
+    with safe_open(os.fspath(path), framework="pt") as file:
+        meta = file.metadata() or {}
+        if "keep_ratio" not in meta:
+            raise ValueError(f"{os.fspath(path)} is not an eviction audit: it has no 'keep_ratio'")
+        return Audit(
+            kept_counts=file.get_tensor("kept_counts"),
+            kept_indices=file.get_tensor("kept_indices"),
+            token_ids=file.get_tensor("token_ids"),
+            policy=meta["policy"],
+            keep_ratio=float(meta["keep_ratio"]),
+            **{k: int(meta[k]) for k in ("num_tokens", "block_size", "packed_blocks", "shared_blocks", "window")},
+        )
+
+
+def write(
+    folder: str, eviction: Eviction, selection: Selection, config: EvictionConfig, block_size: int
+) -> Path:
+    """Write one file, atomically: a reader never sees half of it."""
+    pages_LH = selection.pages_LH.cpu()
+    start, stop = eviction.shared_blocks * block_size, eviction.num_tokens // block_size * block_size
+    shared, tail = torch.arange(start), torch.arange(stop, eviction.num_tokens)
+    tokens = selection.tokens_PN.cpu().flatten().long()
+    per_head = tokens.split((pages_LH.flatten().long() * block_size).tolist())
+    indices = torch.cat([part for kept in per_head for part in (shared, kept, tail)])
+    assert eviction.token_ids is not None
+    target = path_of(folder, eviction.request_id)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(f".{os.getpid()}.partial")
+    save_file(
+        {
+            "kept_counts": (pages_LH * block_size + len(shared) + len(tail)).to(torch.int32),
+            "kept_indices": indices.to(torch.int32),
+            "token_ids": torch.tensor(eviction.token_ids, dtype=torch.int32),
+        },
+        partial,
+        metadata={
+            "policy": config.policy,
+            "keep_ratio": repr(config.keep),
+            "num_tokens": str(eviction.num_tokens),
+            "block_size": str(block_size),
+            "packed_blocks": str(len(eviction.packed_blocks)),
+            "shared_blocks": str(eviction.shared_blocks),
+            "window": str(config.window),
+        },
+    )
+    partial.replace(target)
+    return target

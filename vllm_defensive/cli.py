@@ -1,0 +1,76 @@
+"""The flags: `--kv-eviction POLICY` and its companions, on every vLLM command that takes engine arguments.
+
+They are folded into `additional_config["kv_eviction"]`, which is where `LLM(additional_config=...)` puts them too, so there
+is one way on from here (`startup.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from vllm_defensive import config
+
+_PREFIX = "kv_eviction"
+
+
+def flag_of(field: str) -> str:
+    """`--kv-eviction` for the policy, `--kv-eviction-<field>` for every other setting."""
+    return "--" + config.option_name(field).replace("_", "-")
+
+
+def add_flags(parser: Any) -> None:
+    """Add our argument group to one of vLLM's parsers, and fold what it parses into `additional_config`."""
+    if _PREFIX in {action.dest for action in parser._actions}:
+        return
+    group = parser.add_argument_group(
+        title="KV eviction", description="Evict KV cache at the end of prefill, so that more long requests fit."
+    )
+    metavars = {"policy": "POLICY", "keep": "RATIO", "window": "TOKENS", "min_tokens": "TOKENS", "audit": "DIR"}
+    for name, field in config.EvictionConfig.model_fields.items():
+        default = config.NONE if name == "policy" else field.default
+        allowed = f": {', '.join(config.allowed_policies())}" if name == "policy" else ""
+        # Values stay strings here: all of them are checked in one place, with one wording.
+        group.add_argument(
+            flag_of(name),
+            dest=config.option_name(name),
+            default=None,
+            metavar=metavars.get(name, "keep|evict"),
+            help=f"{field.description}{allowed} (default: {default})",
+        )
+
+    original = parser.parse_known_args
+
+    def parse_known_args(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
+        namespace, rest = original(*args, **kwargs)
+        try:
+            fold(namespace)
+        except ValueError as error:
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
+        return namespace, rest
+
+    parser.parse_known_args = parse_known_args
+
+
+def fold(namespace: argparse.Namespace) -> None:
+    """Move our flags from `namespace` into `namespace.additional_config`. ValueError says in one line what is wrong."""
+    given: dict[str, Any] = {}
+    for name in config.EvictionConfig.model_fields:
+        value = namespace.__dict__.pop(config.option_name(name), None)
+        if value is not None:
+            given[name] = value
+    additional = dict(getattr(namespace, "additional_config", None) or {})
+    before = additional.get(config.KEY)
+    if not given and before is None:
+        return
+    raw = {**before, **given} if isinstance(before, dict) else given or before
+    if isinstance(raw, dict) and "policy" not in raw:
+        flags = ", ".join(flag_of(name) for name in given)
+        raise ValueError(f"{flags}: give {flag_of('policy')} as well, one of {', '.join(config.allowed_policies())}")
+    settings = config.parse(raw, flag_of)
+    if settings is None:
+        # As if we were not there: vLLM hashes additional_config into its compile cache key.
+        additional.pop(config.KEY, None)
+    else:
+        additional[config.KEY] = settings.model_dump(exclude_none=True)
+    namespace.additional_config = additional

@@ -1,0 +1,111 @@
+"""The user's settings: parsed once, checked once, then frozen.
+
+Field names are those of `additional_config={"kv_eviction": {...}}`; the flag of a field is `--kv-eviction-<field>`, and
+`--kv-eviction` itself is `policy`. Help texts and defaults of the flags are read from here (`cli.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vllm_defensive import plan
+from vllm_defensive.policy import PRESETS, Policy, public_names
+
+KEY = "kv_eviction"
+NONE = "none"
+
+
+class EvictionConfig(BaseModel):
+    """Settings of one engine. Immutable and hashable; travels to the workers inside the KV cache spec."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    policy: str = Field(description="eviction policy")
+    keep: float = Field(0.2, gt=0, le=1, description="fraction of each prompt's KV cache to keep")
+    window: int = Field(32, ge=1, description="observation window: the last prompt tokens, whose attention scores all others")
+    min_tokens: int = Field(256, ge=1, description="prompts shorter than this are left alone")
+    audit: str | None = Field(None, description="write one safetensors file per evicted request into this folder")
+    shared: Literal["keep", "evict"] = Field(
+        "keep",
+        description="leading blocks that other live requests use too: keep them whole and shared, or evict like the rest",
+    )
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, name: str) -> str:
+        if name not in PRESETS:
+            raise ValueError(f"choose one of {', '.join(allowed_policies())}")
+        return name
+
+    @property
+    def preset(self) -> Policy:
+        return PRESETS[self.policy]
+
+    def packed_blocks(self, num_tokens: int, shared_blocks: int, block_size: int) -> int:
+        """`K` of `plan.packed_blocks` under these settings (0: leave the request alone)."""
+        if self.preset.keep_all:
+            evictable = num_tokens // block_size - shared_blocks
+            return evictable if num_tokens >= self.min_tokens and num_tokens > self.window else 0
+        return plan.packed_blocks(
+            num_tokens,
+            shared_blocks,
+            keep=self.keep,
+            window=self.window,
+            min_tokens=self.min_tokens,
+            block_size=block_size,
+        )
+
+
+def allowed_policies() -> list[str]:
+    """The values of `--kv-eviction` that users may choose."""
+    return [NONE, *public_names()]
+
+
+def parse(raw: Any, name_of: Callable[[str], str] | None = None) -> EvictionConfig | None:
+    """Settings from `additional_config["kv_eviction"]`; None when eviction is off.
+
+    Raises ValueError with one line that names each wrong field (as `name_of(field)`), its value and what is allowed.
+    """
+    name_of = name_of or option_name
+    if raw is None:
+        return None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{KEY}={raw!r}: give an object such as {{'policy': 'layer-defensivekv', 'keep': 0.2}}")
+    off = raw.get("policy", NONE) == NONE
+    try:
+        # A setting is checked even if it has no effect, so that a typing error does not wait for the day it has.
+        settings = EvictionConfig(**{**raw, "policy": public_names()[0]} if off else raw)
+    except ValidationError as error:
+        raise ValueError("; ".join(_describe(e, name_of) for e in error.errors())) from None
+    return None if off else settings
+
+
+def from_vllm_config(vllm_config: Any) -> EvictionConfig | None:
+    """Settings that `vllm_config.additional_config` carries, or None."""
+    additional = getattr(vllm_config, "additional_config", None)
+    return parse(additional.get(KEY)) if isinstance(additional, dict) else None
+
+
+def option_name(field: str) -> str:
+    """The name under which messages speak of a field: `kv_eviction` for the policy, else `kv_eviction_<field>`."""
+    return KEY if field == "policy" else f"{KEY}_{field}"
+
+
+_ALLOWED = {
+    "policy": lambda: f"choose one of {', '.join(allowed_policies())}",
+    "keep": lambda: "choose a value in (0, 1]",
+    "window": lambda: "choose a whole number of tokens, 1 or more",
+    "min_tokens": lambda: "choose a whole number of tokens, 1 or more",
+    "audit": lambda: "name a folder",
+    "shared": lambda: "choose one of keep, evict",
+}
+
+
+def _describe(error: Any, name_of: Callable[[str], str]) -> str:
+    field = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        return f"{name_of(field)}: unknown setting, choose from {', '.join(EvictionConfig.model_fields)}"
+    return f"{name_of(field)}={error['input']}: {_ALLOWED[field]()}"

@@ -1,0 +1,262 @@
+"""Who owns which block, from a request's first chunk to its end.
+
+    when                                      positional blocks of the request        packed blocks
+    prefill                                   own all `ceil(tokens / N)`              none
+    allocation that completes the prefill     own all                                 take `K` fresh ones, plan the eviction
+    the step has been processed               `[s, g)` go back to the pool; null      own `K`
+                                              blocks keep their positions
+    decode                                    own `[0, s)` and from `g` on            own `K`
+    free (finish, abort, preempt)             give back all                           give back all
+
+The originals that go back keep their hashes: vLLM's prefix cache can hand them out for as long as nobody needs the memory.
+Blocks that are filled after the eviction are never hashed, because what is in them was computed from an evicted context.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
+
+from vllm_defensive.config import EvictionConfig
+from vllm_defensive.metrics import Totals
+from vllm_defensive.plan import Eviction, StepMessage
+
+
+@dataclass
+class RequestState:
+    """num_tokens: `T`, fixed at the first allocation until the blocks are freed. The rest is set when it is evicted."""
+
+    num_tokens: int
+    shared_blocks: int = 0
+    full_blocks: int = 0
+    packed: list[KVCacheBlock] = field(default_factory=list)
+    released: bool = False
+
+
+class EvictionBlockManager(FullAttentionManager):
+    """vLLM's full-attention block manager, with the life cycle in the table above."""
+
+    def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.eviction: EvictionConfig = kv_cache_spec.eviction
+        # The scheduler's own dict of live requests, set by it: block hashes and lengths are read from there. Without it
+        # (a manager used on its own) nothing is ever evicted.
+        self.requests: Mapping[str, Request] = {}
+        self.totals = Totals()
+        self._states: dict[str, RequestState] = {}
+        self._prefilling: set[str] = set()
+        self._planned: dict[str, Eviction] = {}
+
+    # -- allocation ---------------------------------------------------------------------------------------------------
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """Blocks this allocation takes from the pool, the packed ones included. Feeds vLLM's admission gate as well."""
+        positional = super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            *args,
+            **kwargs,
+        )
+        return positional + self._plan(request_id, num_tokens_main_model)[1]
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """Blocks appended to the request's table. The packed blocks are not among them: no position maps to them."""
+        new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        state = self._state(request_id)
+        if state is None:
+            return new_blocks
+        if request_id not in self._states:
+            self._states[request_id] = state
+            if self._evictable(state.num_tokens):
+                self._prefilling.add(request_id)
+        shared, count = self._plan(request_id, num_tokens_main_model)
+        if count:
+            self._start_eviction(request_id, state, shared, count)
+        return new_blocks
+
+    def _start_eviction(self, request_id: str, state: RequestState, shared: int, count: int) -> None:
+        state.shared_blocks, state.full_blocks = shared, state.num_tokens // self.block_size
+        state.packed = self.block_pool.get_new_blocks(count)
+        blocks = self.req_to_blocks[request_id][: cdiv(state.num_tokens, self.block_size)]
+        token_ids = None
+        if self.eviction.audit is not None:
+            token_ids = tuple(self.requests[request_id].all_token_ids[: state.num_tokens])
+        self._planned[request_id] = Eviction(
+            request_id=request_id,
+            num_tokens=state.num_tokens,
+            shared_blocks=shared,
+            source_blocks=tuple(block.block_id for block in blocks),
+            packed_blocks=tuple(block.block_id for block in state.packed),
+            token_ids=token_ids,
+        )
+
+    def _state(self, request_id: str) -> RequestState | None:
+        """The request's state; a new one, not yet stored, before its first allocation; None if we do not know it."""
+        state = self._states.get(request_id)
+        if state is None and (request := self.requests.get(request_id)) is not None:
+            state = RequestState(num_tokens=request.num_tokens)
+        return state
+
+    def _plan(self, request_id: str, num_tokens_main_model: int) -> tuple[int, int]:
+        """(`s`, `K`) if the allocation up to `num_tokens_main_model` completes the prefill and evicts, else (0, 0)."""
+        state = self._state(request_id)
+        if state is None or num_tokens_main_model != state.num_tokens or not self._evictable(state.num_tokens):
+            return 0, 0
+        shared = 0
+        if self.eviction.shared == "keep":
+            shared = self._shared_blocks(request_id, state.num_tokens // self.block_size)
+        return shared, self.eviction.packed_blocks(state.num_tokens, shared, self.block_size)
+
+    def _shared_blocks(self, request_id: str, full_blocks: int) -> int:
+        """`s`: how many leading full blocks are better left in place, because other live requests read them too.
+
+        A block that somebody keeps for good costs nothing to share. One that `m` requests read, each of which could pack
+        its own copy of a `keep` fraction, is cheaper whole as soon as `m * keep >= 1`: twenty copies of a fifth of a system
+        prompt cost four times the one original. Waiting requests count, for once admitted they hit these blocks.
+        """
+        if not self.enable_caching or self.block_size != self.block_pool.hash_block_size:
+            return 0
+        mine = self.requests[request_id].block_hashes
+        pinned = 0
+        could_pack: list[int] = []
+        for other_id, other in self.requests.items():
+            if other_id == request_id or other.skip_reading_prefix_cache:
+                continue
+            theirs, state = other.block_hashes, self._states.get(other_id)
+            evicted = state is not None and state.full_blocks > 0
+            limit = min(full_blocks, len(mine), state.shared_blocks if evicted else len(theirs))
+            # Equality is monotone, as a hash covers all before it: find the first block that differs.
+            common = bisect_left(range(limit), True, key=lambda i: theirs[i] != mine[i])
+            num_tokens = state.num_tokens if state is not None else other.num_tokens
+            if evicted or not self._evictable(num_tokens):
+                pinned = max(pinned, common)
+            else:
+                could_pack.append(common)
+        others_needed = max(2, math.ceil(1 / self.eviction.keep)) - 1
+        could_pack.sort(reverse=True)
+        return max(pinned, could_pack[others_needed - 1] if len(could_pack) >= others_needed else 0)
+
+    def _evictable(self, num_tokens: int) -> bool:
+        return self.eviction.packed_blocks(num_tokens, 0, self.block_size) > 0
+
+    # -- release ------------------------------------------------------------------------------------------------------
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Give the originals back once the step that evicted them has been processed."""
+        del num_prompt_tokens
+        self.release(request_id, processed_computed_tokens)
+
+    def release(self, request_id: str, processed_tokens: int) -> None:
+        """Free blocks `[s, g)` if `processed_tokens`, tokens whose step is over, cover the whole prefill."""
+        state = self._states.get(request_id)
+        if state is None or not state.full_blocks or state.released or processed_tokens < state.num_tokens:
+            return
+        self._remove_blocks_in_range(request_id, state.shared_blocks, state.full_blocks)
+        state.released = True
+        self._count(state)
+
+    def release_processed(self) -> None:
+        """Release every request that is due, before anybody is scheduled or preempted for want of the memory."""
+        for request_id, state in self._states.items():
+            if state.full_blocks and not state.released:
+                request = self.requests[request_id]
+                self.release(request_id, request.num_computed_tokens - request.num_in_flight_tokens)
+
+    def _count(self, state: RequestState) -> None:
+        shared_tokens = state.shared_blocks * self.block_size
+        self.totals.requests += 1
+        self.totals.prompt_tokens += state.num_tokens
+        # Mean over heads: `K*L*H` pages on `L*H` heads, and the shared and tail tokens, which every head keeps.
+        packed_tokens = len(state.packed) * self.block_size
+        self.totals.kept_tokens += shared_tokens + packed_tokens + state.num_tokens % self.block_size
+        self.totals.freed_blocks += state.full_blocks - state.shared_blocks - len(state.packed)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Everything the request holds: the one way out for finish, abort and preemption."""
+        state = self._states.pop(request_id, None)
+        self._planned.pop(request_id, None)
+        self._prefilling.discard(request_id)
+        blocks = super().pop_blocks_for_free(request_id)
+        return blocks + state.packed if state is not None else blocks
+
+    # -- prefix cache -------------------------------------------------------------------------------------------------
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Hash full blocks, but never one that was filled after the eviction."""
+        state = self._states.get(request.request_id)
+        if state is not None and state.full_blocks:
+            num_tokens = min(num_tokens, state.full_blocks * self.block_size)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    @classmethod
+    def find_longest_cache_hit(cls, block_hashes: Any, max_length: int, *args: Any, **kwargs: Any) -> Any:
+        """Longest cached prefix that leaves at least the observation window to compute: its queries are not cached."""
+        eviction: EvictionConfig = kwargs["kv_cache_spec"].eviction
+        num_tokens = max_length + 1  # vLLM asks for all but the last token
+        if num_tokens >= eviction.min_tokens:
+            max_length = max(0, num_tokens - eviction.window)
+        return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
+
+    # -- for the scheduler --------------------------------------------------------------------------------------------
+
+    def take_message(self, num_scheduled_tokens: Mapping[str, int]) -> StepMessage:
+        """What the workers must know of the step that was just scheduled.
+
+        num_scheduled_tokens: tokens of each request in the step, by which `request.num_computed_tokens` has already been
+            advanced. Evictions planned for a request that was preempted later in the same pass are gone by now.
+        """
+        message = StepMessage(evictions=list(self._planned.values()))
+        self._planned = {}
+        for request_id in [r for r in self._prefilling if r in num_scheduled_tokens]:
+            num_tokens, end = self._states[request_id].num_tokens, self.requests[request_id].num_computed_tokens
+            if end > num_tokens - self.eviction.window:
+                message.observe[request_id] = num_tokens
+            if end >= num_tokens:
+                self._prefilling.discard(request_id)
+        return message
+
+    # -- invariants ---------------------------------------------------------------------------------------------------
+
+    def held_blocks(self, request_id: str) -> int:
+        """Blocks of the pool that the request holds a reference to."""
+        positional = sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
+        state = self._states.get(request_id)
+        return positional + (len(state.packed) if state is not None else 0)
+
+    def check_integrity(self) -> None:
+        """Assert that packed blocks have one owner and no hash, and that nothing belongs to an unknown request."""
+        owned: set[int] = set()
+        for request_id, state in self._states.items():
+            assert request_id in self.req_to_blocks, f"{request_id} has a state but no blocks"
+            for block in state.packed:
+                assert block.ref_cnt == 1 and block.block_hash is None and not block.is_null, block
+                assert block.block_id not in owned, f"block {block.block_id} packed twice"
+                owned.add(block.block_id)
+        for request_id, blocks in self.req_to_blocks.items():
+            for block in blocks:
+                assert block.is_null or block.block_id not in owned, f"{request_id} holds packed block {block.block_id}"
+        assert set(self._planned) <= set(self._states)

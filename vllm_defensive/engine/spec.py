@@ -1,0 +1,67 @@
+"""The KV cache spec that makes vLLM use our block manager, and the way it gets registered.
+
+The workers turn every evictable full-attention spec into this one (`as_evictable`); vLLM then counts its memory, merges it
+into a KV cache group and looks its manager up by class. Unpickling the spec in the scheduler's process imports this module,
+so the registration at the bottom is in place wherever a spec of ours is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from vllm_defensive.config import EvictionConfig
+from vllm_defensive.vllm_compat import register_spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvictableSpec(FullAttentionSpec):
+    """Full attention whose blocks may be repacked after prefill. `eviction` travels with it to the block manager."""
+
+    eviction: EvictionConfig
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """Blocks of the longest request at its peak: all originals and the packed blocks, in bytes.
+
+        vLLM's start-up check and its length auto-fit call this, so a pool in which the longest prompt could not be evicted
+        is refused before the first request.
+        """
+        max_tokens = vllm_config.model_config.max_model_len
+        packed = self.eviction.packed_blocks(max_tokens, 0, self.block_size)
+        return super().max_memory_usage_bytes(vllm_config) + packed * self.page_size_bytes
+
+    @classmethod
+    def merge(cls, specs: list[EvictableSpec]) -> EvictableSpec:  # type: ignore[override]
+        """One spec for a whole group. The base class rebuilds from a fixed list of fields and would drop ours."""
+        assert all(spec.eviction == specs[0].eviction for spec in specs), "one engine has one eviction config"
+        base = FullAttentionSpec.merge([_plain(spec) for spec in specs])
+        return as_evictable(base, specs[0].eviction)
+
+
+def as_evictable(spec: KVCacheSpec, eviction: EvictionConfig) -> KVCacheSpec:
+    """`spec` as an `EvictableSpec` if its layer attends to the whole prefix, else unchanged."""
+    if type(spec) is not FullAttentionSpec or spec.sliding_window is not None or spec.attention_chunk_size is not None:
+        return spec
+    if spec.non_causal or spec.tokens_per_state != 1 or spec.head_size_v != spec.head_size:
+        return spec
+    return EvictableSpec(**_fields(spec), eviction=eviction)
+
+
+def _fields(spec: FullAttentionSpec) -> dict[str, Any]:
+    return {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
+
+
+def _plain(spec: EvictableSpec) -> FullAttentionSpec:
+    return FullAttentionSpec(**_fields(spec))
+
+
+def _register() -> None:
+    from vllm_defensive.engine.kv_manager import EvictionBlockManager
+
+    register_spec(EvictableSpec, EvictionBlockManager, base=FullAttentionSpec)
+
+
+_register()
+

@@ -1,0 +1,58 @@
+"""The entry point that vLLM calls in every process (`vllm.general_plugins`).
+
+It imports nothing heavy and only installs the two patches that are inert while the flag is absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+_commands: list[str] = []  # names of the parsers that got our flags in this process
+
+
+def register() -> None:
+    """Make vLLM know our flags and settings. Never raises: a mistake of ours must not break a stock vLLM command."""
+    try:
+        from vllm_defensive import vllm_compat
+
+        vllm_compat.patch_cli(_add_flags)
+        vllm_compat.patch_engine_config(_before_engine_config, _after_engine_config)
+    except Exception:
+        logging.getLogger("vllm").exception("vllm_defensive could not be loaded; KV eviction is not available")
+
+
+def _add_flags(parser: Any) -> None:
+    from vllm_defensive.cli import add_flags
+
+    add_flags(parser)
+    _commands.append(parser.prog)
+
+
+def _before_engine_config(engine_args: Any) -> Any:
+    from vllm_defensive import startup
+
+    with _one_line_for_commands():
+        return startup.prepare(engine_args)
+
+
+def _after_engine_config(vllm_config: Any, settings: Any) -> None:
+    from vllm_defensive import startup
+
+    with _one_line_for_commands():
+        startup.check(vllm_config, settings)
+
+
+@contextlib.contextmanager
+def _one_line_for_commands() -> Iterator[None]:
+    """In a process that parsed vLLM's command line, end with one line and exit code 2; elsewhere let ValueError through."""
+    try:
+        yield
+    except ValueError as error:
+        if not _commands:
+            raise
+        sys.stderr.write(f"{_commands[0]}: error: {error}\n")
+        raise SystemExit(2) from None

@@ -1,0 +1,104 @@
+"""From settings to a vLLM config: choose our classes, refuse what does not work, before any process is started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_defensive import config, vllm_compat
+from vllm_defensive.config import EvictionConfig
+
+SCHEDULER = "vllm_defensive.engine.scheduler.make_scheduler"
+CPU_WORKER = "vllm_defensive.worker.worker.EvictionCPUWorker"
+_CPU_BLOCK = 32  # the smallest block that vLLM's fast CPU attention takes: small pages waste least
+
+
+def prepare(engine_args: Any) -> EvictionConfig | None:
+    """Set the engine arguments that eviction needs; None (and nothing touched) if it is off.
+
+    Raises ValueError for wrong settings and for options that contradict it.
+    """
+    additional = engine_args.additional_config
+    if not isinstance(additional, dict) or config.KEY not in additional:
+        return None
+    settings = config.parse(additional[config.KEY])
+    if settings is None:
+        del additional[config.KEY]
+        return None
+    _refuse_unsupported_platform()
+    for name, ours, unset in (("scheduler_cls", SCHEDULER, None), ("worker_cls", CPU_WORKER, "auto")):
+        chosen = getattr(engine_args, name)
+        if chosen not in (unset, ours):
+            raise ValueError(_refusal(name, chosen, f"it needs its own; drop --{name.replace('_', '-')}"))
+        setattr(engine_args, name, ours)
+    if engine_args.block_size is None:
+        engine_args.block_size = _CPU_BLOCK
+    elif engine_args.block_size % _CPU_BLOCK:
+        raise ValueError(_refusal("block_size", engine_args.block_size, f"choose a multiple of {_CPU_BLOCK}"))
+    vllm_compat.patch_stat_loggers(_make_stat_logger)
+    # Plain JSON: it is hashed into vLLM's compile cache key and printed with its config.
+    additional[config.KEY] = settings.model_dump(exclude_none=True)
+    return settings
+
+
+def check(vllm_config: Any, settings: EvictionConfig) -> None:
+    """Refuse combinations that are not supported. Raises ValueError with the option's name and the way out."""
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    for unsupported, option, value, way_out in (
+        (parallel.tensor_parallel_size > 1, "tensor_parallel_size", parallel.tensor_parallel_size, "use 1"),
+        (parallel.pipeline_parallel_size > 1, "pipeline_parallel_size", parallel.pipeline_parallel_size, "use 1"),
+        (_get(parallel, "decode_context_parallel_size", 1) > 1, "decode_context_parallel_size", "> 1", "use 1"),
+        (_get(parallel, "prefill_context_parallel_size", 1) > 1, "prefill_context_parallel_size", "> 1", "use 1"),
+        (_get(parallel, "use_ubatching", False), "enable_dbo", True, "turn micro-batching off"),
+        (vllm_config.speculative_config is not None, "speculative_config", "set", "drop it"),
+        (vllm_config.kv_transfer_config is not None, "kv_transfer_config", "set", "drop it"),
+        (_get(vllm_config, "ec_transfer_config", None) is not None, "ec_transfer_config", "set", "drop it"),
+        (model.runner_type != "generate", "runner", model.runner_type, "use a model that generates text"),
+        (model.is_encoder_decoder, "model", model.model, "use a decoder-only model"),
+        (model.use_mla, "model", f"{model.model} (multi-head latent attention)", "use a model with KV heads"),
+        (
+            cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
+            "kv_cache_dtype",
+            cache.cache_dtype,
+            "use auto",
+        ),
+        (
+            _get(cache, "kv_cache_dtype_skip_layers", None),
+            "kv_cache_dtype_skip_layers",
+            _get(cache, "kv_cache_dtype_skip_layers", None),
+            "drop it",
+        ),
+        (
+            settings.window > vllm_config.scheduler_config.max_num_batched_tokens,
+            config.option_name("window"),
+            settings.window,
+            f"choose at most max_num_batched_tokens={vllm_config.scheduler_config.max_num_batched_tokens}",
+        ),
+    ):
+        if unsupported:
+            raise ValueError(_refusal(option, value, way_out))
+    if settings.window > settings.min_tokens:
+        raise ValueError(
+            f"{config.option_name('window')}={settings.window}: choose at most "
+            f"{config.option_name('min_tokens')}={settings.min_tokens}, or raise that one"
+        )
+
+
+def _refuse_unsupported_platform() -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise ValueError(_refusal("device", current_platform.device_type, "use the CPU build of vLLM"))
+
+
+def _make_stat_logger(vllm_config: Any, engine_indexes: list[int]) -> Any:
+    from vllm_defensive.metrics import make_logger
+
+    return make_logger(vllm_config, engine_indexes)
+
+
+def _get(owner: Any, name: str, default: Any) -> Any:
+    return getattr(owner, name, default)
+
+
+def _refusal(option: str, value: Any, way_out: str) -> str:
+    return f"{option}={value}: not supported together with --kv-eviction; {way_out}, or set --kv-eviction none"

@@ -1,0 +1,175 @@
+"""Everything that leans on how vLLM 0.32 is made inside: side channels, registrations, and the patches.
+
+Each patch says why it is there, how it is kept harmless, and until when it is needed. With the flag absent only the two
+marked *inert* are installed, and they pass every call through unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from vllm_defensive.plan import StepMessage
+
+_MESSAGE = "kv_eviction_message"
+_MICROSECONDS = "kv_eviction_microseconds"
+_PATCHED = "__kv_eviction_patched__"
+
+
+def get_logger(name: str) -> Any:
+    """A logger under vLLM's own root, so that its level and format settings hold for our lines as well."""
+    from vllm.logger import init_logger
+
+    return init_logger(f"vllm.{name}")
+
+
+# -- patching ---------------------------------------------------------------------------------------------------------
+
+
+def patch(owner: Any, attribute: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace `owner.attribute` by `make(original)`, once however often it is asked for."""
+    original = getattr(owner, attribute)
+    if hasattr(original, _PATCHED):
+        return
+    replacement = functools.wraps(original)(make(original))
+    setattr(replacement, _PATCHED, True)
+    is_static = isinstance(owner.__dict__.get(attribute), staticmethod)
+    setattr(owner, attribute, staticmethod(replacement) if is_static else replacement)
+
+
+def patch_cli(add_flags: Callable[[Any], None]) -> None:
+    """P1, inert. Why: vLLM has no hook by which a plugin adds flags. How: after vLLM's own flags are added to a parser, add
+    ours. Until: vLLM offers such a hook."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
+            parser = original(parser, *args, **kwargs)
+            add_flags(parser)
+            return parser
+
+        return add_cli_args
+
+    patch(EngineArgs, "add_cli_args", make)
+
+
+def patch_engine_config(before: Callable[[Any], Any], after: Callable[[Any, Any], None]) -> None:
+    """P2, inert. Why: scheduler, worker and block size must be chosen before vLLM's platform settles them, and combinations
+    checked after. How: `before(engine_args)` returns settings or None; without settings nothing is touched. Until: vLLM lets
+    a plugin take part in building its config."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            settings = before(self)
+            vllm_config = original(self, *args, **kwargs)
+            if settings is not None:
+                after(vllm_config, settings)
+            return vllm_config
+
+        return create_engine_config
+
+    patch(EngineArgs, "create_engine_config", make)
+
+
+def patch_stat_loggers(make_logger: Callable[[Any, list[int]], Any]) -> None:
+    """P4, installed only when eviction is on. Why: the stat-logger plugin group is not read for `LLM` and not for servers
+    with several API processes. How: our logger is put first, so that it takes our counts off the stats before others see
+    them; engines without eviction get none. Until: that plugin group covers all of them."""
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, vllm_config, *args, **kwargs)
+            ours = make_logger(vllm_config, self.engine_indexes)
+            if ours is not None:
+                self.stat_loggers.insert(0, ours)
+
+        return __init__
+
+    patch(StatLoggerManager, "__init__", make)
+
+
+# -- registrations ----------------------------------------------------------------------------------------------------
+
+
+def register_spec(spec_cls: type, manager_cls: type, base: type) -> None:
+    """Make `manager_cls` the block manager of groups whose spec is `spec_cls`.
+
+    The registry fills itself only while it is empty, so it must have been filled before anything of ours goes in.
+    """
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(spec_cls, manager_cls, uniform_type_base_spec=base)
+
+
+@contextlib.contextmanager
+def cpu_attention_backend(class_path: str) -> Iterator[None]:
+    """Let the CPU platform hand out `class_path` as its attention backend while a model is loaded.
+
+    The CPU platform ignores the CUSTOM backend and always returns CPU_ATTN, which can be overridden by registration. The
+    override ends with the load, so that another engine in the same process gets the stock backend.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.attention.selector import _cached_get_attn_backend
+
+    register_backend(AttentionBackendEnum.CPU_ATTN, class_path)
+    _cached_get_attn_backend.cache_clear()
+    try:
+        yield
+    finally:
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+        _cached_get_attn_backend.cache_clear()
+
+
+# -- side channels ----------------------------------------------------------------------------------------------------
+
+
+def attach_message(scheduler_output: Any, message: StepMessage) -> None:
+    """Send a message to the workers. An extra attribute of `SchedulerOutput` survives pickling (not `dataclasses.replace`)."""
+    if message:
+        setattr(scheduler_output, _MESSAGE, message)
+
+
+def read_message(scheduler_output: Any) -> StepMessage:
+    """The message that rides on a scheduler output; an empty one if none does."""
+    return getattr(scheduler_output, _MESSAGE, None) or StepMessage()
+
+
+def attach_microseconds(model_runner_output: Any, microseconds: int) -> None:
+    """Report time spent on evictions with a step's output, which is the only thing that goes back to the scheduler."""
+    if microseconds:
+        setattr(model_runner_output, _MICROSECONDS, microseconds)
+
+
+def read_microseconds(model_runner_output: Any) -> int:
+    """Microseconds that the worker spent on evictions before this output, 0 if it does not say."""
+    return getattr(model_runner_output, _MICROSECONDS, 0)
+
+
+def reset_requests(scheduler_output: Any) -> set[str]:
+    """Requests of which a worker must forget everything before this step: ended, preempted, new, or resumed."""
+    cached = scheduler_output.scheduled_cached_reqs
+    gone = set(scheduler_output.finished_req_ids) | set(scheduler_output.preempted_req_ids or ())
+    gone.update(new.req_id for new in scheduler_output.scheduled_new_reqs)
+    gone.update(getattr(cached, "resumed_req_ids", ()))
+    return gone
+
+
+def request_ids_of(model_runner: Any) -> Callable[[Any], Sequence[str]]:
+    """From a batch's `CommonAttentionMetadata` to the request id of each of its rows, for either model runner."""
+    if hasattr(model_runner, "req_states"):
+        states = model_runner.req_states
+
+        def v2(common: Any) -> Sequence[str]:
+            return [states.index_to_req_id[int(i)] for i in common.req_idx[: common.num_reqs]]
+
+        return v2
+
+    def v1(common: Any) -> Sequence[str]:
+        return model_runner.input_batch.req_ids[: common.num_reqs]
+
+    return v1

@@ -1,0 +1,1 @@
+"""The workers: keep window queries, evict after the forward pass, attend over what was kept."""

@@ -1,0 +1,165 @@
+"""CPU attention for batches in which some rows were evicted: vLLM's own kernels, called once more over head pages.
+
+Rows that were not evicted take the stock path, bit for bit. An evicted row with `H` KV heads is handed to the same C++
+kernel as `H` sequences with one KV head each, whose block tables list head pages of the whole buffer. Nothing is
+reordered: in the stock call an evicted row looks at its own new tokens only, and that output is then overwritten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+from vllm_defensive.worker.pages import PageCodec
+from vllm_defensive.worker.runtime import EvictedRows, Runtime
+from vllm_defensive.worker.window import Capture
+
+
+class EvictionCPUBackend(CPUAttentionBackend):
+    """vLLM's CPU backend with our builder and implementation; layouts, dtypes and head sizes are its own."""
+
+    @staticmethod
+    def get_impl_cls() -> type[EvictionCPUImpl]:
+        return EvictionCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[EvictionCPUMetadataBuilder]:
+        return EvictionCPUMetadataBuilder
+
+
+@dataclass
+class EvictionCPUMetadata(CPUAttentionMetadata):
+    """captures: window queries to keep in this step. evicted: rows that attend over packed pages. stock: any others."""
+
+    captures: tuple[Capture, ...] = ()
+    evicted: EvictedRows | None = None
+    stock: bool = True
+
+
+class EvictionCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Builds stock metadata, and beside it what the evicted rows of the batch need."""
+
+    runtime: Runtime | None = None
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> CPUAttentionMetadata:
+        common = common_attn_metadata
+        step = self.runtime.step(common) if self.runtime is not None else None
+        if step is None:
+            return super().build(common_prefix_len, common, fast_build)
+        evicted = step.evicted
+        if evicted is not None:
+            # A dummy sequence as long as its query: the stock call must not walk a table whose blocks are gone.
+            common = replace(common, seq_lens=common.seq_lens.index_copy(0, evicted.rows_E, evicted.query_lens_E))
+        base = super().build(common_prefix_len, common, fast_build)
+        return EvictionCPUMetadata(
+            **{f.name: getattr(base, f.name) for f in fields(base)},
+            captures=step.captures,
+            evicted=evicted,
+            stock=evicted is None or evicted.rows_E.numel() < common.num_reqs,
+        )
+
+
+class EvictionCPUImpl(CPUAttentionBackendImpl):
+    """One layer. `runtime` and `layer_index` (position in the KV cache group) are set once the caches exist."""
+
+    runtime: Runtime | None = None
+    layer_index = -1
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        if not isinstance(attn_metadata, EvictionCPUMetadata):
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        for capture in attn_metadata.captures:
+            capture.take(self.layer_index, query)
+        if attn_metadata.stock:
+            super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        if attn_metadata.evicted is not None:
+            self._attend_packed(layer, query, attn_metadata.evicted, output)
+        return output
+
+    def _attend_packed(self, layer: Any, query_TQD: Tensor, rows: EvictedRows, output_TQD: Tensor) -> None:
+        """Overwrite the evicted rows of `output` with attention over each head's own pages."""
+        assert self.runtime is not None
+        group = self.num_heads // self.num_kv_heads
+        key_pages, value_pages = self.runtime.attention_view
+        # (token, KV head) pairs in the order row, head, token: each (row, head) is one sequence for the kernel.
+        query_XGD = query_TQD.reshape(-1, group, self.head_size).index_select(0, rows.token_head_X)
+        packed_XGD = torch.empty_like(query_XGD)
+        seq_lens = rows.seq_lens_LR[self.layer_index]
+        ops.cpu_attention_with_kv_cache(
+            query=query_XGD,
+            key_cache=key_pages,
+            value_cache=value_pages,
+            output=packed_XGD,
+            query_start_loc=rows.query_start_R,
+            seq_lens=seq_lens,
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=rows.tables_LRP[self.layer_index],
+            softcap=self.logits_soft_cap,
+            scheduler_metadata=ops.cpu_attn_get_scheduler_metadata(
+                num_reqs=seq_lens.numel(),
+                num_heads=group,
+                num_kv_heads=1,
+                head_dim=self.head_size,
+                seq_lens=seq_lens,
+                dtype=query_TQD.dtype,
+                query_start_loc=rows.query_start_R,
+                causal=True,
+                sliding_window_size=-1,
+                isa=layer.isa,
+                enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+                kv_cache_dtype=self.kv_cache_dtype,
+            ),
+            s_aux=None,
+            k_scale=layer._k_scale_float,
+            v_scale=layer._v_scale_float,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+        output_TQD.view(-1, group, self.head_size).index_copy_(0, rows.token_head_X, packed_XGD)
+
+
+def discover_codec(cache: Tensor, isa: str, model_dtype: torch.dtype, kv_cache_dtype: str) -> PageCodec:
+    """The order of tokens inside a page of this cache (`[blocks, H, N, 2*D]`), as the instruction set `isa` writes it."""
+    page_tokens, head_size = cache.shape[2], cache.shape[3] // 2
+    slots = torch.arange(page_tokens)
+
+    def write(key_N1D: Tensor, value_N1D: Tensor) -> Tensor:
+        page = torch.zeros(1, 1, 2 * page_tokens, head_size, dtype=cache.dtype)
+        key_page, value_page = page.chunk(2, dim=2)
+        ops.cpu_attn_reshape_and_cache(
+            key_N1D, value_N1D, key_page, value_page, slots, isa, kv_cache_dtype=kv_cache_dtype
+        )
+        return page
+
+    return PageCodec.discover(write, page_tokens, head_size, model_dtype)

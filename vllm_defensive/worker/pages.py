@@ -1,0 +1,105 @@
+"""Every head page of a KV cache group under one number, and how tokens lie inside a page.
+
+vLLM allocates all layers of a group in one buffer, so a page can be read by any layer. `PageView` numbers them and never
+assumes a memory layout: offsets and strides come from the tensors that vLLM made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class PageView:
+    """The KV cache of `L` layers as `data[page]`, each row the `2*N*D` elements of one head page (K half, then V half)."""
+
+    def __init__(self, caches: Sequence[Tensor]) -> None:
+        """caches: per layer `[blocks, H, N, 2*D]`, views of one buffer, pages contiguous. ValueError if they are not."""
+        first = caches[0]
+        blocks, self.num_heads, self.page_tokens, width = first.shape
+        self.num_layers, self.head_size = len(caches), width // 2
+        size = self.page_tokens * width
+        for cache in caches:
+            if cache.shape != first.shape or cache.stride() != first.stride() or cache.dtype != first.dtype:
+                raise ValueError("kv_eviction: the layers' KV caches differ in shape, stride or dtype")
+            if cache.stride()[2:] != (width, 1) or any(x % size for x in (cache.storage_offset(), *cache.stride()[:2])):
+                raise ValueError(f"kv_eviction: KV cache strides {cache.stride()} do not keep head pages contiguous")
+            if cache.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+                raise ValueError("kv_eviction: the layers' KV caches are not one buffer")
+        num_pages = first.untyped_storage().nbytes() // first.element_size() // size
+        self.data = first.as_strided((num_pages, size), (size, 1), 0)
+        layers = torch.tensor([cache.storage_offset() // size for cache in caches])
+        heads = torch.arange(self.num_heads) * (first.stride(1) // size)
+        self._inner_LH = (layers[:, None] + heads[None, :]).to(first.device)
+        self._block_stride = first.stride(0) // size
+        self.num_blocks = blocks
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def of_blocks(self, blocks_B: Tensor) -> Tensor:
+        """Page numbers int64 `[L, H, B]` of every layer and head in the given blocks (int64 `[B]`)."""
+        return self._inner_LH[:, :, None] + blocks_B * self._block_stride
+
+    def of_packed(self, blocks_K: Tensor) -> Tensor:
+        """Page numbers int64 `[K*L*H]` in the order in which packed pages are filled: block by block, layer, head."""
+        return (blocks_K[:, None] * self._block_stride + self._inner_LH.flatten()[None, :]).flatten()
+
+    def attention_view(self) -> tuple[Tensor, Tensor]:
+        """(K, V), each `[pages, 1, N, D]`: the whole buffer as the cache of a layer with one head."""
+        half = self.page_tokens * self.head_size
+        shape = (self.data.shape[0], 1, self.page_tokens, self.head_size)
+        stride = (2 * half, 2 * half, self.head_size, 1)
+        return self.data.as_strided(shape, stride, 0), self.data.as_strided(shape, stride, half)
+
+
+class PageCodec:
+    """Where token `n`, dimension `d` lies in each half of a page.
+
+    CPU attention kernels store keys and values in the order that their vector instructions like. Instead of knowing every
+    order, we push coded tokens through vLLM's own cache write once and read where they went.
+    """
+
+    def __init__(self, unpack_key_ND: Tensor, unpack_value_ND: Tensor) -> None:
+        """unpack_*: int64 `[N, D]`, position inside the half page of each element."""
+        self.page_tokens, self.head_size = unpack_key_ND.shape
+        half = unpack_key_ND.numel()
+        self._unpack_key, self._unpack_value = unpack_key_ND.flatten(), unpack_value_ND.flatten() + half
+        unpack = torch.cat([self._unpack_key, self._unpack_value])
+        self._pack = torch.empty_like(unpack).scatter_(0, unpack, torch.arange(2 * half))
+
+    @classmethod
+    def discover(cls, write, page_tokens: int, head_size: int, dtype: torch.dtype) -> PageCodec:  # type: ignore[no-untyped-def]
+        """write(key_NHD, value_NHD, page `[1, 1, N, 2*D]`): vLLM's cache write of `N` tokens of one head into one page.
+
+        Codes are digits to base 8, because small integers survive every cache dtype exactly, fp8 included.
+        """
+        token, dim = torch.meshgrid(torch.arange(page_tokens), torch.arange(head_size), indexing="ij")
+        position = torch.zeros(2, page_tokens * head_size, dtype=torch.int64)
+        for index, weight in ((token, head_size), (dim, 1)):
+            for shift in range(0, 12, 3):
+                digit = (index >> shift) & 7
+                if not bool(digit.any()):
+                    continue
+                coded = digit.to(dtype)[:, None, :].contiguous()
+                page = write(coded, coded.clone())
+                position += page.view(2, -1).to(torch.float32).long() * (weight << shift)
+        halves = [torch.empty_like(p).scatter_(0, p, torch.arange(p.numel())) for p in position]
+        if any(not torch.equal(p.sort().values, torch.arange(p.numel())) for p in position):
+            raise RuntimeError("kv_eviction: the order of tokens inside a KV cache page could not be determined")
+        return cls(*(h.view(page_tokens, head_size) for h in halves))
+
+    def unpack(self, pages_P: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw pages `[P, 2*N*D]` -> (K, V), each `[P, N, D]`, same dtype."""
+        shape = (pages_P.shape[0], self.page_tokens, self.head_size)
+        return (
+            pages_P.index_select(1, self._unpack_key).view(shape),
+            pages_P.index_select(1, self._unpack_value).view(shape),
+        )
+
+    def pack(self, key_PND: Tensor, value_PND: Tensor) -> Tensor:
+        """(K, V), each `[P, N, D]` -> raw pages `[P, 2*N*D]`, same dtype."""
+        return torch.cat([key_PND.flatten(1), value_PND.flatten(1)], dim=1).index_select(1, self._pack)

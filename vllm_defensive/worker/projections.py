@@ -1,0 +1,49 @@
+"""Each attention layer's output projection, as scoring wants it."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+# What the models of vLLM call the linear layer that follows attention, in the module that holds the attention.
+NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "attention_output", "proj")
+
+
+def output_slices(model: nn.Module, attention_name: str, num_heads: int, head_size: int) -> Tensor | None:
+    """`Wo` of one layer as `[Q, D, M]` in the model's dtype, or None (with a warning) if it cannot be recognised.
+
+    attention_name: the layer's name in the KV cache config, such as `model.layers.0.self_attn.attn`.
+
+    The layer may hold its weight quantised, transposed or packed for the CPU, so we do not look at the weight: we push unit
+    vectors through the layer, once, and read the rows that come out.
+    """
+    width = num_heads * head_size
+    parent_name = attention_name.rpartition(".")[0]
+    try:
+        parent = model.get_submodule(parent_name)
+    except AttributeError:
+        parent = None
+    for name in NAMES:
+        linear = getattr(parent, name, None)
+        if linear is None or getattr(linear, "input_size_per_partition", None) != width:
+            continue
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        device = next(model.parameters()).device
+        with torch.inference_mode():
+            unit = torch.eye(width, dtype=dtype, device=device)
+            rows = linear.quant_method.apply(linear, unit, bias=None)
+        return rows.view(num_heads, head_size, -1).contiguous()
+    logger.warning(
+        "kv_eviction: no output projection found beside %s; values are not weighted by it in this layer", attention_name
+    )
+    return None
+
+
+def gram(output_QDM: Tensor) -> Tensor:
+    """`Wo Wo^T` per query head, fp32 `[Q, D, D]`: enough for `||v Wo||_2`."""
+    output = output_QDM.float()
+    return output @ output.transpose(1, 2)

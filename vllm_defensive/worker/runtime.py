@@ -1,0 +1,115 @@
+"""What a worker knows about evicted requests, and what a step's batch makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_defensive.plan import StepMessage
+from vllm_defensive.worker.pages import PageView
+from vllm_defensive.worker.tables import BatchTable, RequestTable
+from vllm_defensive.worker.window import Capture, WindowQueries
+
+
+@dataclass(frozen=True)
+class EvictedRows:
+    """The evicted rows of one batch. R = E*H sequences of one KV head each, X = their query tokens in all.
+
+    rows_E int64 and query_lens_E int32: batch rows and their numbers of new tokens. token_head_X int64: index of each
+    (token, KV head) into the batch's queries seen as `[T*H, G, D]`. query_start_R int32 `[R+1]`. tables_LRP and seq_lens_LR
+    int32, per layer.
+    """
+
+    rows_E: Tensor
+    query_lens_E: Tensor
+    token_head_X: Tensor
+    query_start_R: Tensor
+    tables_LRP: Tensor
+    seq_lens_LR: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    captures: tuple[Capture, ...]
+    evicted: EvictedRows | None
+
+
+class Runtime:
+    """State between steps. `begin` and `end` bracket each real step; outside of them batches are dummies."""
+
+    def __init__(
+        self, view: PageView, windows: WindowQueries, request_ids: Callable[[Any], Sequence[str]]
+    ) -> None:
+        """request_ids: from vLLM's common attention metadata to the request id of each batch row."""
+        self.attention_view = view.attention_view()
+        self.windows = windows
+        self.tables: dict[str, RequestTable] = {}
+        self._view = view
+        self._request_ids = request_ids
+        self._batch = BatchTable()
+        self._message: StepMessage | None = None
+
+    def begin(self, message: StepMessage, gone: Iterable[str]) -> None:
+        """gone: requests that ended, were preempted, or enter the batch (anew): whatever we knew of them is void."""
+        for request_id in gone:
+            self.tables.pop(request_id, None)
+            self.windows.drop(request_id)
+        self._message = message
+
+    def end(self) -> None:
+        self._message = None
+
+    def step(self, common: Any) -> Step | None:
+        """What is special about this batch, or None: nothing is. common: vLLM's `CommonAttentionMetadata`."""
+        if self._message is None or not (self.tables or self._message.observe):
+            return None
+        ids = self._request_ids(common)
+        rows = [row for row, request_id in enumerate(ids) if request_id in self.tables]
+        captures = self._captures(ids, common) if self._message.observe else ()
+        if not rows and not captures:
+            return None
+        return Step(captures, self._evicted(ids, rows, common) if rows else None)
+
+    def _captures(self, ids: Sequence[str], common: Any) -> tuple[Capture, ...]:
+        assert self._message is not None
+        captures = []
+        for row, request_id in enumerate(ids):
+            num_tokens = self._message.observe.get(request_id)
+            if num_tokens is None:
+                continue
+            start, stop = common.query_start_loc_cpu[row : row + 2].tolist()
+            end = int(common.seq_lens[row])
+            captures.append(self.windows.plan(request_id, num_tokens, (end - (stop - start), end), start))
+        return tuple(c for c in captures if c is not None)
+
+    def _evicted(self, ids: Sequence[str], rows: list[int], common: Any) -> EvictedRows:
+        tables = [self.tables[ids[row]] for row in rows]
+        rows_E = torch.tensor(rows)
+        seq_lens_E = common.seq_lens[rows_E]
+        page_tokens, num_heads = self._view.page_tokens, self._view.num_heads
+        new_blocks: list[Tensor | None] = []
+        for row, table, seq_len in zip(rows, tables, seq_lens_E.tolist(), strict=True):
+            first, last = table.full_blocks + table.growth_blocks, -(-seq_len // page_tokens)
+            new_blocks.append(common.block_table_tensor[row, first:last].long() if last > first else None)
+        self._batch.update(tables, new_blocks)
+
+        starts_E = common.query_start_loc_cpu[rows_E].long()
+        query_lens_E = common.query_start_loc_cpu[rows_E + 1].long() - starts_E
+        query_lens_R = query_lens_E.repeat_interleave(num_heads)
+        query_start_R = torch.zeros(query_lens_R.numel() + 1, dtype=torch.int32)
+        query_start_R[1:] = query_lens_R.cumsum(0)
+        # Sequence r = (row e, head h) has the tokens starts[e] + 0, 1, ...: position in [T*H] is token * H + h.
+        sequence_X = torch.arange(query_lens_R.numel()).repeat_interleave(query_lens_R)
+        token_X = torch.arange(sequence_X.numel()) - query_start_R[sequence_X] + starts_E[sequence_X // num_heads]
+        return EvictedRows(
+            rows_E=rows_E,
+            query_lens_E=query_lens_E.to(torch.int32),
+            token_head_X=token_X * num_heads + sequence_X % num_heads,
+            query_start_R=query_start_R,
+            tables_LRP=self._batch.pages_LEHP.flatten(1, 2),
+            seq_lens_LR=self._batch.lengths(seq_lens_E),
+        )

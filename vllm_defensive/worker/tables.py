@@ -1,0 +1,97 @@
+"""Which pages each head of each evicted request reads: built at its eviction, extended when it gets a block.
+
+A row of an evicted request reads three segments, one after the other: the `s` shared positional blocks, the head's packed
+pages, and the positional blocks from `g` on. All but the last page are full, so for head (l, h)
+
+    length = (s + pages[l, h] - g) * N + seq_len,
+
+a function of vLLM's own `seq_len` and of constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vllm_defensive.plan import Eviction
+from vllm_defensive.worker.pages import PageView
+
+_SPARE_PAGES = 32  # room for growth in a fresh table, so that it is not reallocated at each new block
+
+
+class RequestTable:
+    """Page numbers of one evicted request. pages_LH: int `[L, H]`, packed pages of each head."""
+
+    def __init__(self, view: PageView, eviction: Eviction, pages_LH: Tensor) -> None:
+        self._view = view
+        self.full_blocks = eviction.num_tokens // view.page_tokens
+        shared = eviction.shared_blocks
+        self.growth_blocks = 0
+        self._used_LH = pages_LH.long() + shared
+        self._most_used = int(self._used_LH.max())
+        self.offset_LH = ((self._used_LH - self.full_blocks) * view.page_tokens).to(torch.int32)
+        columns = self._most_used + _SPARE_PAGES
+        self.pages_LHP = torch.zeros(*pages_LH.shape, columns, dtype=torch.int32)
+        if shared:
+            blocks = torch.tensor(eviction.source_blocks[:shared], device=view.device)
+            self.pages_LHP[:, :, :shared] = view.of_blocks(blocks)
+        packed = view.of_packed(torch.tensor(eviction.packed_blocks, device=view.device))
+        counts = pages_LH.flatten().long()
+        ends = counts.cumsum(0)
+        flat = torch.arange(packed.numel(), device=view.device)
+        head = torch.searchsorted(ends, flat, right=True)
+        column = flat - (ends - counts)[head] + shared
+        self.pages_LHP.view(counts.numel(), columns)[head, column] = packed.to(torch.int32)
+
+    def grow(self, blocks_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Append positional blocks (int64 `[B]`), one page a block to every head.
+
+        Returns the (columns int64, pages int32), both `[L, H, B]`, that were written.
+        """
+        count = blocks_B.numel()
+        missing = self._most_used + count - self.pages_LHP.shape[2]
+        if missing > 0:
+            wider = self.pages_LHP.new_zeros(*self.pages_LHP.shape[:2], missing + self.pages_LHP.shape[2] // 2)
+            self.pages_LHP = torch.cat([self.pages_LHP, wider], dim=2)
+        columns_LHB = self._used_LH[:, :, None] + torch.arange(count)
+        pages_LHB = self._view.of_blocks(blocks_B).to(torch.int32)
+        self.pages_LHP.scatter_(2, columns_LHB, pages_LHB)
+        self._used_LH = self._used_LH + count
+        self._most_used += count
+        self.growth_blocks += count
+        return columns_LHB, pages_LHB
+
+
+class BatchTable:
+    """The tables of a batch's evicted rows side by side, kept from step to step while the rows stay the same."""
+
+    def __init__(self) -> None:
+        self._rows: list[RequestTable] = []
+        self.pages_LEHP = torch.empty(0)
+        self.offset_LEH = torch.empty(0)
+
+    def update(self, rows: Sequence[RequestTable], new_blocks: Sequence[Tensor | None]) -> None:
+        """Make this the table of `rows`; new_blocks[e]: positional blocks (int64) that row `e` got since, if any."""
+        same = len(rows) == len(self._rows) and all(a is b for a, b in zip(rows, self._rows, strict=True))
+        for e, (row, blocks) in enumerate(zip(rows, new_blocks, strict=True)):
+            if blocks is None:
+                continue
+            columns_LHB, pages_LHB = row.grow(blocks)
+            same = same and row.pages_LHP.shape[2] <= self.pages_LEHP.shape[3]
+            if same:
+                self.pages_LEHP[:, e].scatter_(2, columns_LHB, pages_LHB)
+        if same:
+            return
+        self._rows = list(rows)
+        width = max(row.pages_LHP.shape[2] for row in rows)
+        layers, heads = rows[0].pages_LHP.shape[:2]
+        self.pages_LEHP = torch.zeros(layers, len(rows), heads, width, dtype=torch.int32)
+        for e, row in enumerate(rows):
+            self.pages_LEHP[:, e, :, : row.pages_LHP.shape[2]] = row.pages_LHP
+        self.offset_LEH = torch.stack([row.offset_LH for row in rows], dim=1)
+
+    def lengths(self, seq_lens_E: Tensor) -> Tensor:
+        """Tokens that each head reads, int32 `[L, E*H]`, given vLLM's logical lengths int32 `[E]`."""
+        return (self.offset_LEH + seq_lens_E[None, :, None]).flatten(1)

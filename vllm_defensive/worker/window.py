@@ -1,0 +1,61 @@
+"""The queries of each finishing prompt's observation window, kept while its last chunks run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Copy query rows `[source, source + count)` of a step's batch to `[target, ...)` of a request's window."""
+
+    window_LWQD: Tensor
+    source: int
+    target: int
+    count: int
+
+    def take(self, layer: int, query_TQD: Tensor) -> None:
+        self.window_LWQD[layer, self.target : self.target + self.count] = query_TQD[
+            self.source : self.source + self.count
+        ]
+
+
+class WindowQueries:
+    """Post-RoPE queries of the last `W` tokens before each eviction, for all layers.
+
+    A window may be spread over several chunks, and chunks of other requests come between, so each request has a buffer
+    from the first step that touches its window to its eviction.
+    """
+
+    def __init__(self, num_layers: int, window: int, num_query_heads: int, head_size: int, dtype: torch.dtype) -> None:
+        self._shape = (num_layers, window, num_query_heads, head_size)
+        self._dtype = dtype
+        self._buffers: dict[str, Tensor] = {}
+        self._filled: dict[str, int] = {}
+
+    def plan(self, request_id: str, num_tokens: int, chunk: tuple[int, int], row_start: int) -> Capture | None:
+        """The copy for one row of a batch: token positions `chunk` of a prompt of `num_tokens`, at batch row `row_start`."""
+        window = self._shape[1]
+        first = num_tokens - window
+        begin, end = max(chunk[0], first), min(chunk[1], num_tokens)
+        if begin >= end:
+            return None
+        if request_id not in self._buffers:
+            self._buffers[request_id] = torch.empty(self._shape, dtype=self._dtype)
+            self._filled[request_id] = 0
+        self._filled[request_id] += end - begin
+        return Capture(self._buffers[request_id], row_start + begin - chunk[0], begin - first, end - begin)
+
+    def pop(self, request_id: str) -> Tensor:
+        """The complete window `[L, W, Q, D]`."""
+        filled = self._filled.pop(request_id)
+        assert filled == self._shape[1], f"{request_id}: {filled} of {self._shape[1]} window queries were seen"
+        return self._buffers.pop(request_id)
+
+    def drop(self, request_id: str) -> None:
+        """Forget a request that ended, was preempted or starts anew."""
+        self._buffers.pop(request_id, None)
+        self._filled.pop(request_id, None)
