@@ -1,0 +1,159 @@
+"""The policies once more, in float64 and plain loops, written from the formulas and from nothing in the package.
+
+One function a formula, one number at a time. A head of one layer is a list of scores; nothing is paged, forced tokens
+are kept first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+Rows = np.ndarray  # [H, G, W, n], attention of the window's queries to the tokens before it
+
+
+@dataclass
+class Layer:
+    """Inputs of one layer, float64. query [W, Q, D], key and value [H, S, D], output [Q, D, M] or None."""
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    output: np.ndarray | None
+
+
+def attention(layer: Layer, scale: float) -> Rows:
+    window, query_heads, _ = layer.query.shape
+    heads, tokens, _ = layer.key.shape
+    group = query_heads // heads
+    rows = np.zeros((heads, group, window, tokens))
+    for h in range(heads):
+        for g in range(group):
+            for w in range(window):
+                seen = tokens - window + w + 1
+                logits = layer.key[h, :seen] @ layer.query[w, h * group + g] * scale
+                weights = np.exp(logits - logits.max())
+                rows[h, g, w, :seen] = weights / weights.sum()
+    return rows
+
+
+def pool(row: np.ndarray, kernel: int) -> np.ndarray:
+    reach, n = kernel // 2, len(row)
+    return np.array([sum(row[max(t - reach, 0) : min(t + reach + 1, n)]) / kernel for t in range(n)])
+
+
+def value_norm(layer: Layer, n: int, order: int) -> np.ndarray:
+    assert layer.output is not None
+    heads = layer.key.shape[0]
+    group = layer.query.shape[1] // heads
+    norm = np.zeros((heads, n))
+    for h in range(heads):
+        for t in range(n):
+            projected = [layer.value[h, t] @ layer.output[h * group + g] for g in range(group)]
+            norm[h, t] = sum(np.linalg.norm(p, order) for p in projected) / group
+    return norm
+
+
+def mean_scores(rows: Rows, kernel: int) -> np.ndarray:
+    heads, _, window, _ = rows.shape
+    return np.array(
+        [sum(pool(rows[h, :, w].mean(axis=0), kernel) for w in range(window)) / window for h in range(heads)]
+    )
+
+
+def defensive_scores(rows: Rows, kernel: int) -> np.ndarray:
+    heads, group, window, n = rows.shape
+    scores = np.zeros((heads, n))
+    for h in range(heads):
+        peak = np.zeros(n)
+        for g in range(group):
+            for w in range(window):
+                pooled = pool(rows[h, g, w], kernel)
+                peak = np.maximum(peak, pooled / pooled.sum() * rows[h, g, w].sum())
+        scores[h] = np.maximum(peak, peak.mean())
+    return scores
+
+
+def certain_tokens(rows: Rows, full_rows: Rows, keep_ratio: float, window_bias: str) -> list[set[int]]:
+    """Stage 1 of DefensiveKV: for each head the tokens that are kept for certain."""
+    heads, _, window, n = rows.shape
+    before = rows[..., -window:] if window_bias == "reference" else full_rows[..., n:]
+    threshold = 0.9 - before.sum(axis=-1).mean()
+    cap = max(int(n * (1 - (1 - keep_ratio)) - window), 0)
+    certain = []
+    for h in range(heads):
+        mass = rows[h].mean(axis=(0, 1))
+        mass = mass / mass.sum()
+        chosen: set[int] = set()
+        total = 0.0
+        for t in sorted(range(n), key=lambda t: (-mass[t], t)):
+            total += mass[t]
+            if total >= threshold or len(chosen) == cap:
+                break
+            chosen.add(t)
+        certain.append(chosen)
+    return certain
+
+
+def scores(
+    policy, layer: Layer, *, index: int, scale: float, keep_ratio: float
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """(scores, second-stage ranks or None), float64 [H, n], of a policy over the tokens before the window."""
+    window, heads, tokens = layer.query.shape[0], *layer.key.shape[:2]
+    n = tokens - window
+    if policy.aggregate == "recency":
+        return np.array([[tokens if t < 4 else t for t in range(n)]] * heads, dtype=float), None
+    if policy.aggregate == "uniform":
+        return np.ones((heads, n)), None
+    full_rows = attention(layer, scale)
+    rows = full_rows[..., :n]
+    weighted = layer.output is not None and policy.value_weight != "none"
+    norm = value_norm(layer, n, 1 if policy.value_weight == "l1" else 2) if weighted else None
+    if policy.aggregate == "mean":
+        plain = mean_scores(rows, policy.pool_kernel)
+        return plain, None if norm is None else (plain + 1e-4) * norm
+    risk = defensive_scores(rows, policy.pool_kernel)
+    if norm is not None:
+        risk = risk * (norm / norm.sum(axis=0))
+    certain = certain_tokens(rows, full_rows, keep_ratio, policy.window_bias)
+    best = risk.max()
+    for h in range(heads):
+        for t in certain[h]:
+            risk[h, t] = best
+    return risk, None
+
+
+def kept_sets(
+    policy, layers: list[tuple[np.ndarray, np.ndarray | None]], *, tokens: int, window: int, keep_ratio: float
+) -> dict[tuple[int, int], set[int]]:
+    """Token by token, with the reference's budgets, window included. {(layer, head): positions}."""
+    heads, n = layers[0][0].shape
+    forced = set(range(n, tokens))
+    fraction = 1 - (1 - keep_ratio)
+    everyone = [(i, h) for i in range(len(layers)) for h in range(heads)]
+    best = {(i, h): sorted(range(n), key=lambda t, s=layers[i][0][h]: (-s[t], t)) for i, h in everyone}
+    if policy.scope == "head":
+        return {at: forced | set(best[at][: int(tokens * fraction) - window]) for at in everyone}
+    units = (
+        [everyone] if policy.scope == "model" else [[at for at in everyone if at[0] == i] for i in range(len(layers))]
+    )
+    kept = {at: set(forced) for at in everyone}
+    for unit in units:
+        budget = int(tokens * fraction * heads * (len(layers) if policy.scope == "model" else 1))
+        guard = max(int(policy.guard * int(tokens * fraction)) - window, 0)
+        for at in unit:
+            kept[at] |= set(best[at][:guard])
+        others = [(at, t) for at in unit for t in best[at][guard:]]
+        others.sort(key=lambda c: (-layers[c[0][0]][0][c[0][1], c[1]], c[0], c[1]))
+        for at, t in others[: budget - sum(len(kept[at]) for at in unit)]:
+            kept[at].add(t)
+    if policy.stages == "half-budget" and layers[0][1] is not None:
+        for i, h in everyone:
+            budget = len(kept[i, h])
+            rank = layers[i][1][h]
+            certain = forced | set(best[i, h][: max(math.floor(budget / 2) - window, 0)])
+            rest = sorted(set(range(n)) - certain, key=lambda t, r=rank: (-r[t], t))
+            kept[i, h] = certain | set(rest[: budget - len(certain)])
+    return kept
