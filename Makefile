@@ -22,7 +22,7 @@ $(READY): setup.py scripts/setup.sh packaging/vllm_stub/setup.py
 model: $(READY)  ## make .models/SmolLM2-135M-Instruct
 	@$(BIN)/python -m benchmarks.models
 
-demo: $(READY) model  ## show the full cache and an evicted one side by side
+demo: $(READY) model  ## see it work on the small model
 	$(BIN)/python -m benchmarks.demo
 
 test: $(READY) model  ## all tests; the slow ones run a real model and start servers
