@@ -26,6 +26,7 @@ setup(
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
     # The kernels are a top-level package of their own (torch and triton only). Their folder is not a package,
     # because Hugging Face publishes one that is called `kernels`.
