@@ -114,7 +114,7 @@ def select_tokens(policy: Policy, shape: Shape, scores: list[LayerScores], keep_
 
 def kept_by_head(selection: Selection) -> dict[tuple[int, int], list[int]]:
     """{(layer, head): kept positions in the order in which they are packed}."""
-    layers, heads = selection.pages_LH.shape
+    heads = selection.pages_LH.shape[1]
     counts = (selection.pages_LH.flatten() * selection.tokens_PN.shape[1]).tolist()
     parts = np.split(selection.tokens_PN.flatten().numpy(), np.cumsum(counts)[:-1])
     return {(i // heads, i % heads): part.tolist() for i, part in enumerate(parts)}
