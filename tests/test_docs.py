@@ -1,0 +1,65 @@
+"""What the README says of flags and policies is what the code does; the metadata of our distributions agree."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import distribution
+from pathlib import Path
+
+import vllm_defensive
+from vllm_defensive.cli import flag_of
+from vllm_defensive.config import NONE, EvictionConfig, allowed_policies
+from vllm_defensive.policy.presets import PRESETS, public_names
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def table_rows(first_cell: str) -> list[list[str]]:
+    """Cells of the README's table whose header starts with `first_cell`, without the header."""
+    _, _, table = README.partition(f"| {first_cell} |")
+    rows = table.partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+
+
+def test_readme_lists_every_flag_with_its_default() -> None:
+    defaults = {name: field.default for name, field in EvictionConfig.model_fields.items()}
+    expected = {flag_of(name): "off" if default is None else str(default) for name, default in defaults.items()}
+    expected[flag_of("policy")] = NONE
+    assert {row[0].strip("`"): row[2].strip("`") for row in table_rows("flag")} == expected
+
+
+def test_readme_lists_every_policy_with_its_source() -> None:
+    assert re.findall(r"`([^`]+)`", table_rows("flag")[0][1]) == allowed_policies()
+    link = re.compile(r"\[`([^`]+)`\]\(([^)]+)\)")
+    rows = [link.fullmatch(row[0]) for row in table_rows("policy")]
+    assert [row.groups() for row in rows if row] == [(name, PRESETS[name].source) for name in public_names()]
+
+
+def test_readme_lists_every_counter() -> None:
+    from vllm_defensive.metrics import COUNTERS  # imports vLLM, which the other tests here do without
+
+    assert [row[0].strip("`") for row in table_rows("counter")] == [name for name, _, _ in COUNTERS.values()]
+
+
+def test_readme_names_only_targets_that_make_has() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    documents = README + (ROOT / "CONTRIBUTING.md").read_text() + (ROOT / ".ci" / "run").read_text()
+    named = set(re.findall(r"(?:`|^|\d )make ([a-z-]+)", documents, flags=re.MULTILINE))
+    assert {"demo", "test", "lint"} <= named <= targets
+
+
+def test_installed_distribution_registers_the_plugin() -> None:
+    installed = distribution("vllm-defensive")
+    assert installed.version == vllm_defensive.__version__
+    (entry,) = installed.entry_points.select(group="vllm.general_plugins")
+    assert callable(entry.load())
+
+
+def test_stub_has_the_version_of_the_vllm_that_is_installed() -> None:
+    versions = {
+        name: re.findall(r'(?<!_)(?:VLLM_VERSION = |name="vllm", version=)"([^"]+)"', (ROOT / name).read_text())
+        for name in ("setup.py", "packaging/vllm_stub/setup.py")
+    }
+    (wanted,), (stub,) = versions.values()
+    assert stub == f"{wanted}+cpu"
