@@ -1,1 +1,49 @@
-"""Kernels of vllm_defensive: each op has a readable PyTorch reference and a Triton kernel of the same signature."""
+"""Kernels of vllm_defensive: each op is a Triton kernel, a readable PyTorch reference of the same signature
+(`reference`) and a wrapper that checks its arguments, runs the kernel on CUDA and the reference elsewhere. Needs torch
+and Triton only.
+
+Axes, used as suffixes of tensor names: `L` layers, `H` KV heads of this rank, `G` query heads a KV head, `Q = H*G`
+query heads, `W` window queries, `R` rows of a batch, `T` tokens, `E` evictable tokens, `N` tokens a page, `D` head
+size, `P` pages, `K` fresh blocks, `O = L*H + 1` page offsets, `S` slots of `PackedState`, `C` columns of a projection.
+
+One convention for storage (`pages.PagedKV`): the cache is seen as **head pages**, `N` tokens of one KV head of one
+layer, through two strided views `key_PND` and `value_PND` of one buffer. The page of a (layer, head, block) is
+
+    page(l, h, b) = layer_page_L[l] + b * block_pages + h * head_pages              (int64, in units of pages)
+
+which covers every layout of vLLM's cache: block or layer outermost, heads or tokens inside, K and V interleaved or not.
+
+What a request keeps (`pages.PackedState`): flat page `q` of its packed region lives in block `fresh[q // (L*H)]` at
+inner position `q % (L*H)`, whose (layer slot, head slot) is `divmod(inner, H)`; head (l, h) owns
+`q in [offset[l*H + h], offset[l*H + h + 1])`. Before it lie `shared` whole blocks at their ordinary positions, after it
+the ordinary blocks from `growth` on.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Modules are named differently from their functions, so that a submodule never hides the function of its name; they
+# load on first use, because importing Triton costs time that a process without eviction should not pay.
+_EXPORTS = {
+    "PagedKV": "pages",
+    "PackedState": "pages",
+    "RaggedTokens": "pages",
+    "WindowScores": "window",
+    "window_scores": "window",
+    "value_norm": "norms",
+    "gram_factor": "norms",
+    "PageSelection": "selection",
+    "select_pages": "selection",
+    "compact": "compaction",
+    "ragged_paged_decode": "decode",
+    "DecodeWorkspace": "decode",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)

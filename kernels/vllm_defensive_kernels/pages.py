@@ -1,0 +1,172 @@
+"""The records that every op shares: where pages are, what a request keeps, and which tokens a ragged batch covers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from vllm_defensive_kernels.checks import refuse, require_int, require_shape
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """A KV cache seen as head pages; see the package's docstring for the address of a page.
+
+    key_PND, value_PND: views `[pages, N, D]` of fp32, fp16, bf16 or fp8, of one dtype, shape and device, any strides
+        but the last, which is 1. The views may overlap (heads inside tokens).
+    layer_page_L: int64 on the same device, first page of each layer.
+    block_pages, head_pages: distance, in pages, of neighbouring blocks and heads.
+    """
+
+    key_PND: Tensor
+    value_PND: Tensor
+    layer_page_L: Tensor
+    block_pages: int
+    head_pages: int
+    num_kv_heads: int
+
+    def __post_init__(self) -> None:
+        key, value = self.key_PND, self.value_PND
+        if key.dim() != 3 or key.stride(-1) != 1:
+            refuse("key_PND", (tuple(key.shape), key.stride()), "a view [pages, N, D] with stride 1 in D")
+        require_shape("value_PND", value, tuple(key.shape))
+        if value.stride(-1) != 1:
+            refuse("value_PND.stride()", value.stride(), "stride 1 in D")
+        if key.dtype not in FLOATS or value.dtype != key.dtype:
+            refuse("key_PND.dtype, value_PND.dtype", (key.dtype, value.dtype), f"one dtype of {FLOATS}")
+        if self.layer_page_L.dtype != torch.int64 or self.layer_page_L.dim() != 1:
+            refuse("layer_page_L", (self.layer_page_L.dtype, tuple(self.layer_page_L.shape)), "int64 of shape [L]")
+        if not (key.device == value.device == self.layer_page_L.device):
+            refuse("layer_page_L.device", self.layer_page_L.device, f"{key.device}, where the pages are")
+        for name in ("block_pages", "head_pages", "num_kv_heads"):
+            require_int(name, getattr(self, name), 1)
+
+    @property
+    def num_layers(self) -> int:
+        return self.layer_page_L.shape[0]
+
+    @property
+    def page_tokens(self) -> int:
+        return self.key_PND.shape[1]
+
+    @property
+    def head_size(self) -> int:
+        return self.key_PND.shape[2]
+
+    def page_of(self, layer: int, head: int | Tensor, block: int | Tensor) -> Tensor:
+        """int64 page of a (layer, head, block); `head` and `block` may be tensors that broadcast. For references."""
+        block = torch.as_tensor(block, device=self.layer_page_L.device).long()
+        return self.layer_page_L[layer] + block * self.block_pages + head * self.head_pages
+
+    @classmethod
+    def from_layers(cls, layer_BHNC: Sequence[Tensor]) -> PagedKV:
+        """Page view of the caches of all layers of one KV cache group.
+
+        layer_BHNC: one tensor `[blocks, H, N, 2*D]` a layer, K in the first D columns; permute to this order whatever
+            the order in memory is. They are views of one storage, of one shape and strides.
+        """
+        first = layer_BHNC[0]
+        require_shape("layer_BHNC[0]", first, (None, None, None, None))
+        blocks, heads, page_tokens, columns = first.shape
+        block_stride, head_stride, token_stride, column_stride = first.stride()
+        if columns % 2 or column_stride != 1:
+            refuse("layer_BHNC[0]", (columns, column_stride), "2*D contiguous columns, K then V")
+        for index, layer in enumerate(layer_BHNC):
+            same_storage = layer.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            if not same_storage or layer.shape != first.shape or layer.stride() != first.stride():
+                refuse(f"layer_BHNC[{index}]", tuple(layer.shape), "a view of one storage, same shape and strides")
+        starts = [layer.storage_offset() for layer in layer_BHNC]
+        origin = min(starts)
+        # The largest step from which every page is a whole number of steps away: views then need no other arithmetic.
+        unit = math.gcd(head_stride, block_stride, *(start - origin for start in starts))
+        last = max(starts) - origin + (blocks - 1) * block_stride + (heads - 1) * head_stride
+        head_size = columns // 2
+        shape, stride = (last // unit + 1, page_tokens, head_size), (unit, token_stride, 1)
+        return cls(
+            key_PND=first.as_strided(shape, stride, origin),
+            value_PND=first.as_strided(shape, stride, origin + head_size),
+            layer_page_L=torch.tensor([(s - origin) // unit for s in starts], dtype=torch.int64, device=first.device),
+            block_pages=block_stride // unit,
+            head_pages=head_stride // unit,
+            num_kv_heads=heads,
+        )
+
+
+@dataclass(frozen=True)
+class PackedState:
+    """What evicted requests keep, one slot a request; persistent buffers, so that a captured graph can read them.
+
+    fresh_SK: int32 `[slots, K_max]`, ids of the fresh blocks. offset_SO: int32 `[slots, L*H + 1]`, first page of each
+    head in the packed region. shared_S, growth_S: int32 `[slots]`, `s` and `g` in blocks.
+    """
+
+    fresh_SK: Tensor
+    offset_SO: Tensor
+    shared_S: Tensor
+    growth_S: Tensor
+
+    def __post_init__(self) -> None:
+        slots = self.fresh_SK.shape[0]
+        require_shape("fresh_SK", self.fresh_SK, (slots, None))
+        require_shape("offset_SO", self.offset_SO, (slots, None))
+        require_shape("shared_S", self.shared_S, (slots,))
+        require_shape("growth_S", self.growth_S, (slots,))
+        for name in ("fresh_SK", "offset_SO", "shared_S", "growth_S"):
+            if getattr(self, name).dtype != torch.int32:
+                refuse(f"{name}.dtype", getattr(self, name).dtype, "torch.int32")
+        if self.fresh_SK.stride(1) != 1 or self.offset_SO.stride(1) != 1:
+            refuse("fresh_SK, offset_SO strides", (self.fresh_SK.stride(), self.offset_SO.stride()), "contiguous rows")
+
+    @classmethod
+    def empty(
+        cls, slots: int, max_blocks: int, num_layers: int, num_kv_heads: int, device: torch.device | str
+    ) -> PackedState:
+        """Zeroed state: every slot is a request with nothing packed."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.int32, device=device)
+
+        return cls(zeros(slots, max_blocks), zeros(slots, num_layers * num_kv_heads + 1), zeros(slots), zeros(slots))
+
+
+@dataclass(frozen=True)
+class RaggedTokens:
+    """Row r of a batch covers prompt tokens `[0, counts[r])`; they lie at `start_R[r] + t` of a ragged token axis.
+
+    counts are known on the host (grids are made from them); count_R int32 and start_R int64 are copies on the device.
+    """
+
+    counts: tuple[int, ...]
+    count_R: Tensor
+    start_R: Tensor
+
+    @classmethod
+    def of(cls, counts: Sequence[int], device: torch.device | str) -> RaggedTokens:
+        """Copy counts to the device without waiting for it."""
+        for row, count in enumerate(counts):
+            require_int(f"counts[{row}]", count, 0)
+        starts = list(accumulate(counts, initial=0))[:-1]
+        pin = torch.device(device).type == "cuda"  # an unpinned copy would wait for the device
+        count_R = torch.tensor(counts, dtype=torch.int32, pin_memory=pin).to(device, non_blocking=True)
+        start_R = torch.tensor(starts, dtype=torch.int64, pin_memory=pin).to(device, non_blocking=True)
+        return cls(tuple(counts), count_R, start_R)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def longest(self) -> int:
+        return max(self.counts, default=0)
+
+    def spans(self) -> list[slice]:
+        """Slices of the ragged axis, one a row."""
+        ends = list(accumulate(self.counts))
+        return [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]

@@ -1,0 +1,146 @@
+"""What every op computes, in plain PyTorch: dense, row by row and head by head. Runs anywhere, also without Triton.
+
+Same signatures as the kernels' wrappers, which check the arguments; the formulas themselves are in `formulas`.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from vllm_defensive_kernels import formulas
+from vllm_defensive_kernels.pages import PackedState, PagedKV, RaggedTokens
+
+
+def gather_head(pages_PND: Tensor, pages: PagedKV, layer: int, head: int, table_B: Tensor, tokens: int) -> Tensor:
+    """K or V of one head's first `tokens` positional tokens, in the dtype of the cache. -> [T, D]."""
+    blocks = -(-tokens // pages.page_tokens)
+    return pages_PND[pages.page_of(layer, head, table_B[:blocks])].flatten(0, 1)[:tokens]
+
+
+def _gather_heads(pages_PND: Tensor, pages: PagedKV, layer: int, table_B: Tensor, tokens: int) -> Tensor:
+    heads = range(pages.num_kv_heads)
+    return torch.stack([gather_head(pages_PND, pages, layer, head, table_B, tokens) for head in heads])
+
+
+def window_scores(
+    query_LRWQD: Tensor, pages: PagedKV, table_RB: Tensor, tokens: RaggedTokens, *,
+    aggregate: str, pool: int, clamp: bool, scale: float, key_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Reference of `window.window_scores`."""
+    layers, _, window, _, _ = query_LRWQD.shape
+    score_LHT = torch.empty(layers, pages.num_kv_heads, tokens.total, device=query_LRWQD.device)
+    mean_LHT = torch.empty_like(score_LHT)
+    for layer in range(layers):
+        for row, span in enumerate(tokens.spans()):
+            scored = tokens.counts[row]
+            if scored == 0:
+                continue
+            key_HSD = _gather_heads(pages.key_PND, pages, layer, table_RB[row], scored + window)
+            attention = formulas.window_attention(query_LRWQD[layer, row], key_HSD.float(), scale * key_scale)
+            attention = attention[..., :scored]
+            mean_HT = formulas.aggregate_mean(attention)
+            if aggregate == "mean":
+                score_HT = formulas.pool_tokens(mean_HT, pool)
+            else:
+                score_HT = formulas.aggregate_peak(attention, pool)
+                score_HT = formulas.clamp_to_mean(score_HT) if clamp else score_HT
+            score_LHT[layer, :, span], mean_LHT[layer, :, span] = score_HT, mean_HT
+    return score_LHT, mean_LHT
+
+
+def value_norm(
+    pages: PagedKV, layer: int, table_RB: Tensor, tokens: RaggedTokens, output_QDC: Tensor, *,
+    order: int, value_scale: float, out_HT: Tensor,
+) -> Tensor:  # fmt: skip
+    """Reference of `norms.value_norm`."""
+    for row, span in enumerate(tokens.spans()):
+        value_HTD = _gather_heads(pages.value_PND, pages, layer, table_RB[row], tokens.counts[row])
+        value_HTD = value_HTD if value_HTD.dtype == output_QDC.dtype else value_HTD.float()
+        if order == 1:
+            norm_HT = formulas.value_norm_l1(value_HTD, output_QDC)
+        else:
+            norm_HT = formulas.value_norm_l2_gram(value_HTD, formulas.output_gram(output_QDC))
+        out_HT[:, span] = norm_HT * value_scale
+    return out_HT
+
+
+def pack_tokens(score_RE: Tensor, sorted_RE: Tensor, count_R: Tensor, first_token: int, total: int) -> Tensor:
+    """Reference of the kernel in `selection`: kept positions of each row, ascending. -> int32 [total]."""
+    return formulas.packed_positions(formulas.keep_best(score_RE, count_R, sorted_RE), count_R, total, first_token)
+
+
+def compact(
+    source: PagedKV, table_B: Tensor, offset_O: Tensor, token_T: Tensor, target: PagedKV, fresh_K: Tensor, *,
+    key_scale: float, value_scale: float,
+) -> None:  # fmt: skip
+    """Reference of `compaction.compact`."""
+    flat = torch.arange(token_T.shape[0] // target.page_tokens, device=token_T.device)
+    owner = torch.searchsorted(offset_O[1:].contiguous(), flat.to(offset_O.dtype), right=True)
+    heads = source.num_kv_heads
+    layer_P, head_P = owner // heads, owner % heads
+    token_PN = token_T.view(-1, target.page_tokens).long()
+    block_PN = table_B.long()[token_PN // source.page_tokens]
+    source_PN = source.layer_page_L[layer_P][:, None] + block_PN * source.block_pages
+    source_PN += head_P[:, None] * source.head_pages
+    inner = flat % (target.num_layers * heads)
+    fresh_P = fresh_K.long()[flat // (target.num_layers * heads)]
+    target_P = target.layer_page_L[inner // heads] + fresh_P * target.block_pages + inner % heads * target.head_pages
+    pairs = ((source.key_PND, target.key_PND, key_scale), (source.value_PND, target.value_PND, value_scale))
+    for source_PND, target_PND, scale in pairs:
+        kept_PND = source_PND[source_PN, token_PN % source.page_tokens]
+        target_PND[target_P] = rescale(kept_PND, target_PND.dtype, scale)
+
+
+def rescale(value: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """Multiply in fp32 and convert, saturating at the ends of an fp8 format; the same bits where nothing changes."""
+    if value.dtype == dtype and scale == 1.0:
+        return value
+    value = value.float() * scale
+    if dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        limit = torch.finfo(dtype).max
+        value = value.clamp(-limit, limit)
+    return value.to(dtype)
+
+
+def packed_rows(
+    pages: PagedKV, layer: int, head: int, table_B: Tensor, seq_len: int, slot: int, state: PackedState
+) -> tuple[Tensor, Tensor]:
+    """Page and place in it of every key that one head of one row has left, in order. int64 [len(l, h)] each."""
+    layers, heads, page_tokens = pages.num_layers, pages.num_kv_heads, pages.page_tokens
+    shared = growth = first = last = 0
+    if slot >= 0:
+        shared, growth = int(state.shared_S[slot]), int(state.growth_S[slot])
+        first, last = state.offset_SO[slot, layer * heads + head : layer * heads + head + 2].tolist()
+    inner_pages = [pages.page_of(layer, head, table_B[:shared])]
+    for flat in range(first, last):
+        block, inner = state.fresh_SK[slot, flat // (layers * heads)], flat % (layers * heads)
+        inner_pages.append(pages.page_of(inner // heads, inner % heads, block).view(1))
+    blocks = -(-seq_len // page_tokens)
+    inner_pages.append(pages.page_of(layer, head, table_B[growth:blocks]))
+    length = (shared + last - first - growth) * page_tokens + seq_len
+    index = torch.arange(length, device=table_B.device)
+    return torch.cat(inner_pages)[index // page_tokens], index % page_tokens
+
+
+def ragged_paged_decode(
+    query_TQD: Tensor, pages: PagedKV, layer: int, table_RB: Tensor, query_start_R1: Tensor, seq_len_R: Tensor,
+    slot_R: Tensor, state: PackedState, *, out_TQD: Tensor, scale: float, key_scale: float, value_scale: float,
+) -> Tensor:  # fmt: skip
+    """Reference of `decode.ragged_paged_decode`."""
+    group = query_TQD.shape[1] // pages.num_kv_heads
+    starts, seq_lens, slots = query_start_R1.tolist(), seq_len_R.tolist(), slot_R.tolist()
+    for row, (begin, end) in enumerate(itertools.pairwise(starts)):
+        for head in range(pages.num_kv_heads if end > begin else 0):
+            place = packed_rows(pages, layer, head, table_RB[row], seq_lens[row], slots[row], state)
+            key_TD, value_TD = pages.key_PND[place].float(), pages.value_PND[place].float()
+            heads = slice(head * group, (head + 1) * group)
+            logits_QGT = query_TQD[begin:end, heads].float() @ key_TD.T * (scale * key_scale)
+            # The row's last query token sees all keys, the one before it all but one, and so on.
+            future = torch.ones(logits_QGT.shape[::2], dtype=torch.bool, device=key_TD.device)
+            future = future.triu(key_TD.shape[0] - (end - begin) + 1)[:, None]
+            weight_QGT = logits_QGT.masked_fill(future, float("-inf")).softmax(-1).nan_to_num(0.0)
+            out_TQD[begin:end, heads] = (weight_QGT @ value_TD * value_scale).to(out_TQD.dtype)
+    return out_TQD

@@ -1,0 +1,19 @@
+"""Collected only where Triton was imported without its interpreter: runs this folder's tests in their own process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.timeout(600)
+def test_kernels_in_the_interpreter() -> None:
+    folder = Path(__file__).parent
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", str(folder)]
+    run = subprocess.run(command, env=environment, cwd=folder.parents[1], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
