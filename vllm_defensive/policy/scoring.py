@@ -92,28 +92,45 @@ class _Attention:
 
 
 def _observe(policy: Policy, query_WQD: Tensor, key_HSD: Tensor, scale: float) -> _Attention:
-    """Reduce the window's attention to what policies read, a few heads at a time: the [G, W, S] rows of one head
-    are all that is ever held."""
+    """Reduce the window's attention to what policies read, a few query heads at a time: on CPU no more rows than fit
+    a core's cache (of one query head, if even these do not), elsewhere a bounded number."""
     window, query_heads, _ = query_WQD.shape
     heads, tokens, _ = key_HSD.shape
-    group, scored = query_heads // heads, tokens - window
-    step = max(1, formulas.temporary_elements(key_HSD) // (group * window * tokens))
-    scores, means, biases = [], [], []
-    for head in range(0, heads, step):
-        some_query = query_WQD[:, head * group : (head + step) * group]
-        rows_HGWS = formulas.window_attention(some_query, key_HSD[head : head + step], scale)
+    group = query_heads // heads
+    at_a_time = max(1, 4 * formulas.temporary_elements(key_HSD) // (window * tokens))
+    head_step, group_step = max(1, at_a_time // group), min(at_a_time, group)
+    query_WHGD = query_WQD.unflatten(1, (heads, group))
+    some_heads = zip(query_WHGD.split(head_step, dim=1), key_HSD.split(head_step), strict=True)
+    parts = [_observe_heads(policy, query, key.float(), scale, group_step) for query, key in some_heads]
+    return _Attention(
+        torch.cat([part.scores_HT for part in parts]),
+        torch.cat([part.mean_HT for part in parts]),
+        torch.cat([part.bias_H for part in parts]),
+    )
+
+
+def _observe_heads(policy: Policy, query_WHGD: Tensor, key_HSD: Tensor, scale: float, group_step: int) -> _Attention:
+    """`_observe` for some heads. Means add up over parts of a group, and the peak is the largest of their peaks."""
+    window, _, group, _ = query_WHGD.shape
+    scored = key_HSD.shape[1] - window
+    means, biases, peaks = [], [], []
+    for query in query_WHGD.split(group_step, dim=2):
+        share = query.shape[2] / group
+        rows_HGWS = formulas.window_attention(query.flatten(1, 2), key_HSD, scale)
         attention_HGWT = rows_HGWS[..., :scored]
-        mean_HT = formulas.aggregate_mean(attention_HGWT)
-        means.append(mean_HT)
-        if policy.aggregate == "mean":
-            scores.append(formulas.pool_tokens(mean_HT, policy.pool_kernel))
-        else:
-            scores.append(formulas.aggregate_defensive(attention_HGWT, policy.pool_kernel))
+        means.append(share * formulas.aggregate_mean(attention_HGWT))
         if policy.window_bias == "true":
-            biases.append(rows_HGWS[..., scored:].sum(dim=-1).mean(dim=(1, 2)))
+            biases.append(share * rows_HGWS[..., scored:].sum(dim=-1).mean(dim=(1, 2)))
         else:
-            biases.append(mean_HT[:, max(scored - window, 0) :].sum(dim=-1))
-    return _Attention(torch.cat(scores), torch.cat(means), torch.cat(biases))
+            biases.append(means[-1][:, max(scored - window, 0) :].sum(dim=-1))
+        if policy.aggregate == "defensive":
+            peaks.append(formulas.aggregate_peak(attention_HGWT, policy.pool_kernel))
+    mean_HT = torch.stack(means).sum(dim=0)
+    if policy.aggregate == "defensive":
+        scores_HT = formulas.clamp_to_mean(torch.stack(peaks).amax(dim=0))
+    else:
+        scores_HT = formulas.pool_tokens(mean_HT, policy.pool_kernel)
+    return _Attention(scores_HT, mean_HT, torch.stack(biases).sum(dim=0))
 
 
 def _value_norm(policy: Policy, value_HTD: Tensor, output_QDM: Tensor | None, gram_QDD: Tensor | None) -> Tensor | None:
