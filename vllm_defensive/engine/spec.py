@@ -28,8 +28,10 @@ class EvictableSpec(FullAttentionSpec):
         vLLM's start-up check and its length auto-fit call this, so a pool in which the longest prompt could not be evicted
         is refused before the first request.
         """
+        # The last `N` lengths, for the longest prompt is not always the one that packs most: a long tail counts as kept.
         max_tokens = vllm_config.model_config.max_model_len
-        packed = self.eviction.packed_blocks(max_tokens, 0, self.block_size)
+        lengths = range(max(1, max_tokens - self.block_size), max_tokens + 1)
+        packed = max(self.eviction.packed_blocks(length, 0, self.block_size) for length in lengths)
         return super().max_memory_usage_bytes(vllm_config) + packed * self.page_size_bytes
 
     @classmethod
