@@ -1,0 +1,133 @@
+"""A worker without a model: what every block would hold, tracked as numbers, and checked at each read.
+
+A slot holds one int64 that stands for a key and value: the hash of all tokens up to it, if it was computed from the full
+context, or that hash mixed with the eviction it was computed under. So a block that is reused too early, written while
+somebody else reads it, or taken from the prefix cache although it was computed from an evicted context shows up as a
+wrong number in some later read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vllm_defensive import vllm_compat
+from vllm_defensive.plan import Eviction
+
+_EVICTED = 0x5BD1E995  # mixed into what is computed from an evicted context
+
+
+@dataclass
+class _Row:
+    """What the worker knows of one request."""
+
+    table: list[int] = field(default_factory=list)
+    seen_window: set[int] = field(default_factory=set)
+    eviction: Eviction | None = None
+    stamp: int = 0
+
+
+class GhostWorker:
+    """tokens_of: request id -> all token ids of the request that exist or will ever be drawn."""
+
+    def __init__(self, num_blocks: int, block_size: int, window: int, tokens_of: dict[str, list[int]]) -> None:
+        self.memory = np.zeros((num_blocks, block_size), dtype=np.int64)
+        self.evictions: list[Eviction] = []
+        self._block_size, self._window, self._tokens_of = block_size, window, tokens_of
+        self._rows: dict[str, _Row] = {}
+        self._exact: dict[str, np.ndarray] = {}
+        self._stamp = 0
+
+    def execute(self, output: Any) -> None:
+        """One step: update tables as vLLM's runner does, read, write, then evict."""
+        message = vllm_compat.read_message(output)
+        for request_id in vllm_compat.reset_requests(output):
+            self._rows.pop(request_id, None)
+        computed = self._update_tables(output)
+        written: dict[int, str] = {}
+        for request_id, count in output.num_scheduled_tokens.items():
+            self._write(request_id, computed[request_id], count, written)
+            if (num_tokens := message.observe.get(request_id)) is not None:
+                first = num_tokens - self._window
+                chunk = range(max(computed[request_id], first), min(computed[request_id] + count, num_tokens))
+                self._rows[request_id].seen_window.update(chunk)
+        for request_id, count in output.num_scheduled_tokens.items():
+            self._read(request_id, computed[request_id] + count)
+        for eviction in message.evictions:
+            self._evict(eviction, set(written))
+
+    def _update_tables(self, output: Any) -> dict[str, int]:
+        computed = {}
+        for new in output.scheduled_new_reqs:
+            self._rows[new.req_id] = _Row(list(new.block_ids[0]))
+            computed[new.req_id] = new.num_computed_tokens
+        cached = output.scheduled_cached_reqs
+        for request_id, blocks, done in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            computed[request_id] = done
+            if request_id in cached.resumed_req_ids:
+                self._rows[request_id] = _Row(list(blocks[0]))
+            elif blocks is not None:
+                self._rows[request_id].table.extend(blocks[0])
+        return computed
+
+    def _expected(self, request_id: str, end: int) -> np.ndarray:
+        """What slots [0, end) of the request hold: exact up to its eviction, marked from there on."""
+        if request_id not in self._exact:
+            value, values = 0, []
+            for token in self._tokens_of[request_id]:
+                value = hash((value, token))
+                values.append(value)
+            self._exact[request_id] = np.array(values, dtype=np.int64)
+        expected = self._exact[request_id][:end].copy()
+        row = self._rows[request_id]
+        if row.eviction is not None:
+            expected[row.eviction.num_tokens :] ^= _EVICTED * row.stamp
+        return expected
+
+    def _write(self, request_id: str, start: int, count: int, written: dict[int, str]) -> None:
+        row = self._rows[request_id]
+        positions = np.arange(start, start + count)
+        blocks = np.array(row.table)[positions // self._block_size]
+        assert (blocks > 0).all(), f"{request_id} writes into the null block"
+        for block in set(blocks.tolist()):
+            assert written.setdefault(block, request_id) == request_id, f"two requests write block {block} in one step"
+        expected = self._expected(request_id, start + count)[start:]
+        self.memory[blocks, positions % self._block_size] = expected
+
+    def _read(self, request_id: str, end: int) -> None:
+        row, size = self._rows[request_id], self._block_size
+        expected, table = self._expected(request_id, end), np.array(row.table)
+        first = 0
+        if row.eviction is not None:
+            shared, first = row.eviction.shared_blocks, row.eviction.num_tokens // size
+            kept = self.memory[list(row.eviction.source_blocks[:shared])].ravel()
+            assert (kept == expected[: shared * size]).all(), f"{request_id}: a shared block changed"
+            packed = self.memory[list(row.eviction.packed_blocks)]
+            assert (packed == -row.stamp).all(), f"{request_id}: somebody wrote its packed blocks"
+        growth = self.memory[table[first : -(-end // size)]].ravel()[: end - first * size]
+        assert (growth == expected[first * size :]).all(), f"{request_id}: a block does not hold its tokens"
+
+    def _visible(self, row: _Row) -> set[int]:
+        """Positional blocks that the request still reads."""
+        if row.eviction is None:
+            return set(row.table)
+        full = row.eviction.num_tokens // self._block_size
+        return {*row.table[: row.eviction.shared_blocks], *row.table[full:]}
+
+    def _evict(self, eviction: Eviction, written: set[int]) -> None:
+        row, size = self._rows[eviction.request_id], self._block_size
+        assert row.eviction is None, f"{eviction.request_id} is evicted twice"
+        assert len(row.seen_window) == self._window, f"{eviction.request_id}: {len(row.seen_window)} window queries"
+        table = row.table[: -(-eviction.num_tokens // size)]
+        assert list(eviction.source_blocks) == table, "the plan's source blocks are not the request's"
+        assert not written & set(eviction.packed_blocks), "a packed block was written in the same step"
+        for other_id, other in self._rows.items():
+            assert not self._visible(other) & set(eviction.packed_blocks), f"{other_id} can see a packed block"
+        self._stamp += 1
+        row.eviction, row.stamp = eviction, self._stamp
+        self.memory[list(eviction.packed_blocks)] = -self._stamp
+        self.evictions.append(eviction)

@@ -1,0 +1,208 @@
+"""vLLM's real scheduler and block pool without a model: steps are scheduled, "run" on a ghost worker, and processed."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+import vllm_defensive
+from tests.engine.ghost import GhostWorker
+from vllm_defensive.plan import Eviction
+
+MAX_TOKENS = 16
+
+
+@lru_cache
+def _block_hasher(block_size: int) -> Callable[[Any], Any]:
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+
+    hash_fn = get_hash_fn_by_name("sha256")
+    init_none_hash(hash_fn)
+    return get_request_block_hasher(block_size, hash_fn)
+
+
+class Harness:
+    """One scheduler over `num_blocks` usable blocks: with eviction if `policy` is given, else stock vLLM's.
+
+    settings: those of `vllm_defensive.engine_kwargs`, with min_tokens 33 unless given: all prompts longer than the window.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        num_blocks: int,
+        block_size: int = 32,
+        policy: str | None = "snapkv",
+        asynchronous: bool = False,
+        chunk: int = 512,
+        max_num_seqs: int = 64,
+        max_model_len: int = 4096,
+        scheduling: str = "fcfs",
+        caching: bool = True,
+        **settings: Any,
+    ) -> None:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+        from vllm.v1.core.sched.scheduler import Scheduler
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        from vllm_defensive.config import from_vllm_config
+        from vllm_defensive.engine.scheduler import make_scheduler
+        from vllm_defensive.engine.spec import as_evictable
+
+        extra = {} if policy is None else vllm_defensive.engine_kwargs(policy, **{"min_tokens": 33, **settings})
+        config = EngineArgs(
+            model=str(model),
+            block_size=block_size,
+            max_num_batched_tokens=chunk,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            scheduling_policy=scheduling,
+            enable_prefix_caching=caching,
+            **extra,
+        ).create_engine_config()
+        # The CPU platform turns asynchronous scheduling off; a scheduler does not care who runs its steps.
+        config.scheduler_config.async_scheduling = asynchronous
+        config.cache_config.num_gpu_blocks = num_blocks + 1  # one is vLLM's null block
+        spec = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
+        self.eviction = from_vllm_config(config)
+        if self.eviction is not None:
+            spec = as_evictable(spec, self.eviction)
+        group = KVCacheGroupSpec([f"model.layers.{i}.self_attn.attn" for i in range(2)], spec)
+        make = make_scheduler if policy is not None else AsyncScheduler if asynchronous else Scheduler
+        self.scheduler = make(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(num_blocks=num_blocks + 1, kv_cache_tensors=[], kv_cache_groups=[group]),
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=block_size,
+            hash_block_size=block_size,
+            log_stats=True,
+        )
+        self.manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.num_blocks, self.block_size, self.asynchronous = num_blocks, block_size, asynchronous
+        self._tokens_of: dict[str, list[int]] = {}
+        window = self.eviction.window if self.eviction is not None else 0
+        self.ghost = GhostWorker(num_blocks + 1, block_size, window, self._tokens_of)
+        self._in_flight: deque[Any] = deque()
+        self.stats: list[Any] = []
+        """Every `SchedulerStats` that went out."""
+        self.hits: dict[str, int] = {}
+        """Prefix-cache hit, in tokens, of each request's first admission."""
+
+    # -- driving ------------------------------------------------------------------------------------------------------
+
+    def add(self, prompt: Iterable[int], max_tokens: int = MAX_TOKENS, priority: int = 0) -> str:
+        """Queue a request; returns its id. The token that it draws at a position depends on both."""
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        prompt, request_id = list(prompt), f"r{len(self._tokens_of)}"
+        request = Request(
+            request_id,
+            prompt,
+            SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0),
+            None,
+            block_hasher=_block_hasher(self.block_size) if self.pool.enable_caching else None,
+            priority=priority,
+            arrival_time=float(len(self._tokens_of)),
+        )
+        drawn = [(len(self._tokens_of) * 131 + i * 17) % 500 + 2 for i in range(max_tokens)]
+        self._tokens_of[request_id] = prompt + drawn
+        self.scheduler.add_request(request)
+        return request_id
+
+    def abort(self, *request_ids: str) -> None:
+        from vllm.v1.request import RequestStatus
+
+        self.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_ABORTED)
+
+    def step(self) -> Any:
+        """Schedule and run one step; process it at once, or under asynchronous scheduling one step later."""
+        output = self.scheduler.schedule()
+        for new in output.scheduled_new_reqs:
+            self.hits.setdefault(new.req_id, new.num_computed_tokens)
+        self.ghost.execute(output)
+        self._in_flight.append((output, self._draw(output)))
+        while len(self._in_flight) > (1 if self.asynchronous and output.total_num_scheduled_tokens else 0):
+            outputs = self.scheduler.update_from_output(*self._in_flight.popleft())
+            self.stats += [o.scheduler_stats for o in outputs.values() if o.scheduler_stats is not None]
+        return output
+
+    def _draw(self, output: Any) -> Any:
+        from vllm.v1.outputs import ModelRunnerOutput
+
+        ids = list(output.num_scheduled_tokens)
+        tokens: list[list[int]] = []
+        for request_id in ids:
+            request = self.scheduler.requests[request_id]
+            done = request.num_computed_tokens
+            tokens.append([] if request.is_prefill_chunk else [self._tokens_of[request_id][done]])
+        return ModelRunnerOutput(ids, {r: i for i, r in enumerate(ids)}, sampled_token_ids=tokens)
+
+    def run(self, max_steps: int = 2000) -> int:
+        """Step until nobody is left, checking as we go; returns the number of steps."""
+        for steps in range(max_steps):
+            if not self.scheduler.has_requests():
+                return steps
+            self.step()
+            self.check()
+        raise AssertionError(f"requests are stuck: {self.scheduler.get_request_counts()} running and waiting")
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    @property
+    def free(self) -> int:
+        return self.pool.get_num_free_blocks()
+
+    @property
+    def held(self) -> int:
+        return self.num_blocks - self.free
+
+    @property
+    def evictions(self) -> list[Eviction]:
+        return self.ghost.evictions
+
+    @property
+    def live(self) -> list[str]:
+        return list(self.scheduler.requests)
+
+    def tokens(self, request_id: str) -> list[int]:
+        """Prompt and answer of a request."""
+        return self._tokens_of[request_id]
+
+    def check(self) -> None:
+        """Count every reference to every block and compare with what the pool believes."""
+        owners: Counter[int] = Counter()
+        for blocks in self.manager.req_to_blocks.values():
+            owners.update(block.block_id for block in blocks if not block.is_null)
+        if self.eviction is not None:
+            self.manager.check_integrity()
+            for state in self.manager._states.values():
+                owners.update(block.block_id for block in state.packed)
+        null = self.pool.null_block.block_id
+        for block in self.pool.blocks:
+            if block.block_id != null:
+                assert block.ref_cnt == owners[block.block_id], f"{block} has {owners[block.block_id]} owners"
+        queued = [block.block_id for block in self.pool.free_block_queue.get_all_free_blocks()]
+        assert len(queued) == len(set(queued)) == self.num_blocks - len(owners), "free list and owners disagree"
+        assert not set(queued) & set(owners)
+
+    def assert_all_returned(self) -> None:
+        """Every block is back, and vLLM itself agrees: it resets its prefix cache only when no block is in use."""
+        self.check()
+        assert not self.scheduler.requests
+        assert self.free == self.num_blocks
+        assert self.scheduler.reset_prefix_cache()
+
+
+def text(length: int, seed: int) -> list[int]:
+    """A prompt whose tokens occur in no prompt of another seed at the same place (seeds below 400)."""
+    return [(seed + 7 * i * i + 3 * i) % 500 + 2 for i in range(length)]
