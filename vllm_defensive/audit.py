@@ -79,9 +79,7 @@ def load(path: str | os.PathLike[str]) -> Audit:
         )
 
 
-def write(
-    folder: str, eviction: Eviction, selection: Selection, config: EvictionConfig, block_size: int
-) -> Path:
+def write(folder: str, eviction: Eviction, selection: Selection, config: EvictionConfig, block_size: int) -> Path:
     """Write one file, atomically: a reader never sees half of it."""
     pages_LH = selection.pages_LH.cpu()
     start, stop = eviction.shared_blocks * block_size, eviction.num_tokens // block_size * block_size

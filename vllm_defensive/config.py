@@ -25,7 +25,9 @@ class EvictionConfig(BaseModel):
 
     policy: str = Field(description="eviction policy")
     keep: float = Field(0.2, gt=0, le=1, description="fraction of each prompt's KV cache to keep")
-    window: int = Field(32, ge=1, description="observation window: the last prompt tokens, whose attention scores all others")
+    window: int = Field(
+        32, ge=1, description="observation window: the last prompt tokens, whose attention scores all others"
+    )
     min_tokens: int = Field(256, ge=1, description="prompts shorter than this are left alone")
     audit: str | None = Field(None, description="write one safetensors file per evicted request into this folder")
     shared: Literal["keep", "evict"] = Field(

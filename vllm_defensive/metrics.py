@@ -57,15 +57,14 @@ class EvictionStatLogger(AggregateStatLoggerBase):
     def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
         model = vllm_config.model_config.served_model_name
         self._counters = {
-            name: {
-                index: counter.labels(model, str(index))
-                for index in engine_indexes
-            }
+            name: {index: counter.labels(model, str(index)) for index in engine_indexes}
             for name, (metric, help_text, _) in COUNTERS.items()
             for counter in [Counter(metric, help_text, labelnames=["model_name", "engine"])]
         }
 
-    def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, engine_idx: int = 0, **kwargs: Any) -> None:
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, *args: Any, engine_idx: int = 0, **kwargs: Any
+    ) -> None:
         if scheduler_stats is None:
             return
         for name, (_, _, factor) in COUNTERS.items():

@@ -66,4 +66,3 @@ def _register() -> None:
 
 
 _register()
-

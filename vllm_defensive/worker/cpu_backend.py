@@ -98,11 +98,10 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
         for capture in attn_metadata.captures:
             capture.take(self.layer_index, query)
         if attn_metadata.stock:
-            super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if attn_metadata.evicted is not None:
-            self._attend_packed(layer, query, attn_metadata.evicted, output)
+            real = slice(0, attn_metadata.num_actual_tokens)  # the rest is padding
+            self._attend_packed(layer, query[real], attn_metadata.evicted, output[real])
         return output
 
     def _attend_packed(self, layer: Any, query_TQD: Tensor, rows: EvictedRows, output_TQD: Tensor) -> None:
@@ -111,14 +110,17 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
         group = self.num_heads // self.num_kv_heads
         key_pages, value_pages = self.runtime.attention_view
         # (token, KV head) pairs in the order row, head, token: each (row, head) is one sequence for the kernel.
-        query_XGD = query_TQD.reshape(-1, group, self.head_size).index_select(0, rows.token_head_X)
-        packed_XGD = torch.empty_like(query_XGD)
+        query_XGD = query_TQD.reshape(-1, group, self.head_size)
+        output_XGD = output_TQD.view(-1, group, self.head_size)
+        if rows.token_head_X is not None:
+            query_XGD = query_XGD.index_select(0, rows.token_head_X)
+            output_XGD = torch.empty_like(query_XGD)
         seq_lens = rows.seq_lens_LR[self.layer_index]
         ops.cpu_attention_with_kv_cache(
             query=query_XGD,
             key_cache=key_pages,
             value_cache=value_pages,
-            output=packed_XGD,
+            output=output_XGD,
             query_start_loc=rows.query_start_R,
             seq_lens=seq_lens,
             scale=self.scale,
@@ -146,7 +148,8 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
             v_scale=layer._v_scale_float,
             kv_cache_dtype=self.kv_cache_dtype,
         )
-        output_TQD.view(-1, group, self.head_size).index_copy_(0, rows.token_head_X, packed_XGD)
+        if rows.token_head_X is not None:
+            output_TQD.view(-1, group, self.head_size).index_copy_(0, rows.token_head_X, output_XGD)
 
 
 def discover_codec(cache: Tensor, isa: str, model_dtype: torch.dtype, kv_cache_dtype: str) -> PageCodec:

@@ -67,65 +67,80 @@ class Evictor:
         self._microseconds += int((time.perf_counter() - started) * 1e6)
 
     def _evict(self, eviction: Eviction) -> None:
-        num_tokens, page_tokens = eviction.num_tokens, self._view.page_tokens
-        evictable = (eviction.shared_blocks * page_tokens, num_tokens // page_tokens * page_tokens)
         pages_LHB = self._view.of_blocks(torch.tensor(eviction.source_blocks))
-        windows_LWQD = self._runtime.windows.pop(eviction.request_id)
-        scores = [
-            self._score(layer, windows_LWQD[layer], pages_LHB[layer], num_tokens, evictable)
-            for layer in range(self._view.num_layers)
-        ]
-        selection = select(
-            self._policy,
-            scores,
-            page_size=page_tokens,
-            packed_blocks=len(eviction.packed_blocks),
-            evictable=evictable,
-        )
-        self._compact(eviction, selection, pages_LHB)
+        target = self._view.of_packed(torch.tensor(eviction.packed_blocks))
+        window_LWQD = self._runtime.windows.pop(eviction.request_id)
+        choose = self._across_layers if self._policy.scope == "model" else self._layer_by_layer
+        selection = choose(eviction, window_LWQD, pages_LHB, target)
         self._runtime.tables[eviction.request_id] = RequestTable(self._view, eviction, selection.pages_LH)
         if self._writes_audit:
             assert self._config.audit is not None
-            audit.write(self._config.audit, eviction, selection, self._config, page_tokens)
+            audit.write(self._config.audit, eviction, selection, self._config, self._view.page_tokens)
 
-    def _score(
-        self, layer: int, query_WQD: Tensor, pages_HB: Tensor, num_tokens: int, evictable: tuple[int, int]
-    ) -> LayerScores:
-        key_HTD, value_HTD = self._read(pages_HB)
+    def _across_layers(self, eviction: Eviction, window_LWQD: Tensor, pages_LHB: Tensor, target: Tensor) -> Selection:
+        """All layers compete for one budget: every one is scored before the first is packed, and so read twice."""
+        scores = [
+            self._score(layer, window_LWQD[layer], self._read(pages_HB), eviction)
+            for layer, pages_HB in enumerate(pages_LHB)
+        ]
+        selection = self._select(scores, eviction)
+        pages_L = selection.pages_LH.sum(dim=1).tolist()
+        parts = zip(
+            pages_LHB, selection.pages_LH, selection.tokens_PN.split(pages_L), target.split(pages_L), strict=True
+        )
+        for pages_HB, pages_H, tokens_PN, target_P in parts:
+            self._compact(self._read(pages_HB), pages_H, tokens_PN, target_P)
+        return selection
+
+    def _layer_by_layer(self, eviction: Eviction, window_LWQD: Tensor, pages_LHB: Tensor, target: Tensor) -> Selection:
+        """Each layer has its own budget: it is read once, scored, and packed."""
+        parts = []
+        for layer, target_P in enumerate(target.chunk(len(pages_LHB))):
+            tokens = self._read(pages_LHB[layer])
+            part = self._select([self._score(layer, window_LWQD[layer], tokens, eviction)], eviction)
+            self._compact(tokens, part.pages_LH[0], part.tokens_PN, target_P)
+            parts.append(part)
+        return Selection(torch.cat([p.pages_LH for p in parts]), torch.cat([p.tokens_PN for p in parts]))
+
+    def _evictable(self, eviction: Eviction) -> tuple[int, int]:
+        page_tokens = self._view.page_tokens
+        return eviction.shared_blocks * page_tokens, eviction.num_tokens // page_tokens * page_tokens
+
+    def _score(self, layer: int, query_WQD: Tensor, tokens: tuple[Tensor, Tensor], eviction: Eviction) -> LayerScores:
+        key_HTD, value_HTD = tokens
         weights = self._layers[layer]
         return score_layer(
             self._policy,
             layer=layer,
             query_WQD=query_WQD,
-            key_HSD=key_HTD[:, :num_tokens],
-            value_HSD=value_HTD[:, :num_tokens],
+            key_HSD=key_HTD[:, : eviction.num_tokens],
+            value_HSD=value_HTD[:, : eviction.num_tokens],
             output_QDM=weights.output_QDM,
             gram_QDD=weights.gram_QDD,
             scale=weights.scale,
             keep_ratio=self._config.keep,
-            evictable=evictable,
+            evictable=self._evictable(eviction),
             reduce_heads=self._reduce_heads,
+        )
+
+    def _select(self, scores: list[LayerScores], eviction: Eviction) -> Selection:
+        return select(
+            self._policy,
+            scores,
+            page_size=self._view.page_tokens,
+            packed_blocks=len(eviction.packed_blocks),
+            evictable=self._evictable(eviction),
         )
 
     def _read(self, pages_HB: Tensor) -> tuple[Tensor, Tensor]:
         """(K, V), each `[H, B*N, D]`, of a layer's pages (int64 `[H, B]`), tokens in their order."""
-        raw = self._view.data.index_select(0, pages_HB.flatten())
-        key_PND, value_PND = self._codec.unpack(raw)
+        key_PND, value_PND = self._codec.unpack(self._view.data.index_select(0, pages_HB.flatten()))
         heads, width = pages_HB.shape[0], key_PND.shape[2]
         return key_PND.reshape(heads, -1, width), value_PND.reshape(heads, -1, width)
 
-    def _compact(self, eviction: Eviction, selection: Selection, pages_LHB: Tensor) -> None:
-        """Copy the selected tokens of every head into its packed pages, layer by layer."""
-        target_P = self._view.of_packed(torch.tensor(eviction.packed_blocks))
-        pages_L = selection.pages_LH.sum(dim=1).tolist()
-        first = 0
-        for layer, count in enumerate(pages_L):
-            last = first + count
-            if count:
-                key_HTD, value_HTD = self._read(pages_LHB[layer])
-                tokens_PN = selection.tokens_PN[first:last].long()
-                head_P = torch.arange(self._view.num_heads).repeat_interleave(selection.pages_LH[layer].long())
-                row_PN = head_P[:, None] * key_HTD.shape[1] + tokens_PN
-                key_PND, value_PND = (x.flatten(0, 1)[row_PN] for x in (key_HTD, value_HTD))
-                self._view.data.index_copy_(0, target_P[first:last], self._codec.pack(key_PND, value_PND))
-            first = last
+    def _compact(self, tokens: tuple[Tensor, Tensor], pages_H: Tensor, tokens_PN: Tensor, target_P: Tensor) -> None:
+        """Copy a layer's selected tokens (int32 `[P, N]`, `pages_H` pages for each head) into its packed pages."""
+        head_P = torch.arange(self._view.num_heads).repeat_interleave(pages_H.long())
+        row_PN = head_P[:, None] * tokens[0].shape[1] + tokens_PN
+        key_PND, value_PND = (x.flatten(0, 1)[row_PN] for x in tokens)
+        self._view.data.index_copy_(0, target_P, self._codec.pack(key_PND, value_PND))

@@ -63,13 +63,10 @@ class PageCodec:
     order, we push coded tokens through vLLM's own cache write once and read where they went.
     """
 
-    def __init__(self, unpack_key_ND: Tensor, unpack_value_ND: Tensor) -> None:
-        """unpack_*: int64 `[N, D]`, position inside the half page of each element."""
-        self.page_tokens, self.head_size = unpack_key_ND.shape
-        half = unpack_key_ND.numel()
-        self._unpack_key, self._unpack_value = unpack_key_ND.flatten(), unpack_value_ND.flatten() + half
-        unpack = torch.cat([self._unpack_key, self._unpack_value])
-        self._pack = torch.empty_like(unpack).scatter_(0, unpack, torch.arange(2 * half))
+    def __init__(self, order_key_ND: Tensor, order_value_ND: Tensor) -> None:
+        """order_*: int64 `[N, D]`, position inside the half page of each element."""
+        self.page_tokens, self.head_size = order_key_ND.shape
+        self._halves = tuple(_Reorder(order.flatten()) for order in (order_key_ND, order_value_ND))
 
     @classmethod
     def discover(cls, write, page_tokens: int, head_size: int, dtype: torch.dtype) -> PageCodec:  # type: ignore[no-untyped-def]
@@ -94,12 +91,66 @@ class PageCodec:
 
     def unpack(self, pages_P: Tensor) -> tuple[Tensor, Tensor]:
         """Raw pages `[P, 2*N*D]` -> (K, V), each `[P, N, D]`, same dtype."""
-        shape = (pages_P.shape[0], self.page_tokens, self.head_size)
-        return (
-            pages_P.index_select(1, self._unpack_key).view(shape),
-            pages_P.index_select(1, self._unpack_value).view(shape),
-        )
+        halves = zip(self._halves, pages_P.chunk(2, dim=1), strict=True)
+        key, value = (reorder.gather(half).view(-1, self.page_tokens, self.head_size) for reorder, half in halves)
+        return key, value
 
     def pack(self, key_PND: Tensor, value_PND: Tensor) -> Tensor:
         """(K, V), each `[P, N, D]` -> raw pages `[P, 2*N*D]`, same dtype."""
-        return torch.cat([key_PND.flatten(1), value_PND.flatten(1)], dim=1).index_select(1, self._pack)
+        pages_P = key_PND.new_empty(key_PND.shape[0], 2 * self.page_tokens * self.head_size)
+        for reorder, half, source in zip(self._halves, pages_P.chunk(2, dim=1), (key_PND, value_PND), strict=True):
+            reorder.scatter(source.flatten(1), half)
+        return pages_P
+
+
+class _Reorder:
+    """A permutation of a row's elements. Orders that a strided view can express (all that kernels use so far) are copied
+    as such, several times faster than by index; pairs that stay together are moved as one wider element."""
+
+    def __init__(self, order: Tensor) -> None:
+        self._order = order
+        self._dims = _strided(order.tolist())
+
+    def _view(self, half_P: Tensor) -> Tensor | None:
+        """`half_P` (rows of a page buffer) with its elements in logical order, or None if no view does that."""
+        if self._dims is None:
+            return None
+        sizes, strides = self._dims
+        return half_P.as_strided((half_P.shape[0], *sizes), (half_P.stride(0), *strides), half_P.storage_offset())
+
+    def gather(self, half_P: Tensor) -> Tensor:
+        if (view := self._view(half_P)) is None:
+            return half_P.index_select(1, self._order)
+        return _widen(view).contiguous().view(half_P.dtype).flatten(1)
+
+    def scatter(self, source_P: Tensor, half_P: Tensor) -> None:
+        if (view := self._view(half_P)) is None:
+            half_P[:, self._order] = source_P
+        else:
+            wide = _widen(view)
+            wide.copy_(source_P.view(wide.dtype).view(wide.shape))
+
+
+def _widen(view: Tensor) -> Tensor:
+    """The same memory with contiguous pairs of 16-bit elements as 32-bit ones, where all strides allow it."""
+    pairs = view.shape[-1] == 2 and view.stride(-1) == 1 and view.element_size() == 2
+    if not pairs or any(x % 2 for x in (view.storage_offset(), *view.stride()[:-1])):
+        return view
+    return view.view(torch.int32)
+
+
+def _strided(order: list[int]) -> tuple[list[int], list[int]] | None:
+    """(sizes, strides) such that walking them in row-major order visits `order`, or None if there are none."""
+    sizes: list[int] = []
+    strides: list[int] = []
+    while len(order) > 1:
+        stride = order[1] - order[0]
+        size = next((i for i, x in enumerate(order) if x != order[0] + i * stride), len(order))
+        inner = [i * stride for i in range(size)]
+        outer = order[::size]
+        if len(order) % size or stride <= 0 or [o + i for o in outer for i in inner] != order:
+            return None
+        sizes.insert(0, size)
+        strides.insert(0, stride)
+        order = outer
+    return sizes, strides

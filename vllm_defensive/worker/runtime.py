@@ -20,13 +20,13 @@ class EvictedRows:
     """The evicted rows of one batch. R = E*H sequences of one KV head each, X = their query tokens in all.
 
     rows_E int64 and query_lens_E int32: batch rows and their numbers of new tokens. token_head_X int64: index of each
-    (token, KV head) into the batch's queries seen as `[T*H, G, D]`. query_start_R int32 `[R+1]`. tables_LRP and seq_lens_LR
-    int32, per layer.
+    (token, KV head) into the batch's queries seen as `[T*H, G, D]`; None when that is all of them in their order, as in a
+    decode step in which every row is evicted. query_start_R int32 `[R+1]`. tables_LRP and seq_lens_LR int32, per layer.
     """
 
     rows_E: Tensor
     query_lens_E: Tensor
-    token_head_X: Tensor
+    token_head_X: Tensor | None
     query_start_R: Tensor
     tables_LRP: Tensor
     seq_lens_LR: Tensor
@@ -41,9 +41,7 @@ class Step:
 class Runtime:
     """State between steps. `begin` and `end` bracket each real step; outside of them batches are dummies."""
 
-    def __init__(
-        self, view: PageView, windows: WindowQueries, request_ids: Callable[[Any], Sequence[str]]
-    ) -> None:
+    def __init__(self, view: PageView, windows: WindowQueries, request_ids: Callable[[Any], Sequence[str]]) -> None:
         """request_ids: from vLLM's common attention metadata to the request id of each batch row."""
         self.attention_view = view.attention_view()
         self.windows = windows
@@ -90,13 +88,30 @@ class Runtime:
         tables = [self.tables[ids[row]] for row in rows]
         rows_E = torch.tensor(rows)
         seq_lens_E = common.seq_lens[rows_E]
-        page_tokens, num_heads = self._view.page_tokens, self._view.num_heads
+        page_tokens = self._view.page_tokens
         new_blocks: list[Tensor | None] = []
         for row, table, seq_len in zip(rows, tables, seq_lens_E.tolist(), strict=True):
             first, last = table.full_blocks + table.growth_blocks, -(-seq_len // page_tokens)
             new_blocks.append(common.block_table_tensor[row, first:last].long() if last > first else None)
         self._batch.update(tables, new_blocks)
 
+        query_lens_E, token_head_X, query_start_R = self._queries(rows, common)
+        return EvictedRows(
+            rows_E=rows_E,
+            query_lens_E=query_lens_E,
+            token_head_X=token_head_X,
+            query_start_R=query_start_R,
+            tables_LRP=self._batch.pages_LEHP.flatten(1, 2),
+            seq_lens_LR=self._batch.lengths(seq_lens_E),
+        )
+
+    def _queries(self, rows: list[int], common: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(query_lens_E, token_head_X, query_start_R) of `EvictedRows`."""
+        num_heads = self._view.num_heads
+        if len(rows) == common.num_reqs == common.num_actual_tokens:
+            ones = torch.ones(len(rows), dtype=torch.int32)
+            return ones, None, torch.arange(len(rows) * num_heads + 1, dtype=torch.int32)
+        rows_E = torch.tensor(rows)
         starts_E = common.query_start_loc_cpu[rows_E].long()
         query_lens_E = common.query_start_loc_cpu[rows_E + 1].long() - starts_E
         query_lens_R = query_lens_E.repeat_interleave(num_heads)
@@ -105,11 +120,4 @@ class Runtime:
         # Sequence r = (row e, head h) has the tokens starts[e] + 0, 1, ...: position in [T*H] is token * H + h.
         sequence_X = torch.arange(query_lens_R.numel()).repeat_interleave(query_lens_R)
         token_X = torch.arange(sequence_X.numel()) - query_start_R[sequence_X] + starts_E[sequence_X // num_heads]
-        return EvictedRows(
-            rows_E=rows_E,
-            query_lens_E=query_lens_E.to(torch.int32),
-            token_head_X=token_X * num_heads + sequence_X % num_heads,
-            query_start_R=query_start_R,
-            tables_LRP=self._batch.pages_LEHP.flatten(1, 2),
-            seq_lens_LR=self._batch.lengths(seq_lens_E),
-        )
+        return query_lens_E.to(torch.int32), token_X * num_heads + sequence_X % num_heads, query_start_R

@@ -67,9 +67,7 @@ class EvictionCPUWorker(CPUWorker):
             for builder in attention_group.metadata_builders:
                 builder.runtime = self._runtime
         weights = [self._weights(name, layer) for name, layer in zip(names, layers, strict=True)]
-        self._evictor = Evictor(
-            self._eviction, self._runtime, view, codec, weights, writes_audit=self.rank == 0
-        )
+        self._evictor = Evictor(self._eviction, self._runtime, view, codec, weights, writes_audit=self.rank == 0)
         logger.info(
             "KV eviction is on: policy %s keeps %g of each prompt of %d tokens or more (window %d); pages of %d tokens, "
             "%d layers x %d KV heads = %d pages a block",
