@@ -99,8 +99,8 @@ def write(folder: str, eviction: Eviction, selection: Selection, config: Evictio
         },
         partial,
         metadata={
-            "policy": config.policy,
-            "keep_ratio": repr(config.keep),
+            "policy": eviction.policy,
+            "keep_ratio": repr(eviction.keep),
             "num_tokens": str(eviction.num_tokens),
             "block_size": str(block_size),
             "packed_blocks": str(len(eviction.packed_blocks)),

@@ -1,7 +1,7 @@
 """The flags: `--kv-eviction POLICY` and its companions, on every vLLM command that takes engine arguments.
 
-They are folded into `additional_config["kv_eviction"]`, which is where `LLM(additional_config=...)` puts them too, so there
-is one way on from here (`startup.py`).
+They are folded into `additional_config["kv_eviction"]`, which is where `LLM(additional_config=...)` puts them too, so
+there is one way on from here (`startup.py`).
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ def add_flags(parser: Any) -> None:
         default = config.NONE if name == "policy" else field.default
         allowed = f": {', '.join(config.allowed_policies())}" if name == "policy" else ""
         # Values stay strings here: all of them are checked in one place, with one wording.
+        value = {"action": "store_true"} if field.annotation is bool else {"metavar": metavars.get(name, "keep|evict")}
         group.add_argument(
             flag_of(name),
             dest=config.option_name(name),
             default=None,
-            metavar=metavars.get(name, "keep|evict"),
             help=f"{field.description}{allowed} (default: {default})",
+            **value,
         )
 
     original = parser.parse_known_args
@@ -64,7 +65,7 @@ def fold(namespace: argparse.Namespace) -> None:
     if not given and before is None:
         return
     raw = {**before, **given} if isinstance(before, dict) else given or before
-    if isinstance(raw, dict) and "policy" not in raw:
+    if isinstance(raw, dict) and "policy" not in raw and "per_request" not in raw:
         flags = ", ".join(flag_of(name) for name in given)
         raise ValueError(f"{flags}: give {flag_of('policy')} as well, one of {', '.join(config.allowed_policies())}")
     settings = config.parse(raw, flag_of)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_defensive import plan
-from vllm_defensive.policy import PRESETS, Policy, public_names
+from vllm_defensive.policy import PRESETS, public_names
 
 KEY = "kv_eviction"
 NONE = "none"
@@ -32,33 +32,47 @@ class EvictionConfig(BaseModel):
     audit: str | None = Field(None, description="write one safetensors file per evicted request into this folder")
     shared: Literal["keep", "evict"] = Field(
         "keep",
-        description="leading blocks that other live requests use too: keep them whole and shared, or evict like the rest",
+        description="leading blocks that other live requests use too: keep them whole and shared, or evict like the
+        rest",
+    )
+
+    per_request: bool = Field(
+        False, description="let requests choose their own policy even if the server's own policy is none"
     )
 
     @field_validator("policy")
     @classmethod
     def _known_policy(cls, name: str) -> str:
-        if name not in PRESETS:
-            raise ValueError(f"choose one of {', '.join(allowed_policies())}")
-        return name
+        return known_policy(name)
 
-    @property
-    def preset(self) -> Policy:
-        return PRESETS[self.policy]
+    def packed_blocks(
+        self, num_tokens: int, shared_blocks: int, block_size: int, policy: str | None = None, keep: float | None = None
+    ) -> int:
+        """`K` of `plan.packed_blocks` for a request with these settings, or with a policy and a ratio of its own.
 
-    def packed_blocks(self, num_tokens: int, shared_blocks: int, block_size: int) -> int:
-        """`K` of `plan.packed_blocks` under these settings (0: leave the request alone)."""
-        if self.preset.keep_all:
+        0 means: leave the request alone.
+        """
+        policy = self.policy if policy is None else policy
+        if policy == NONE:
+            return 0
+        if PRESETS[policy].keep_all:
             evictable = num_tokens // block_size - shared_blocks
             return evictable if num_tokens >= self.min_tokens and num_tokens > self.window else 0
         return plan.packed_blocks(
             num_tokens,
             shared_blocks,
-            keep=self.keep,
+            keep=self.keep if keep is None else keep,
             window=self.window,
             min_tokens=self.min_tokens,
             block_size=block_size,
         )
+
+
+def known_policy(name: str) -> str:
+    """`name` if it is a policy or "none". Raises ValueError otherwise."""
+    if name != NONE and name not in PRESETS:
+        raise ValueError(f"choose one of {', '.join(allowed_policies())}")
+    return name
 
 
 def allowed_policies() -> list[str]:
@@ -76,13 +90,12 @@ def parse(raw: Any, name_of: Callable[[str], str] | None = None) -> EvictionConf
         return None
     if not isinstance(raw, dict):
         raise ValueError(f"{KEY}={raw!r}: give an object such as {{'policy': 'layer-defensivekv', 'keep': 0.2}}")
-    off = raw.get("policy", NONE) == NONE
     try:
-        # A setting is checked even if it has no effect, so that a typing error does not wait for the day it has.
-        settings = EvictionConfig(**{**raw, "policy": public_names()[0]} if off else raw)
+        # Settings are checked even if they have no effect, so that a typing error does not wait for the day they have.
+        settings = EvictionConfig(**{"policy": NONE, **raw})
     except ValidationError as error:
         raise ValueError("; ".join(_describe(e, name_of) for e in error.errors())) from None
-    return None if off else settings
+    return settings if settings.policy != NONE or settings.per_request else None
 
 
 def from_vllm_config(vllm_config: Any) -> EvictionConfig | None:
@@ -103,6 +116,7 @@ _ALLOWED = {
     "min_tokens": lambda: "choose a whole number of tokens, 1 or more",
     "audit": lambda: "name a folder",
     "shared": lambda: "choose one of keep, evict",
+    "per_request": lambda: "choose true or false",
 }
 
 

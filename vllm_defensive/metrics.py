@@ -1,7 +1,8 @@
 """Counters that prove that eviction ran: from the scheduler to `/metrics` and `LLM.get_metrics()`.
 
-vLLM's stats go from each engine to the API server in `SchedulerStats`, whose fields are fixed, so our counts travel as extra
-integer entries of one of its dictionaries and are taken out again by the logger below, which is the first in line.
+vLLM's stats go from each engine to the API server in `SchedulerStats`, whose fields are fixed, so our counts travel as
+extra integer entries of one of its dictionaries and are taken out again by the logger below, which is the first in
+line.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ COUNTERS = {
 
 
 def attach(stats: Any, increase: Totals) -> None:
-    """Put what was added since the last stats on `SchedulerStats`. Increases, because several API servers take turns."""
+    """Put what was added since the last stats on `SchedulerStats`. Increases, because several API servers take
+    turns."""
     for name in COUNTERS:
         if value := getattr(increase, name):
             stats.waiting_lora_adapters[_PREFIX + name] = value

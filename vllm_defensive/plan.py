@@ -24,14 +24,17 @@ from dataclasses import dataclass, field
 class Eviction:
     """One request's eviction, decided by the KV manager and carried out by every worker in the same step.
 
+    policy, keep: the request's own, or else the engine's.
     num_tokens: `T`, tokens of the request whose KV exists when the eviction runs.
     shared_blocks: `s`, leading blocks left in place, whole.
-    source_blocks: ids of the blocks that hold the `T` tokens, in positional order: shared ones first, a partial tail last.
-    packed_blocks: block ids of the `K` fresh blocks that receive the kept pages.
+    source_blocks: ids of the blocks that hold the `T` tokens, in positional order: shared ones first, a partial tail
+    last. packed_blocks: block ids of the `K` fresh blocks that receive the kept pages.
     token_ids: the `T` token ids when an audit was asked for, else None.
     """
 
     request_id: str
+    policy: str
+    keep: float
     num_tokens: int
     shared_blocks: int
     source_blocks: tuple[int, ...]
@@ -60,8 +63,8 @@ def packed_blocks(
 ) -> int:
     """`K`, the fresh blocks that an eviction of this prompt fills, or 0 when nothing is to be gained by evicting.
 
-    The scheduler allocates exactly `K` blocks and the workers fill exactly `K*L*H` pages, both from this function, so no
-    message has to come back. `keep` counts the window and the partial tail block, as the papers do; at least as many
+    The scheduler allocates exactly `K` blocks and the workers fill exactly `K*L*H` pages, both from this function, so
+    no message has to come back. `keep` counts the window and the partial tail block, as the papers do; at least as many
     pages as hold the window's part of the packed region are granted to every head.
     """
     full_blocks = num_tokens // block_size

@@ -48,7 +48,8 @@ def _after_engine_config(vllm_config: Any, settings: Any) -> None:
 
 @contextlib.contextmanager
 def _one_line_for_commands() -> Iterator[None]:
-    """In a process that parsed vLLM's command line, end with one line and exit code 2; elsewhere let ValueError through."""
+    """In a process that parsed vLLM's command line, end with one line and exit code 2; elsewhere let ValueError
+    through."""
     try:
         yield
     except ValueError as error:

@@ -6,9 +6,11 @@ from typing import Any
 
 from vllm_defensive import config, vllm_compat
 from vllm_defensive.config import EvictionConfig
+from vllm_defensive.request import RequestFieldError, resolve
 
 SCHEDULER = "vllm_defensive.engine.scheduler.make_scheduler"
 CPU_WORKER = "vllm_defensive.worker.worker.EvictionCPUWorker"
+_settings: EvictionConfig | None = None  # of the engine that this process talks to, for checking its requests
 _CPU_BLOCK = 32  # the smallest block that vLLM's fast CPU attention takes: small pages waste least
 
 
@@ -35,6 +37,9 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
     elif engine_args.block_size % _CPU_BLOCK:
         raise ValueError(_refusal("block_size", engine_args.block_size, f"choose a multiple of {_CPU_BLOCK}"))
     vllm_compat.patch_stat_loggers(_make_stat_logger)
+    vllm_compat.patch_validate_request(_check_request)
+    global _settings
+    _settings = settings
     # Plain JSON: it is hashed into vLLM's compile cache key and printed with its config.
     additional[config.KEY] = settings.model_dump(exclude_none=True)
     return settings
@@ -88,6 +93,18 @@ def _refuse_unsupported_platform() -> None:
 
     if not current_platform.is_cpu():
         raise ValueError(_refusal("device", current_platform.device_type, "use the CPU build of vLLM"))
+
+
+def _check_request(processed_inputs: Any, params: Any) -> None:
+    """Refuse a request with wrong `kv_eviction*` fields: HTTP 400, or VLLMValidationError from `LLM`."""
+    extra_args = getattr(params, "extra_args", None)
+    if not extra_args or _settings is None:
+        return
+    prompt = processed_inputs.get("decoder", processed_inputs)
+    try:
+        resolve(_settings, extra_args, len(prompt.get("prompt_token_ids", prompt.get("prompt_embeds", ()))))
+    except RequestFieldError as error:
+        raise vllm_compat.request_error(str(error), error.field, error.value) from None
 
 
 def _make_stat_logger(vllm_config: Any, engine_indexes: list[int]) -> Any:

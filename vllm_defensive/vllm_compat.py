@@ -40,8 +40,8 @@ def patch(owner: Any, attribute: str, make: Callable[[Callable[..., Any]], Calla
 
 
 def patch_cli(add_flags: Callable[[Any], None]) -> None:
-    """P1, inert. Why: vLLM has no hook by which a plugin adds flags. How: after vLLM's own flags are added to a parser, add
-    ours. Until: vLLM offers such a hook."""
+    """P1, inert. Why: vLLM has no hook by which a plugin adds flags. How: after vLLM's own flags are added to a parser,
+    add ours. Until: vLLM offers such a hook."""
     from vllm.engine.arg_utils import EngineArgs
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,9 +56,9 @@ def patch_cli(add_flags: Callable[[Any], None]) -> None:
 
 
 def patch_engine_config(before: Callable[[Any], Any], after: Callable[[Any, Any], None]) -> None:
-    """P2, inert. Why: scheduler, worker and block size must be chosen before vLLM's platform settles them, and combinations
-    checked after. How: `before(engine_args)` returns settings or None; without settings nothing is touched. Until: vLLM lets
-    a plugin take part in building its config."""
+    """P2, inert. Why: scheduler, worker and block size must be chosen before vLLM's platform settles them, and
+    combinations checked after. How: `before(engine_args)` returns settings or None; without settings nothing is
+    touched. Until: vLLM lets a plugin take part in building its config."""
     from vllm.engine.arg_utils import EngineArgs
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,10 +74,34 @@ def patch_engine_config(before: Callable[[Any], Any], after: Callable[[Any, Any]
     patch(EngineArgs, "create_engine_config", make)
 
 
+def patch_validate_request(check: Callable[[Any, Any], None]) -> None:
+    """P3, installed only when eviction is on. Why: unknown `extra_args` are not checked by vLLM, and the scheduler must
+    never see a bad one. How: the platform's check of each request is asked first, then ours. Until: vLLM checks such
+    fields."""
+    from vllm.platforms import current_platform
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def validate_request(processed_inputs: Any, params: Any) -> None:
+            original(processed_inputs, params)
+            check(processed_inputs, params)
+
+        return validate_request
+
+    patch(current_platform, "validate_request", make)
+
+
+def request_error(message: str, parameter: str, value: Any) -> Exception:
+    """An error that vLLM's servers answer with HTTP 400."""
+    from vllm.exceptions import VLLMValidationError
+
+    return VLLMValidationError(message, parameter=parameter, value=value)
+
+
 def patch_stat_loggers(make_logger: Callable[[Any, list[int]], Any]) -> None:
-    """P4, installed only when eviction is on. Why: the stat-logger plugin group is not read for `LLM` and not for servers
-    with several API processes. How: our logger is put first, so that it takes our counts off the stats before others see
-    them; engines without eviction get none. Until: that plugin group covers all of them."""
+    """P4, installed only when eviction is on. Why: the stat-logger plugin group is not read for `LLM` and not for
+    servers
+    with several API processes. How: our logger is put first, so that it takes our counts off the stats before others
+    see them; engines without eviction get none. Until: that plugin group covers all of them."""
     from vllm.v1.metrics.loggers import StatLoggerManager
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,8 +134,8 @@ def register_spec(spec_cls: type, manager_cls: type, base: type) -> None:
 def cpu_attention_backend(class_path: str) -> Iterator[None]:
     """Let the CPU platform hand out `class_path` as its attention backend while a model is loaded.
 
-    The CPU platform ignores the CUSTOM backend and always returns CPU_ATTN, which can be overridden by registration. The
-    override ends with the load, so that another engine in the same process gets the stock backend.
+    The CPU platform ignores the CUSTOM backend and always returns CPU_ATTN, which can be overridden by registration.
+    The override ends with the load, so that another engine in the same process gets the stock backend.
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.attention.selector import _cached_get_attn_backend
@@ -129,7 +153,8 @@ def cpu_attention_backend(class_path: str) -> Iterator[None]:
 
 
 def attach_message(scheduler_output: Any, message: StepMessage) -> None:
-    """Send a message to the workers. An extra attribute of `SchedulerOutput` survives pickling (not `dataclasses.replace`)."""
+    """Send a message to the workers. An extra attribute of `SchedulerOutput` survives pickling (not
+    `dataclasses.replace`)."""
     if message:
         setattr(scheduler_output, _MESSAGE, message)
 

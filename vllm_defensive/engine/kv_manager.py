@@ -2,14 +2,15 @@
 
     when                                      positional blocks of the request        packed blocks
     prefill                                   own all `ceil(tokens / N)`              none
-    allocation that completes the prefill     own all                                 take `K` fresh ones, plan the eviction
-    the step has been processed               `[s, g)` go back to the pool; null      own `K`
+    allocation that completes the prefill     own all                                 take `K` fresh ones, plan the
+    eviction the step has been processed               `[s, g)` go back to the pool; null      own `K`
                                               blocks keep their positions
     decode                                    own `[0, s)` and from `g` on            own `K`
     free (finish, abort, preempt)             give back all                           give back all
 
-The originals that go back keep their hashes: vLLM's prefix cache can hand them out for as long as nobody needs the memory.
-Blocks that are filled after the eviction are never hashed, because what is in them was computed from an evicted context.
+The originals that go back keep their hashes: vLLM's prefix cache can hand them out for as long as nobody needs the
+memory. Blocks that are filled after the eviction are never hashed, because what is in them was computed from an evicted
+context.
 """
 
 from __future__ import annotations
@@ -28,13 +29,19 @@ from vllm.v1.request import Request
 from vllm_defensive.config import EvictionConfig
 from vllm_defensive.metrics import Totals
 from vllm_defensive.plan import Eviction, StepMessage
+from vllm_defensive.request import RequestSettings, settings_or_none
 
 
 @dataclass
 class RequestState:
-    """num_tokens: `T`, fixed at the first allocation until the blocks are freed. The rest is set when it is evicted."""
+    """num_tokens: `T`, where the request is evicted: its boundary, or the end of its prompt. Fixed at the first
+    allocation until the blocks are freed; a preempted request is evicted at the same place again. decided: the
+    allocation that reaches `T` has been made, or the request is not one to be evicted. The rest is set if it is
+    evicted."""
 
     num_tokens: int
+    settings: RequestSettings
+    decided: bool
     shared_blocks: int = 0
     full_blocks: int = 0
     packed: list[KVCacheBlock] = field(default_factory=list)
@@ -89,10 +96,12 @@ class EvictionBlockManager(FullAttentionManager):
             return new_blocks
         if request_id not in self._states:
             self._states[request_id] = state
-            if self._evictable(state.num_tokens):
+            if not state.decided:
                 self._prefilling.add(request_id)
         shared, count = self._plan(request_id, num_tokens_main_model)
+        state.decided = state.decided or num_tokens_main_model >= state.num_tokens
         if count:
+            assert num_tokens_main_model == state.num_tokens, "the scheduler ends a chunk where a request is evicted"
             self._start_eviction(request_id, state, shared, count)
         return new_blocks
 
@@ -105,6 +114,8 @@ class EvictionBlockManager(FullAttentionManager):
             token_ids = tuple(self.requests[request_id].all_token_ids[: state.num_tokens])
         self._planned[request_id] = Eviction(
             request_id=request_id,
+            policy=state.settings.policy,
+            keep=state.settings.keep,
             num_tokens=state.num_tokens,
             shared_blocks=shared,
             source_blocks=tuple(block.block_id for block in blocks),
@@ -116,50 +127,62 @@ class EvictionBlockManager(FullAttentionManager):
         """The request's state; a new one, not yet stored, before its first allocation; None if we do not know it."""
         state = self._states.get(request_id)
         if state is None and (request := self.requests.get(request_id)) is not None:
-            state = RequestState(num_tokens=request.num_tokens)
+            settings = settings_or_none(self.eviction, request)
+            num_tokens = request.num_prompt_tokens if settings.boundary is None else settings.boundary
+            count = self._packed(num_tokens, settings)
+            # Originals and packed blocks exist side by side for one step. A request for which the whole pool would not
+            # do is served like any other: refusing it, or letting it wait for ever, would be worse than not evicting
+            # it.
+            fits = cdiv(request.num_tokens, self.block_size) + count < self.block_pool.num_gpu_blocks
+            state = RequestState(num_tokens, settings, decided=not (count and fits))
         return state
 
-    def _plan(self, request_id: str, num_tokens_main_model: int) -> tuple[int, int]:
-        """(`s`, `K`) if the allocation up to `num_tokens_main_model` completes the prefill and evicts, else (0, 0)."""
-        state = self._state(request_id)
-        if state is None or num_tokens_main_model != state.num_tokens or not self._evictable(state.num_tokens):
-            return 0, 0
-        shared = 0
-        if self.eviction.shared == "keep":
-            shared = self._shared_blocks(request_id, state.num_tokens // self.block_size)
-        return shared, self.eviction.packed_blocks(state.num_tokens, shared, self.block_size)
+    def _packed(self, num_tokens: int, settings: RequestSettings, shared_blocks: int = 0) -> int:
+        """`K` for a request evicted at `num_tokens`; 0 if it is left alone."""
+        protected = cdiv(settings.protect, self.block_size)
+        shared_blocks = max(shared_blocks, min(protected, num_tokens // self.block_size))
+        return self.eviction.packed_blocks(num_tokens, shared_blocks, self.block_size, settings.policy, settings.keep)
 
-    def _shared_blocks(self, request_id: str, full_blocks: int) -> int:
+    def _plan(self, request_id: str, num_tokens_main_model: int) -> tuple[int, int]:
+        """(`s`, `K`) if the allocation up to `num_tokens_main_model` reaches `T` and evicts, else (0, 0)."""
+        state = self._state(request_id)
+        if state is None or state.decided or num_tokens_main_model < state.num_tokens:
+            return 0, 0
+        full_blocks = state.num_tokens // self.block_size
+        shared = min(cdiv(state.settings.protect, self.block_size), full_blocks)
+        if self.eviction.shared == "keep":
+            shared = max(shared, self._shared_blocks(request_id, state, full_blocks))
+        return shared, self._packed(state.num_tokens, state.settings, shared)
+
+    def _shared_blocks(self, request_id: str, mine: RequestState, full_blocks: int) -> int:
         """`s`: how many leading full blocks are better left in place, because other live requests read them too.
 
-        A block that somebody keeps for good costs nothing to share. One that `m` requests read, each of which could pack
-        its own copy of a `keep` fraction, is cheaper whole as soon as `m * keep >= 1`: twenty copies of a fifth of a system
-        prompt cost four times the one original. Waiting requests count, for once admitted they hit these blocks.
+        A block that somebody keeps for good costs nothing to share. One that `m` requests read, each of which could
+        pack its own copy of a `keep` fraction, is cheaper whole as soon as `m * keep >= 1`: twenty copies of a fifth of
+        a system prompt cost four times the one original. Waiting requests count, for once admitted they hit these
+        blocks.
         """
         if not self.enable_caching or self.block_size != self.block_pool.hash_block_size:
             return 0
-        mine = self.requests[request_id].block_hashes
+        hashes = self.requests[request_id].block_hashes
         pinned = 0
         could_pack: list[int] = []
         for other_id, other in self.requests.items():
             if other_id == request_id or other.skip_reading_prefix_cache:
                 continue
-            theirs, state = other.block_hashes, self._states.get(other_id)
-            evicted = state is not None and state.full_blocks > 0
-            limit = min(full_blocks, len(mine), state.shared_blocks if evicted else len(theirs))
-            # Equality is monotone, as a hash covers all before it: find the first block that differs.
-            common = bisect_left(range(limit), True, key=lambda i: theirs[i] != mine[i])
-            num_tokens = state.num_tokens if state is not None else other.num_tokens
-            if evicted or not self._evictable(num_tokens):
+            state = self._state(other_id)
+            assert state is not None
+            evicted = state.full_blocks > 0
+            theirs = other.block_hashes
+            limit = min(full_blocks, len(hashes), state.shared_blocks if evicted else len(theirs))
+            common = _common_prefix(hashes, theirs, limit)
+            if state.decided:  # evicted down to what it shares, or never to be evicted
                 pinned = max(pinned, common)
             else:
-                could_pack.append(common)
-        others_needed = max(2, math.ceil(1 / self.eviction.keep)) - 1
+                could_pack.append(min(common, state.num_tokens // self.block_size))
+        others_needed = max(2, math.ceil(1 / mine.settings.keep)) - 1
         could_pack.sort(reverse=True)
         return max(pinned, could_pack[others_needed - 1] if len(could_pack) >= others_needed else 0)
-
-    def _evictable(self, num_tokens: int) -> bool:
-        return self.eviction.packed_blocks(num_tokens, 0, self.block_size) > 0
 
     # -- release ------------------------------------------------------------------------------------------------------
 
@@ -212,21 +235,13 @@ class EvictionBlockManager(FullAttentionManager):
             num_tokens = min(num_tokens, state.full_blocks * self.block_size)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
-    @classmethod
-    def find_longest_cache_hit(cls, block_hashes: Any, max_length: int, *args: Any, **kwargs: Any) -> Any:
-        """Longest cached prefix that leaves at least the observation window to compute: its queries are not cached."""
-        eviction: EvictionConfig = kwargs["kv_cache_spec"].eviction
-        num_tokens = max_length + 1  # vLLM asks for all but the last token
-        if num_tokens >= eviction.min_tokens:
-            max_length = max(0, num_tokens - eviction.window)
-        return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
-
     # -- for the scheduler --------------------------------------------------------------------------------------------
 
     def take_message(self, num_scheduled_tokens: Mapping[str, int]) -> StepMessage:
         """What the workers must know of the step that was just scheduled.
 
-        num_scheduled_tokens: tokens of each request in the step, by which `request.num_computed_tokens` has already been
+        num_scheduled_tokens: tokens of each request in the step, by which `request.num_computed_tokens` has already
+        been
             advanced. Evictions planned for a request that was preempted later in the same pass are gone by now.
         """
         message = StepMessage(evictions=list(self._planned.values()))
@@ -238,6 +253,11 @@ class EvictionBlockManager(FullAttentionManager):
             if end >= num_tokens:
                 self._prefilling.discard(request_id)
         return message
+
+    def next_stop(self, request_id: str) -> int:
+        """`T` of a request that is still to be evicted: no chunk may run past it. 0 for all others."""
+        state = self._state(request_id)
+        return 0 if state is None or state.decided else state.num_tokens
 
     # -- invariants ---------------------------------------------------------------------------------------------------
 
@@ -260,3 +280,9 @@ class EvictionBlockManager(FullAttentionManager):
             for block in blocks:
                 assert block.is_null or block.block_id not in owned, f"{request_id} holds packed block {block.block_id}"
         assert set(self._planned) <= set(self._states)
+
+
+def _common_prefix(a: Sequence[Any], b: Sequence[Any], limit: int) -> int:
+    """How many of the first `limit` block hashes are equal. A hash covers all before it, so bisection finds the first
+    that differs."""
+    return bisect_left(range(limit), True, key=lambda i: a[i] != b[i])

@@ -8,6 +8,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
 
 from vllm_defensive import metrics, vllm_compat
 from vllm_defensive.config import from_vllm_config
@@ -28,6 +29,15 @@ class _EvictionMixin(Scheduler):
             )
         for manager in self.eviction_managers:
             manager.requests = self.requests
+        self._longest_hit: int | None = None
+        coordinator = self.kv_cache_manager.coordinator
+        find = coordinator.find_longest_cache_hit
+
+        def find_longest_cache_hit(block_hashes: Any, max_cache_hit_length: int) -> Any:
+            limit = max_cache_hit_length if self._longest_hit is None else min(max_cache_hit_length, self._longest_hit)
+            return find(block_hashes, limit)
+
+        coordinator.find_longest_cache_hit = find_longest_cache_hit
         self._reported = metrics.Totals()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -37,6 +47,23 @@ class _EvictionMixin(Scheduler):
         (manager,) = self.eviction_managers
         vllm_compat.attach_message(output, manager.take_message(output.num_scheduled_tokens))
         return output
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+        """A hit leaves at least the observation window to be computed, since nobody caches its queries."""
+        (manager,) = self.eviction_managers
+        stop = manager.next_stop(request.request_id)
+        self._longest_hit = max(0, stop - manager.eviction.window) if stop else None
+        try:
+            return super()._get_local_prefix_cache_hit(request)
+        finally:
+            self._longest_hit = None
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """vLLM's last word on the length of a chunk; ours is that it ends where the request is evicted."""
+        num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        (manager,) = self.eviction_managers
+        stop = manager.next_stop(request.request_id)
+        return min(num_new_tokens, stop - num_computed_tokens) if stop else num_new_tokens
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         (manager,) = self.eviction_managers

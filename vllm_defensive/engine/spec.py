@@ -1,8 +1,8 @@
 """The KV cache spec that makes vLLM use our block manager, and the way it gets registered.
 
-The workers turn every evictable full-attention spec into this one (`as_evictable`); vLLM then counts its memory, merges it
-into a KV cache group and looks its manager up by class. Unpickling the spec in the scheduler's process imports this module,
-so the registration at the bottom is in place wherever a spec of ours is.
+The workers turn every evictable full-attention spec into this one (`as_evictable`); vLLM then counts its memory, merges
+it into a KV cache group and looks its manager up by class. Unpickling the spec in the scheduler's process imports this
+module, so the registration at the bottom is in place wherever a spec of ours is.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ class EvictableSpec(FullAttentionSpec):
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Blocks of the longest request at its peak: all originals and the packed blocks, in bytes.
 
-        vLLM's start-up check and its length auto-fit call this, so a pool in which the longest prompt could not be evicted
-        is refused before the first request.
+        vLLM's start-up check and its length auto-fit call this, so a pool in which the longest prompt could not be
+        evicted is refused before the first request.
         """
-        # The last `N` lengths, for the longest prompt is not always the one that packs most: a long tail counts as kept.
+        # The last `N` lengths, for the longest prompt is not always the one that packs most: a long tail counts as
+        # kept.
         max_tokens = vllm_config.model_config.max_model_len
         lengths = range(max(1, max_tokens - self.block_size), max_tokens + 1)
         packed = max(self.eviction.packed_blocks(length, 0, self.block_size) for length in lengths)
         return super().max_memory_usage_bytes(vllm_config) + packed * self.page_size_bytes
 
     @classmethod
-    def merge(cls, specs: list[EvictableSpec]) -> EvictableSpec:  # type: ignore[override]
+    def merge(cls, specs: list[EvictableSpec]) -> EvictableSpec:
         """One spec for a whole group. The base class rebuilds from a fixed list of fields and would drop ours."""
         assert all(spec.eviction == specs[0].eviction for spec in specs), "one engine has one eviction config"
         base = FullAttentionSpec.merge([_plain(spec) for spec in specs])

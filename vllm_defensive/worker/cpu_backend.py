@@ -153,7 +153,8 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
 
 
 def discover_codec(cache: Tensor, isa: str, model_dtype: torch.dtype, kv_cache_dtype: str) -> PageCodec:
-    """The order of tokens inside a page of this cache (`[blocks, H, N, 2*D]`), as the instruction set `isa` writes it."""
+    """The order of tokens inside a page of this cache (`[blocks, H, N, 2*D]`), as the instruction set `isa` writes
+    it."""
     page_tokens, head_size = cache.shape[2], cache.shape[3] // 2
     slots = torch.arange(page_tokens)
 

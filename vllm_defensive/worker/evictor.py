@@ -1,14 +1,13 @@
 """Carry out an eviction: window queries -> scores -> pages and tokens -> packed blocks.
 
-Runs once per request, after the forward pass that completed its prefill. The formulas are `policy/`'s; this file brings them
-the tensors of each layer and moves what they chose.
+Runs once per request, after the forward pass that completed its prefill. The formulas are `policy/`'s; this file brings
+them the tensors of each layer and moves what they chose.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,20 +15,11 @@ from torch import Tensor
 from vllm_defensive import audit
 from vllm_defensive.config import EvictionConfig
 from vllm_defensive.plan import Eviction
-from vllm_defensive.policy import LayerScores, Selection, score_layer, select
+from vllm_defensive.policy import PRESETS, LayerScores, Selection, score_layer, select
 from vllm_defensive.worker.pages import PageCodec, PageView
+from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.runtime import Runtime
 from vllm_defensive.worker.tables import RequestTable
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """What scoring needs of a layer. scale: of its attention logits. output_QDM, gram_QDD: of its output projection, each
-    None when it is not needed or cannot be had."""
-
-    scale: float
-    output_QDM: Tensor | None = None
-    gram_QDD: Tensor | None = None
 
 
 class Evictor:
@@ -41,17 +31,17 @@ class Evictor:
         runtime: Runtime,
         view: PageView,
         codec: PageCodec,
-        layers: Sequence[LayerWeights],
-        reduce_heads: Callable[[Tensor], Tensor] | None = None,
+        scale: float,
+        projections: Projections,
         writes_audit: bool = True,
     ) -> None:
+        """scale: of the layers' attention logits."""
         self._config = config
-        self._policy = config.preset
         self._runtime = runtime
         self._view = view
         self._codec = codec
-        self._layers = layers
-        self._reduce_heads = reduce_heads
+        self._scale = scale
+        self._projections = projections
         self._writes_audit = writes_audit and config.audit is not None
         self._microseconds = 0
 
@@ -70,7 +60,7 @@ class Evictor:
         pages_LHB = self._view.of_blocks(torch.tensor(eviction.source_blocks))
         target = self._view.of_packed(torch.tensor(eviction.packed_blocks))
         window_LWQD = self._runtime.windows.pop(eviction.request_id)
-        choose = self._across_layers if self._policy.scope == "model" else self._layer_by_layer
+        choose = self._across_layers if PRESETS[eviction.policy].scope == "model" else self._layer_by_layer
         selection = choose(eviction, window_LWQD, pages_LHB, target)
         self._runtime.tables[eviction.request_id] = RequestTable(self._view, eviction, selection.pages_LH)
         if self._writes_audit:
@@ -108,24 +98,23 @@ class Evictor:
 
     def _score(self, layer: int, query_WQD: Tensor, tokens: tuple[Tensor, Tensor], eviction: Eviction) -> LayerScores:
         key_HTD, value_HTD = tokens
-        weights = self._layers[layer]
+        policy = PRESETS[eviction.policy]
         return score_layer(
-            self._policy,
+            policy,
             layer=layer,
             query_WQD=query_WQD,
             key_HSD=key_HTD[:, : eviction.num_tokens],
             value_HSD=value_HTD[:, : eviction.num_tokens],
-            output_QDM=weights.output_QDM,
-            gram_QDD=weights.gram_QDD,
-            scale=weights.scale,
-            keep_ratio=self._config.keep,
+            output_QDM=self._projections.slices(layer) if policy.value_weight == "l1" else None,
+            gram_QDD=self._projections.gram(layer) if policy.value_weight == "l2-gram" else None,
+            scale=self._scale,
+            keep_ratio=eviction.keep,
             evictable=self._evictable(eviction),
-            reduce_heads=self._reduce_heads,
         )
 
     def _select(self, scores: list[LayerScores], eviction: Eviction) -> Selection:
         return select(
-            self._policy,
+            PRESETS[eviction.policy],
             scores,
             page_size=self._view.page_tokens,
             packed_blocks=len(eviction.packed_blocks),

@@ -1,7 +1,7 @@
 """Every head page of a KV cache group under one number, and how tokens lie inside a page.
 
-vLLM allocates all layers of a group in one buffer, so a page can be read by any layer. `PageView` numbers them and never
-assumes a memory layout: offsets and strides come from the tensors that vLLM made.
+vLLM allocates all layers of a group in one buffer, so a page can be read by any layer. `PageView` numbers them and
+never assumes a memory layout: offsets and strides come from the tensors that vLLM made.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from torch import Tensor
 
 
 class PageView:
-    """The KV cache of `L` layers as `data[page]`, each row the `2*N*D` elements of one head page (K half, then V half)."""
+    """The KV cache of `L` layers as `data[page]`, each row the `2*N*D` elements of one head page (K half, then V
+    half)."""
 
     def __init__(self, caches: Sequence[Tensor]) -> None:
-        """caches: per layer `[blocks, H, N, 2*D]`, views of one buffer, pages contiguous. ValueError if they are not."""
+        """caches: per layer `[blocks, H, N, 2*D]`, views of one buffer, pages contiguous. ValueError if they are
+        not."""
         first = caches[0]
         blocks, self.num_heads, self.page_tokens, width = first.shape
         self.num_layers, self.head_size = len(caches), width // 2
@@ -59,8 +61,8 @@ class PageView:
 class PageCodec:
     """Where token `n`, dimension `d` lies in each half of a page.
 
-    CPU attention kernels store keys and values in the order that their vector instructions like. Instead of knowing every
-    order, we push coded tokens through vLLM's own cache write once and read where they went.
+    CPU attention kernels store keys and values in the order that their vector instructions like. Instead of knowing
+    every order, we push coded tokens through vLLM's own cache write once and read where they went.
     """
 
     def __init__(self, order_key_ND: Tensor, order_value_ND: Tensor) -> None:
@@ -104,8 +106,8 @@ class PageCodec:
 
 
 class _Reorder:
-    """A permutation of a row's elements. Orders that a strided view can express (all that kernels use so far) are copied
-    as such, several times faster than by index; pairs that stay together are moved as one wider element."""
+    """A permutation of a row's elements. Orders that a strided view can express (all that kernels use so far) are
+    copied as such, several times faster than by index; pairs that stay together are moved as one wider element."""
 
     def __init__(self, order: Tensor) -> None:
         self._order = order

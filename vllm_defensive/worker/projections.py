@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
+from vllm_defensive.vllm_compat import get_logger
+
+logger = get_logger("kv_eviction")
 
 # What the models of vLLM call the linear layer that follows attention, in the module that holds the attention.
 NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "attention_output", "proj")
@@ -18,8 +20,8 @@ def output_slices(model: nn.Module, attention_name: str, num_heads: int, head_si
 
     attention_name: the layer's name in the KV cache config, such as `model.layers.0.self_attn.attn`.
 
-    The layer may hold its weight quantised, transposed or packed for the CPU, so we do not look at the weight: we push unit
-    vectors through the layer, once, and read the rows that come out.
+    The layer may hold its weight quantised, transposed or packed for the CPU, so we do not look at the weight: we push
+    unit vectors through the layer, once, and read the rows that come out.
     """
     width = num_heads * head_size
     parent_name = attention_name.rpartition(".")[0]
@@ -37,10 +39,32 @@ def output_slices(model: nn.Module, attention_name: str, num_heads: int, head_si
             unit = torch.eye(width, dtype=dtype, device=device)
             rows = linear.quant_method.apply(linear, unit, bias=None)
         return rows.view(num_heads, head_size, -1).contiguous()
-    logger.warning(
-        "kv_eviction: no output projection found beside %s; values are not weighted by it in this layer", attention_name
-    )
+    logger.warning_once("KV eviction: no output projection found beside attention; policies go without value norms")
     return None
+
+
+class Projections:
+    """The output projections of a KV cache group's layers, taken apart when a policy first needs them."""
+
+    def __init__(self, model: nn.Module, attention_names: Sequence[str], num_heads: int, head_size: int) -> None:
+        """num_heads: query heads of this rank."""
+        self._model, self._names = model, attention_names
+        self._shape = (num_heads, head_size)
+        self._slices: list[Tensor | None] | None = None
+        self._grams: list[Tensor | None] | None = None
+
+    def slices(self, layer: int) -> Tensor | None:
+        """`Wo` of one layer by query head, `[Q, D, M]`; None if the model's projection was not recognised."""
+        if self._slices is None:
+            self._slices = [output_slices(self._model, name, *self._shape) for name in self._names]
+        return self._slices[layer]
+
+    def gram(self, layer: int) -> Tensor | None:
+        """`Wo Wo^T` of one layer by query head, fp32 `[Q, D, D]`, or None."""
+        if self._grams is None:
+            parts = [output_slices(self._model, name, *self._shape) for name in self._names]
+            self._grams = [None if part is None else gram(part) for part in parts]
+        return self._grams[layer]
 
 
 def gram(output_QDM: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ class EvictedRows:
     """The evicted rows of one batch. R = E*H sequences of one KV head each, X = their query tokens in all.
 
     rows_E int64 and query_lens_E int32: batch rows and their numbers of new tokens. token_head_X int64: index of each
-    (token, KV head) into the batch's queries seen as `[T*H, G, D]`; None when that is all of them in their order, as in a
-    decode step in which every row is evicted. query_start_R int32 `[R+1]`. tables_LRP and seq_lens_LR int32, per layer.
+    (token, KV head) into the batch's queries seen as `[T*H, G, D]`; None when that is all of them in their order, as in
+    a decode step in which every row is evicted. query_start_R int32 `[R+1]`. tables_LRP and seq_lens_LR int32, per
+    layer.
     """
 
     rows_E: Tensor

@@ -1,7 +1,7 @@
 """Which pages each head of each evicted request reads: built at its eviction, extended when it gets a block.
 
-A row of an evicted request reads three segments, one after the other: the `s` shared positional blocks, the head's packed
-pages, and the positional blocks from `g` on. All but the last page are full, so for head (l, h)
+A row of an evicted request reads three segments, one after the other: the `s` shared positional blocks, the head's
+packed pages, and the positional blocks from `g` on. All but the last page are full, so for head (l, h)
 
     length = (s + pages[l, h] - g) * N + seq_len,
 

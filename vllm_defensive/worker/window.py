@@ -37,7 +37,8 @@ class WindowQueries:
         self._filled: dict[str, int] = {}
 
     def plan(self, request_id: str, num_tokens: int, chunk: tuple[int, int], row_start: int) -> Capture | None:
-        """The copy for one row of a batch: token positions `chunk` of a prompt of `num_tokens`, at batch row `row_start`."""
+        """The copy for one row of a batch: token positions `chunk` of a prompt of `num_tokens`, at batch row
+        `row_start`."""
         window = self._shape[1]
         first = num_tokens - window
         begin, end = max(chunk[0], first), min(chunk[1], num_tokens)

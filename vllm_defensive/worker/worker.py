@@ -10,9 +10,9 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_defensive import vllm_compat
 from vllm_defensive.config import from_vllm_config
 from vllm_defensive.engine.spec import EvictableSpec, as_evictable
-from vllm_defensive.worker.evictor import Evictor, LayerWeights
+from vllm_defensive.worker.evictor import Evictor
 from vllm_defensive.worker.pages import PageView
-from vllm_defensive.worker.projections import gram, output_slices
+from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.runtime import Runtime
 from vllm_defensive.worker.window import WindowQueries
 
@@ -66,11 +66,13 @@ class EvictionCPUWorker(CPUWorker):
         for attention_group in self.model_runner.attn_groups[group]:
             for builder in attention_group.metadata_builders:
                 builder.runtime = self._runtime
-        weights = [self._weights(name, layer) for name, layer in zip(names, layers, strict=True)]
-        self._evictor = Evictor(self._eviction, self._runtime, view, codec, weights, writes_audit=self.rank == 0)
+        projections = Projections(self.model_runner.get_model(), names, first.num_heads, first.head_size)
+        self._evictor = Evictor(
+            self._eviction, self._runtime, view, codec, first.impl.scale, projections, writes_audit=self.rank == 0
+        )
         logger.info(
-            "KV eviction is on: policy %s keeps %g of each prompt of %d tokens or more (window %d); pages of %d tokens, "
-            "%d layers x %d KV heads = %d pages a block",
+            "KV eviction is on: policy %s keeps %g of each prompt of %d tokens or more (window %d); pages of %d tokens,
+            " "%d layers x %d KV heads = %d pages a block",
             self._eviction.policy,
             self._eviction.keep,
             self._eviction.min_tokens,
@@ -80,17 +82,6 @@ class EvictionCPUWorker(CPUWorker):
             view.num_heads,
             view.num_layers * view.num_heads,
         )
-
-    def _weights(self, name: str, layer: Any) -> LayerWeights:
-        weight = self._eviction.preset.value_weight
-        if weight == "none":
-            return LayerWeights(layer.impl.scale)
-        output_QDM = output_slices(self.model_runner.get_model(), name, layer.num_heads, layer.head_size)
-        if output_QDM is None:
-            return LayerWeights(layer.impl.scale)
-        if weight == "l2-gram":
-            return LayerWeights(layer.impl.scale, gram_QDD=gram(output_QDM))
-        return LayerWeights(layer.impl.scale, output_QDM=output_QDM)
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any) -> Any:

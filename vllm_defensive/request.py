@@ -1,0 +1,98 @@
+"""What one request may ask for, over the OpenAI API (`vllm_xargs`) or `SamplingParams.extra_args`.
+
+    kv_eviction            a policy's name, or "none"
+    kv_eviction_keep       fraction kept, in (0, 1]
+    kv_eviction_boundary   evict when this many prompt tokens are computed; the rest of the prompt sees what was kept,
+    and is
+                           itself kept whole ("compress the document, then ask")
+    kv_eviction_protect    leading prompt tokens that stay whole, in place and shared (a system prompt)
+
+Checked once in the API server, where a mistake is a 400; the scheduler resolves the same fields and must never raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vllm_defensive.config import NONE, EvictionConfig, allowed_policies, known_policy
+
+_PREFIX = "kv_eviction"
+
+
+class RequestSettings(BaseModel):
+    """A request's own settings, with the engine's where it has none. boundary, protect: tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    policy: str
+    keep: float = Field(gt=0, le=1)
+    boundary: int | None = Field(None, ge=1)
+    protect: int = Field(0, ge=0)
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, name: str) -> str:
+        return known_policy(name)
+
+
+class RequestFieldError(ValueError):
+    """A per-request field is wrong. `field` is its name as the request spelled it, `value` what it held."""
+
+    def __init__(self, message: str, field: str, value: Any) -> None:
+        super().__init__(message)
+        self.field, self.value = field, value
+
+
+def resolve(engine: EvictionConfig, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> RequestSettings:
+    """The settings of a request of `num_prompt_tokens` tokens. Raises RequestFieldError for wrong fields."""
+    own = {}
+    for name, value in (extra_args or {}).items():
+        if name == _PREFIX:
+            own["policy"] = value
+        elif name.startswith(f"{_PREFIX}_"):
+            own[name.removeprefix(f"{_PREFIX}_")] = value
+    if not own:
+        return RequestSettings.model_construct(policy=engine.policy, keep=engine.keep, boundary=None, protect=0)
+    try:
+        settings = RequestSettings(**{"policy": engine.policy, "keep": engine.keep, **own})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = _field_name(str(first["loc"][0]))
+        raise _wrong(
+            field, first["input"], _ALLOWED.get(field, f"unknown, choose from {', '.join(_ALLOWED)}")
+        ) from None
+    for field, tokens in (("boundary", settings.boundary), ("protect", settings.protect)):
+        if tokens is not None and tokens > num_prompt_tokens:
+            raise _wrong(_field_name(field), tokens, f"the prompt has {num_prompt_tokens} tokens")
+    return settings
+
+
+def _field_name(name: str) -> str:
+    return _PREFIX if name == "policy" else f"{_PREFIX}_{name}"
+
+
+_ALLOWED = {
+    "kv_eviction": f"choose one of {', '.join(allowed_policies())}",
+    "kv_eviction_keep": "choose a number in (0, 1]",
+    "kv_eviction_boundary": "choose a whole number of prompt tokens, 1 or more",
+    "kv_eviction_protect": "choose a whole number of prompt tokens, 0 or more",
+}
+
+
+def _wrong(field: str, value: Any, allowed: str) -> RequestFieldError:
+    return RequestFieldError(f"{field}={value!r}: {allowed}", field, value)
+
+
+def settings_or_none(engine: EvictionConfig, request: Any) -> RequestSettings:
+    """The settings of a request that is in the scheduler already. Wrong fields, which the API server refuses, and kinds
+    of request that cannot be evicted mean: do not evict it."""
+    extra_args = getattr(request.sampling_params, "extra_args", None)
+    try:
+        if not getattr(request, "resumable", False) and request.sampling_params is not None:
+            return resolve(engine, extra_args, request.num_prompt_tokens)
+    except ValueError:
+        pass
+    return RequestSettings.model_construct(policy=NONE, keep=engine.keep, boundary=None, protect=0)
