@@ -17,7 +17,7 @@ from tests.policy.cases import (
     score,
     select_tokens,
 )
-from vllm_defensive.policy import PRESETS, Policy
+from vllm_defensive.policy import PRESETS, LayerScores, Policy
 
 VARIANTS = {
     **{name: policy for name, policy in PRESETS.items() if name != "random"},
@@ -71,6 +71,43 @@ def test_kept_tokens_are_the_same(policy: Policy, shape: Shape, keep_ratio: floa
         keep_ratio=keep_ratio,
     )
     assert kept_by_head(ours) == {at: sorted(tokens) for at, tokens in expected.items()}
+
+
+@pytest.mark.parametrize("name", ["adakv", "criticalkv"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_starved_head_keeps_its_guard(name: str, seed: int) -> None:
+    """Heads whose scores lie factors of 100 apart: without the guard the last ones would keep their window only."""
+    shape = Shape(120, heads=3, window=4, layers=2)
+    n = shape.tokens - shape.window
+    rng = np.random.default_rng(seed)
+    weak = np.array([1.0, 0.01, 0.0001])[:, None]
+    plain = (rng.random((2, shape.heads, n)) * weak).astype(np.float32)
+    ranks = rng.random((2, shape.heads, n)).astype(np.float32) if name == "criticalkv" else [None, None]
+    window = torch.full((shape.heads, shape.window), float("inf"))
+
+    def forced(scores_HT: np.ndarray | None) -> torch.Tensor | None:
+        return None if scores_HT is None else torch.cat([torch.from_numpy(scores_HT), window], dim=1)
+
+    scores = [LayerScores(forced(plain[i]), forced(ranks[i])) for i in range(2)]
+    ours = kept_by_head(select_tokens(PRESETS[name], shape, scores, 0.3))
+    expected = naive.kept_sets(
+        PRESETS[name], list(zip(plain, ranks, strict=True)), tokens=shape.tokens, window=shape.window, keep_ratio=0.3
+    )
+    assert ours == {at: sorted(tokens) for at, tokens in expected.items()}
+    assert len(ours[0, 2]) == int(0.2 * int(120 * 0.3))
+
+
+@pytest.mark.parametrize("policy", [PRESETS["snapkv"], VARIANTS["defensivekv-true-bias"]], ids=["mean", "defensive"])
+@pytest.mark.parametrize("elements", [1, 2 * 16 * 131 // 4])
+def test_scores_do_not_depend_on_how_many_heads_are_held_at_a_time(
+    policy: Policy, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One query head, and two of a group of seven, against all at once."""
+    shape = SHAPES[2]
+    inputs = make_layers(shape)[0]
+    whole = score(policy, shape, inputs).scores_HE
+    monkeypatch.setattr("vllm_defensive_kernels.formulas.CACHE_ELEMENTS", elements)
+    torch.testing.assert_close(score(policy, shape, inputs).scores_HE, whole, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)

@@ -45,6 +45,7 @@ def test_budgets_follow_the_references_arithmetic() -> None:
 def test_stage_one_cap_takes_the_window_off_and_is_never_negative() -> None:
     assert stage_one_cap(968, 0.5, 32) == 452
     assert stage_one_cap(100, 0.2, 32) == 0
+    assert stage_one_cap(100, 0.2, 10) == 9, "the reference's 0.2 is a little less"
 
 
 def test_policies_do_not_import_vllm() -> None:
