@@ -32,10 +32,8 @@ class EvictionConfig(BaseModel):
     audit: str | None = Field(None, description="write one safetensors file per evicted request into this folder")
     shared: Literal["keep", "evict"] = Field(
         "keep",
-        description="leading blocks that other live requests use too: keep them whole and shared, or evict like the
-        rest",
+        description="leading blocks that other live requests use too: keep them whole, or evict them like the rest",
     )
-
     per_request: bool = Field(
         False, description="let requests choose their own policy even if the server's own policy is none"
     )

@@ -71,8 +71,8 @@ class EvictionCPUWorker(CPUWorker):
             self._eviction, self._runtime, view, codec, first.impl.scale, projections, writes_audit=self.rank == 0
         )
         logger.info(
-            "KV eviction is on: policy %s keeps %g of each prompt of %d tokens or more (window %d); pages of %d tokens,
-            " "%d layers x %d KV heads = %d pages a block",
+            "KV eviction is on: policy %s keeps %g of each prompt of %d tokens or more (window %d); "
+            "pages of %d tokens, %d layers x %d KV heads = %d pages a block",
             self._eviction.policy,
             self._eviction.keep,
             self._eviction.min_tokens,
