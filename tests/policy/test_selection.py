@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.policy.cases import kept_by_head
+from tests.policy.cases import LayerInputs, Shape, kept_by_head, make_layers, score
 from vllm_defensive.policy import PRESETS, LayerScores, Policy, Selection, select, select_within
 
 POLICIES = [policy for policy in PRESETS.values() if policy.name != "keep-all"]
@@ -161,6 +161,18 @@ def test_nan_scores_of_a_broken_model_still_give_valid_positions() -> None:
     assert selection.pages_LH.sum() == 8
     assert all(len(set(kept)) == len(kept) for kept in kept_by_head(selection).values())
     assert selection.tokens_PN.min() >= 4 and selection.tokens_PN.max() < 16
+
+
+@pytest.mark.parametrize("policy", PRESETS.values(), ids=by_name)
+def test_nothing_waits_for_the_device(policy: Policy) -> None:
+    """Meta tensors have shapes and no values: whatever read one back, or made a shape of one, would raise."""
+    shape = Shape(120, heads=2, group=3, window=8, layers=3)
+    scores = []
+    for layer, inputs in enumerate(make_layers(shape)):
+        on_meta = LayerInputs(*(tensor.to("meta") for tensor in vars(inputs).values()))
+        scores.append(score(policy, shape, on_meta, layer=layer, evictable=(16, 112)))
+    selection = select(policy, scores, page_size=16, packed_blocks=2, evictable=(16, 112))
+    assert selection.pages_LH.shape == (3, 2) and selection.tokens_PN.shape == (12, 16)
 
 
 @pytest.mark.parametrize("name", ["adakv", "criticalkv", "layer-defensivekv"])
