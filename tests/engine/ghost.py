@@ -1,9 +1,9 @@
 """A worker without a model: what every block would hold, tracked as numbers, and checked at each read.
 
-A slot holds one int64 that stands for a key and value: the hash of all tokens up to it, if it was computed from the full
-context, or that hash mixed with the eviction it was computed under. So a block that is reused too early, written while
-somebody else reads it, or taken from the prefix cache although it was computed from an evicted context shows up as a
-wrong number in some later read.
+A slot holds one int64 that stands for a key and value: the hash of all tokens up to it, if it was computed from the
+full context, or that hash mixed with the eviction it was computed under. So a block that is reused too early, written
+while somebody else reads it, or taken from the prefix cache although it was computed from an evicted context shows up
+as a wrong number in some later read.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def _block_hasher(block_size: int) -> Callable[[Any], Any]:
 class Harness:
     """One scheduler over `num_blocks` usable blocks: with eviction if `policy` is given, else stock vLLM's.
 
-    settings: those of `vllm_defensive.engine_kwargs`, with min_tokens 33 unless given: all prompts longer than the window.
+    settings: those of `vllm_defensive.engine_kwargs`, with min_tokens 33 unless given.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Harness:
         max_num_seqs: int = 64,
         max_model_len: int = 4096,
         scheduling: str = "fcfs",
+        long_prefill: int = 0,
         caching: bool = True,
         **settings: Any,
     ) -> None:
@@ -65,6 +66,7 @@ class Harness:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             scheduling_policy=scheduling,
+            long_prefill_token_threshold=long_prefill,
             enable_prefix_caching=caching,
             **extra,
         ).create_engine_config()

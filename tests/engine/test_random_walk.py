@@ -1,0 +1,99 @@
+"""Thousands of random steps: requests come, share prefixes, run out of memory, are aborted; nothing leaks.
+
+Every step runs on the ghost worker, which checks what each request would read; every reference to a block is counted.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.engine.harness import Harness, text
+
+
+def walk(h: Harness, seed: int, steps: int, *, max_len: int, abort: float) -> dict[str, int]:
+    """Random work for `steps` steps, then until all is done; returns what happened. Turns extend earlier answers."""
+    rng = random.Random(seed)
+    finished: list[str] = []
+    happened = {"aborted": 0, "preempted": 0, "second turns": 0}
+    for _ in range(steps):
+        if len(h.live) < 12 and rng.random() < 0.4:
+            prompt = text(rng.choice([0, 64, 200]), rng.randrange(3)) + text(rng.randrange(1, 200), rng.randrange(400))
+            if finished and rng.random() < 0.3:
+                happened["second turns"] += 1
+                prompt = h.tokens(rng.choice(finished)) + text(rng.randrange(1, 60), rng.randrange(400))
+            prompt = prompt[: max_len - 200]
+            finished.append(h.add(prompt, max_tokens=rng.choice([1, 20, 200]), priority=rng.randrange(3)))
+        if h.live and rng.random() < abort:
+            happened["aborted"] += 1
+            h.abort(rng.choice(h.live))
+        h.check()
+        output = h.step()
+        happened["preempted"] += len(output.preempted_req_ids or ())
+        h.check()
+    h.run()
+    h.assert_all_returned()
+    return happened
+
+
+@pytest.mark.parametrize("scheduling", ["fcfs", "priority"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "num_blocks, shared, policy, keep, caching",
+    [
+        (30, "keep", "snapkv", 0.3, True),
+        (30, "evict", "snapkv", 0.3, True),
+        (42, "keep", "keep-all", 1.0, True),
+        (40, "keep", "snapkv", 0.8, True),
+        (28, "keep", "snapkv", 0.2, False),
+    ],
+    ids=["keep0.3", "evict0.3", "keep-all", "keep0.8", "uncached"],
+)
+def test_random_work_leaks_nothing_and_reads_nothing_wrong(
+    tiny_model: Path,
+    asynchronous: bool,
+    scheduling: str,
+    num_blocks: int,
+    shared: str,
+    policy: str,
+    keep: float,
+    caching: bool,
+) -> None:
+    h = Harness(
+        tiny_model,
+        num_blocks=num_blocks,
+        policy=policy,
+        asynchronous=asynchronous,
+        scheduling=scheduling,
+        chunk=96,
+        max_model_len=640,
+        shared=shared,
+        keep=keep,
+        caching=caching,
+    )
+    happened = walk(h, seed=len(scheduling), steps=800, max_len=640, abort=0.05)
+    assert len(h.evictions) > 10
+    assert happened["aborted"] and happened["second turns"]
+    assert happened["preempted"] or keep != 0.3, "the small pool is there to force some out"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_long_random_walk(tiny_model: Path, asynchronous: bool, seed: int) -> None:
+    rng = random.Random(seed)
+    h = Harness(
+        tiny_model,
+        num_blocks=rng.choice([36, 44, 200]),
+        asynchronous=asynchronous,
+        scheduling=rng.choice(["fcfs", "priority"]),
+        chunk=rng.choice([33, 64, 100, 512]),
+        max_model_len=640,
+        shared=rng.choice(["keep", "evict"]),
+        keep=rng.choice([0.05, 0.3, 0.6]),
+        max_num_seqs=rng.choice([3, 32]),
+    )
+    walk(h, seed, steps=3000, max_len=640, abort=0.03)
+    assert len(h.evictions) > 100

@@ -1,0 +1,159 @@
+"""The prefix cache stays exact, and requests that share a prefix never hold more memory than without eviction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.harness import Harness, text
+
+W, N = 32, 32
+MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+
+
+def hashed_positions(h: Harness, request_id: str) -> int:
+    """Leading tokens of a request, its answer included, that the prefix cache would hand out now."""
+    from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+    request = h.scheduler.requests[request_id]
+    cached = h.pool.cached_block_hash_to_block
+    found = [cached.get_one_block(make_block_hash_with_group_id(x, 0)) is not None for x in request.block_hashes]
+    return [*found, False].index(False) * N
+
+
+@MODES
+@pytest.mark.parametrize("length", [640, 641, 672, 671, 700])
+def test_a_hit_leaves_the_window_to_compute(tiny_model: Path, length: int, asynchronous: bool) -> None:
+    h = Harness(tiny_model, num_blocks=100, asynchronous=asynchronous)
+    h.add(text(length, 0))
+    h.run()
+    again = h.add(text(length, 0))
+    h.run()
+    assert h.hits[again] == (length - W) // N * N
+    assert length - h.hits[again] >= W
+    assert len(h.evictions) == 2
+    h.assert_all_returned()
+
+
+def test_a_prompt_that_is_left_alone_hits_all_but_its_last_token(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=100, min_tokens=700)
+    for _ in range(2):
+        last = h.add(text(641, 0))
+        h.run()
+    assert h.hits[last] == 640
+
+
+@MODES
+def test_nothing_computed_after_the_eviction_is_ever_hashed(tiny_model: Path, asynchronous: bool) -> None:
+    h = Harness(tiny_model, num_blocks=100, asynchronous=asynchronous)
+    first = h.add(text(700, 0), max_tokens=150)
+    while first in h.live:
+        h.step()
+        if first in h.live:
+            assert hashed_positions(h, first) <= 700 // N * N
+    h.run()
+    # The next turn extends the answer. Its hit ends where the first prompt's full blocks end.
+    second = h.add(h.tokens(first) + text(50, 1))
+    h.run()
+    assert h.hits[second] == 700 // N * N
+    # Unlike the answer, the second prompt was computed from an exact context as a whole, and is hashed.
+    third = h.add(h.tokens(second) + text(50, 2))
+    h.run()
+    assert h.hits[third] == 900 // N * N
+    h.assert_all_returned()
+
+
+@MODES
+def test_released_originals_can_be_hit_while_the_request_still_runs(tiny_model: Path, asynchronous: bool) -> None:
+    h = Harness(tiny_model, num_blocks=100, asynchronous=asynchronous)
+    h.add(text(640, 0), max_tokens=60)
+    for _ in range(8):
+        h.step()
+    again = h.add(text(640, 0) + text(100, 1), max_tokens=60)
+    h.run()
+    assert h.hits[again] == 640
+    h.assert_all_returned()
+
+
+def two_requests(tiny_model: Path, shared: str, keep: float) -> Harness:
+    """Two live requests with 640 common tokens; both are submitted before either is evicted."""
+    h = Harness(tiny_model, num_blocks=200, shared=shared, keep=keep, chunk=2048)
+    for i in range(2):
+        h.add(text(640, 0) + text(200, i + 1), max_tokens=60)
+    h.run()
+    h.assert_all_returned()
+    return h
+
+
+@pytest.mark.parametrize("keep, shared_blocks", [(0.2, 0), (0.5, 20), (0.8, 20)])
+def test_a_prefix_is_left_in_place_once_its_copies_would_cost_more(
+    tiny_model: Path, keep: float, shared_blocks: int
+) -> None:
+    h = two_requests(tiny_model, "keep", keep)
+    assert [e.shared_blocks for e in h.evictions] == [shared_blocks] * 2
+    if shared_blocks:
+        assert h.evictions[0].source_blocks[:20] == h.evictions[1].source_blocks[:20], "one copy"
+
+
+def test_shared_blocks_are_evicted_when_asked_to(tiny_model: Path) -> None:
+    h = two_requests(tiny_model, "evict", 0.8)
+    assert [e.shared_blocks for e in h.evictions] == [0, 0]
+
+
+def test_blocks_that_an_evicted_request_shares_stay_with_it(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=200, keep=0.5, chunk=2048)
+    ids = [h.add(text(640, 0) + text(200, i + 1), max_tokens=[5, 60][i]) for i in range(2)]
+    while ids[0] in h.live:
+        h.step()
+    state = h.manager._states[ids[1]]
+    assert state.released and state.shared_blocks == 20
+    assert all(not block.is_null for block in h.manager.req_to_blocks[ids[1]][:20])
+    # A third one with the same prefix hits those very blocks; they are pinned, so it leaves them in place as well.
+    third = h.add(text(640, 0) + text(200, 9))
+    h.run()
+    assert h.hits[third] == 640
+    assert h.evictions[-1].shared_blocks == 20
+    h.assert_all_returned()
+
+
+def held_by_step(tiny_model: Path, question: int, **arguments: Any) -> tuple[list[int], list[int], Harness]:
+    """(blocks held, those of them that evictions in flight hold a moment longer) after every step."""
+    h = Harness(tiny_model, num_blocks=1000, **arguments)
+    for i in range(20):
+        h.add(text(1000, 0) + text(question, i + 1), max_tokens=40)
+    held, moving = [], []
+    while h.scheduler.has_requests():
+        h.step()
+        h.check()
+        held.append(h.held)
+        states = h.manager._states.values() if h.eviction is not None else ()
+        moving.append(sum(len(state.packed) for state in states if not state.released))
+    h.assert_all_returned()
+    return held, moving, h
+
+
+@MODES
+@pytest.mark.parametrize("keep", [0.1, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("chunk", [512, 4096])
+@pytest.mark.parametrize("question", [40, 100, 400])
+def test_twenty_questions_about_one_text_hold_no_more_than_stock(
+    tiny_model: Path, question: int, chunk: int, keep: float, asynchronous: bool
+) -> None:
+    """At the same step, and but for the packed blocks of those whose originals are given back in the next step."""
+    stock, _, _ = held_by_step(tiny_model, question, chunk=chunk, asynchronous=asynchronous, policy=None)
+    ours, moving, h = held_by_step(tiny_model, question, chunk=chunk, asynchronous=asynchronous, keep=keep)
+    assert len(ours) == len(stock)
+    assert all(a - b <= c for a, b, c in zip(ours, moving, stock, strict=True))
+    if question >= 100 and keep <= 0.2:
+        assert {e.shared_blocks for e in h.evictions} == {31}
+        assert sum(ours) < 0.75 * sum(stock)
+
+
+def test_a_question_shorter_than_the_window_costs_one_block_more_than_stock(tiny_model: Path) -> None:
+    """Its hit stops a block short of the text's end, so that the window is computed; stock's does not."""
+    stock, _, _ = held_by_step(tiny_model, 20, chunk=4096, policy=None)
+    ours, moving, _ = held_by_step(tiny_model, 20, chunk=4096, keep=0.2)
+    assert not any(moving)
+    assert max(a - b for a, b in zip(ours, stock, strict=True)) == 19
