@@ -9,7 +9,7 @@ from vllm_defensive.config import EvictionConfig
 from vllm_defensive.request import RequestFieldError, resolve
 
 SCHEDULER = "vllm_defensive.engine.scheduler.make_scheduler"
-CPU_WORKER = "vllm_defensive.worker.worker.EvictionCPUWorker"
+CPU_WORKER = "vllm_defensive.worker.cpu_worker.EvictionCPUWorker"
 _settings: EvictionConfig | None = None  # of the engine that this process talks to, for checking its requests
 _CPU_BLOCK = 32  # the smallest block that vLLM's fast CPU attention takes: small pages waste least
 

@@ -22,8 +22,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_defensive.worker.pages import PageCodec
-from vllm_defensive.worker.runtime import EvictedRows, Runtime
+from vllm_defensive.worker.cpu_pages import PageCodec
+from vllm_defensive.worker.cpu_runtime import CPURuntime, EvictedRows
 from vllm_defensive.worker.window import Capture
 
 
@@ -51,7 +51,7 @@ class EvictionCPUMetadata(CPUAttentionMetadata):
 class EvictionCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     """Builds stock metadata, and beside it what the evicted rows of the batch need."""
 
-    runtime: Runtime | None = None
+    runtime: CPURuntime | None = None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -76,7 +76,7 @@ class EvictionCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 class EvictionCPUImpl(CPUAttentionBackendImpl):
     """One layer. `runtime` and `layer_index` (position in the KV cache group) are set once the caches exist."""
 
-    runtime: Runtime | None = None
+    runtime: CPURuntime | None = None
     layer_index = -1
 
     def forward(

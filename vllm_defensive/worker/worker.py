@@ -1,90 +1,88 @@
-"""The worker: vLLM's own, which is told what to keep, evicts after the forward pass and reports what it took."""
+"""What every worker of ours adds to vLLM's, whatever the device: it is told what to keep, evicts after the forward
+pass, and reports what that took."""
 
 from __future__ import annotations
 
-from typing import Any
+from abc import abstractmethod
+from typing import Any, Protocol
 
 import torch
-from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_defensive import vllm_compat
 from vllm_defensive.config import from_vllm_config
 from vllm_defensive.engine.spec import EvictableSpec, as_evictable
-from vllm_defensive.worker.evictor import Evictor
-from vllm_defensive.worker.pages import PageView
-from vllm_defensive.worker.projections import Projections
-from vllm_defensive.worker.runtime import Runtime
-from vllm_defensive.worker.window import WindowQueries
+from vllm_defensive.plan import Eviction, StepMessage
 
 logger = vllm_compat.get_logger("kv_eviction")
 
-_CPU_BACKEND = "vllm_defensive.worker.cpu_backend.EvictionCPUBackend"
+
+class Runtime(Protocol):
+    """Per-device state of evicted requests between steps."""
+
+    def begin(self, message: StepMessage, gone: set[str]) -> None:
+        """A real step starts; `gone` requests are forgotten."""
+
+    def end(self) -> None:
+        """The step's forward pass is over: batches are dummies until the next `begin`."""
 
 
-class EvictionCPUWorker(CPUWorker):
-    """vLLM's CPU worker with eviction."""
+class Evictor(Protocol):
+    """Per-device execution of evictions."""
+
+    def evict(self, evictions: list[Eviction]) -> None:
+        """Carry out evictions, ordered before anything the next step does."""
+
+    def take_microseconds(self) -> int:
+        """Time spent in `evict` since the last call."""
+
+
+class EvictionWorker(Worker):
+    """Base of our workers; vLLM's CPU worker and its GPU worker are both `Worker`s."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = from_vllm_config(self.vllm_config)
         assert config is not None
-        self._eviction = config
+        self.eviction = config
         self._runtime: Runtime | None = None
         self._evictor: Evictor | None = None
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        with vllm_compat.cpu_attention_backend(_CPU_BACKEND):
-            super().load_model(*args, **kwargs)
+    @abstractmethod
+    def start_eviction(self, group: int, names: list[str], layers: list[Any]) -> tuple[Runtime, Evictor]:
+        """Make the per-device parts and hand them to the attention layers and metadata builders of a KV cache group.
+
+        group: its index. names, layers: its attention layers and their names in the model, caches allocated.
+        """
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         """The layers' specs, those of evictable layers as `EvictableSpec`."""
-        return {name: as_evictable(spec, self._eviction) for name, spec in super().get_kv_cache_spec().items()}
+        return {name: as_evictable(spec, self.eviction) for name, spec in super().get_kv_cache_spec().items()}
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """Allocate the KV cache, then number its pages and find out what scoring needs of each layer."""
+        """Allocate the KV cache, then start eviction on the group that can be evicted."""
         super().initialize_from_config(kv_cache_config)
-        (group,) = (
-            i for i, g in enumerate(kv_cache_config.kv_cache_groups) if isinstance(g.kv_cache_spec, EvictableSpec)
-        )
-        names = kv_cache_config.kv_cache_groups[group].layer_names
+        groups = kv_cache_config.kv_cache_groups
+        (group,) = (i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, EvictableSpec))
+        spec, names = groups[group].kv_cache_spec, groups[group].layer_names
         context = self.vllm_config.compilation_config.static_forward_context
-        layers = [context[name] for name in names]
-        impls = [layer.impl for layer in layers]
-        first = layers[0]
-
-        from vllm_defensive.worker.cpu_backend import EvictionCPUImpl, discover_codec
-
-        view = PageView([layer.kv_cache for layer in layers])
-        codec = discover_codec(first.kv_cache, first.isa, self.model_config.dtype, first.kv_cache_dtype)
-        windows = WindowQueries(
-            len(layers), self._eviction.window, first.num_heads, first.head_size, self.model_config.dtype
-        )
-        self._runtime = Runtime(view, windows, vllm_compat.request_ids_of(self.model_runner))
-        for index, impl in enumerate(impls):
-            assert isinstance(impl, EvictionCPUImpl)
-            impl.runtime, impl.layer_index = self._runtime, index
-        for attention_group in self.model_runner.attn_groups[group]:
-            for builder in attention_group.metadata_builders:
-                builder.runtime = self._runtime
-        projections = Projections(self.model_runner.get_model(), names, first.num_heads, first.head_size)
-        self._evictor = Evictor(
-            self._eviction, self._runtime, view, codec, first.impl.scale, projections, writes_audit=self.rank == 0
-        )
+        self._runtime, self._evictor = self.start_eviction(group, names, [context[name] for name in names])
         logger.info(
             "KV eviction is on: policy %s keeps %g of each prompt of %d tokens or more (window %d); "
             "pages of %d tokens, %d layers x %d KV heads = %d pages a block",
-            self._eviction.policy,
-            self._eviction.keep,
-            self._eviction.min_tokens,
-            self._eviction.window,
-            view.page_tokens,
-            view.num_layers,
-            view.num_heads,
-            view.num_layers * view.num_heads,
+            self.eviction.policy,
+            self.eviction.keep,
+            self.eviction.min_tokens,
+            self.eviction.window,
+            spec.block_size,
+            len(names),
+            spec.num_kv_heads,
+            len(names) * spec.num_kv_heads,
         )
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any) -> Any:
+        """One step, and the evictions that are due after it."""
         if self._runtime is None or self._evictor is None:
             return super().execute_model(scheduler_output)
         message = vllm_compat.read_message(scheduler_output)
@@ -97,6 +95,7 @@ class EvictionCPUWorker(CPUWorker):
         return self._report(output)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's, with the time that evictions took on its output."""
         return self._report(super().sample_tokens(*args, **kwargs))
 
     def _report(self, output: Any) -> Any:

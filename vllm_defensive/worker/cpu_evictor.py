@@ -16,19 +16,19 @@ from vllm_defensive import audit
 from vllm_defensive.config import EvictionConfig
 from vllm_defensive.plan import Eviction
 from vllm_defensive.policy import PRESETS, LayerScores, Selection, score_layer, select
-from vllm_defensive.worker.pages import PageCodec, PageView
+from vllm_defensive.worker.cpu_pages import PageCodec, PageView
+from vllm_defensive.worker.cpu_runtime import CPURuntime
+from vllm_defensive.worker.cpu_tables import RequestTable
 from vllm_defensive.worker.projections import Projections
-from vllm_defensive.worker.runtime import Runtime
-from vllm_defensive.worker.tables import RequestTable
 
 
-class Evictor:
+class CPUEvictor:
     """Evictions on one worker. `microseconds` spent since it was last read are kept for the metrics."""
 
     def __init__(
         self,
         config: EvictionConfig,
-        runtime: Runtime,
+        runtime: CPURuntime,
         view: PageView,
         codec: PageCodec,
         scale: float,

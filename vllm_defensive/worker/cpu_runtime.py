@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vllm_defensive.plan import StepMessage
-from vllm_defensive.worker.pages import PageView
-from vllm_defensive.worker.tables import BatchTable, RequestTable
+from vllm_defensive.worker.cpu_pages import PageView
+from vllm_defensive.worker.cpu_tables import BatchTable, RequestTable
 from vllm_defensive.worker.window import Capture, WindowQueries
 
 
@@ -39,7 +39,7 @@ class Step:
     evicted: EvictedRows | None
 
 
-class Runtime:
+class CPURuntime:
     """State between steps. `begin` and `end` bracket each real step; outside of them batches are dummies."""
 
     def __init__(self, view: PageView, windows: WindowQueries, request_ids: Callable[[Any], Sequence[str]]) -> None:

@@ -1,0 +1,41 @@
+"""The worker on CPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_defensive import vllm_compat
+from vllm_defensive.worker.cpu_backend import EvictionCPUBackend, EvictionCPUImpl, discover_codec
+from vllm_defensive.worker.cpu_evictor import CPUEvictor
+from vllm_defensive.worker.cpu_pages import PageView
+from vllm_defensive.worker.cpu_runtime import CPURuntime
+from vllm_defensive.worker.projections import Projections
+from vllm_defensive.worker.window import WindowQueries
+from vllm_defensive.worker.worker import EvictionWorker
+
+
+class EvictionCPUWorker(EvictionWorker, CPUWorker):
+    """vLLM's CPU worker with eviction."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model with our attention backend in the place of the CPU platform's."""
+        with vllm_compat.cpu_attention_backend(f"{EvictionCPUBackend.__module__}.{EvictionCPUBackend.__qualname__}"):
+            super().load_model(*args, **kwargs)
+
+    def start_eviction(self, group: int, names: list[str], layers: list[Any]) -> tuple[CPURuntime, CPUEvictor]:
+        first, dtype = layers[0], self.model_config.dtype
+        view = PageView([layer.kv_cache for layer in layers])
+        codec = discover_codec(first.kv_cache, first.isa, dtype, first.kv_cache_dtype)
+        windows = WindowQueries(len(layers), self.eviction.window, first.num_heads, first.head_size, dtype)
+        runtime = CPURuntime(view, windows, vllm_compat.request_ids_of(self.model_runner))
+        for index, layer in enumerate(layers):
+            assert isinstance(layer.impl, EvictionCPUImpl)
+            layer.impl.runtime, layer.impl.layer_index = runtime, index
+        for attention_group in self.model_runner.attn_groups[group]:
+            for builder in attention_group.metadata_builders:
+                builder.runtime = runtime
+        projections = Projections(self.model_runner.get_model(), names, first.num_heads, first.head_size)
+        scale = first.impl.scale
+        return runtime, CPUEvictor(self.eviction, runtime, view, codec, scale, projections, self.rank == 0)
