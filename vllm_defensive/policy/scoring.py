@@ -149,7 +149,8 @@ def _weigh_and_settle(
     """DefensiveKV's two stages: weigh by the value norm, then lift what is certain to the layer's maximum.
 
     The norm is divided by its sum over *heads*, token by token: it looks like a slip of the axis in the reference,
-    but dividing over tokens costs quality. Both that sum and the mean bias run over the heads of all ranks.
+    but dividing over tokens costs quality. Both that sum and the mean bias run over the heads of all ranks; the
+    maximum is that of this rank's heads, above all that shares this rank's budget of the layer.
     """
     scores_HT, bias_H = attention.scores_HT, attention.bias_H
     parts = [bias_H.sum().view(1), torch.full_like(bias_H[:1], len(bias_H))]
