@@ -12,7 +12,7 @@ from vllm_defensive_kernels.addressing import power_of_two, runs_triton
 from vllm_defensive_kernels.checks import refuse, require_device, require_dtype, require_shape
 from vllm_defensive_kernels.pages import PagedKV
 
-ROWS = 64  # tokens a program: with K and V of 128 bf16 columns 32 KiB in flight
+ROW_BYTES = 128  # tokens a program times bytes a number: K and V of a 128-wide head are 32 KiB in flight
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -24,7 +24,7 @@ def _converted(value, scale, target_ptr, LIMIT: tl.constexpr):
     return value.to(target_ptr.dtype.element_ty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _compact_kernel(
     key_to_ptr, value_to_ptr, key_ptr, value_ptr, table_ptr, owner_ptr, token_ptr, fresh_ptr,
     layer_page_ptr, layer_page_to_ptr, tokens, key_scale, value_scale,
@@ -108,7 +108,8 @@ def compact(
     limit = torch.finfo(views[0].dtype).max if fp8 else 0.0
     if same:
         views = [view.view(_BITS[view.element_size()]) for view in views]
-    _compact_kernel[(-(-token_T.shape[0] // ROWS),)](
+    rows = ROW_BYTES // source.key_PND.element_size()
+    _compact_kernel[(-(-token_T.shape[0] // rows),)](
         *views, table_B, owner, token_T, fresh_K, source.layer_page_L, target.layer_page_L,
         token_T.shape[0], key_scale, value_scale,
         source.key_PND.stride(0), source.key_PND.stride(1), source.value_PND.stride(0), source.value_PND.stride(1),
@@ -116,6 +117,6 @@ def compact(
         target.key_PND.stride(0), target.key_PND.stride(1), target.value_PND.stride(0), target.value_PND.stride(1),
         target.block_pages, target.head_pages,
         LH=layers * heads, H=heads, N_FROM=source.page_tokens, N=page_tokens,
-        D=target.head_size, BLOCK_D=power_of_two(target.head_size), ROWS=ROWS, BITS=same, LIMIT=limit,
+        D=target.head_size, BLOCK_D=power_of_two(target.head_size), ROWS=rows, BITS=same, LIMIT=limit,
         num_warps=4,
     )  # fmt: skip

@@ -20,7 +20,10 @@ from vllm_defensive_kernels.addressing import power_of_two, product, runs_triton
 from vllm_defensive_kernels.checks import refuse, require_device, require_dtype, require_int, require_shape
 from vllm_defensive_kernels.pages import PackedState, PagedKV
 
-BLOCK_T = 64  # keys a step; with K and V of a 128-wide bf16 head three steps in flight fill 96 KiB of shared memory
+BLOCK_T = 64  # keys a step: 32 KiB of K and V for a 128-wide bf16 head
+# A page's number has to be read before its keys can be; with fewer stages than this Triton keeps one step in shared
+# memory instead of two, and nothing is in flight while the tensor cores work.
+STAGES = 5
 MIN_STEPS = 4  # a split shorter than 256 keys costs more to merge than it saves
 MAX_SPLITS = 64
 TARGET_PROGRAMS = 2048  # about four rounds on the 132 multiprocessors of an H200, four programs on each
@@ -49,7 +52,8 @@ def _split_steps(keys, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, MIN_STEPS: t
     return steps, each, tl.maximum(tl.cdiv(steps, each), 1)
 
 
-@triton.jit
+# A number whose value changes from call to call must not make a variant of its own when it happens to be 1 or 16.
+@triton.jit(do_not_specialize=["layer", "q_tiles"])
 def _decode_kernel(
     out_ptr, part_ptr, lse_ptr, query_ptr, key_ptr, value_ptr,
     query_start_ptr, seq_len_ptr, table_ptr, slot_ptr, fresh_ptr, offset_ptr, shared_ptr, growth_ptr, layer_page_ptr,
@@ -133,15 +137,15 @@ def _decode_kernel(
     acc = acc * (value_scale / tl.where(total == 0.0, 1.0, total))[:, None]
     stored = live[:, None] & (d[None, :] < D)
     if used == 1:
-        where = token[:, None] * out_token_stride + q_head[:, None] * out_head_stride + d[None, :]
-        tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=stored)
+        where_out = token[:, None] * out_token_stride + q_head[:, None] * out_head_stride + d[None, :]
+        tl.store(out_ptr + where_out, acc.to(out_ptr.dtype.element_ty), mask=stored)
     else:
-        where = (token * (H * G) + q_head) * SPLITS + split
-        tl.store(part_ptr + where[:, None] * D + d[None, :], acc, mask=stored)
-        tl.store(lse_ptr + where, tl.where(total == 0.0, float("-inf"), best + tl.log2(total)), mask=live)
+        where_part = (token * (H * G) + q_head) * SPLITS + split
+        tl.store(part_ptr + where_part[:, None] * D + d[None, :], acc, mask=stored)
+        tl.store(lse_ptr + where_part, tl.where(total == 0.0, float("-inf"), best + tl.log2(total)), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "max_query_len"])
 def _merge_kernel(
     out_ptr, part_ptr, lse_ptr,
     query_start_ptr, seq_len_ptr, slot_ptr, offset_ptr, shared_ptr, growth_ptr,
@@ -295,7 +299,7 @@ def ragged_paged_decode(
         query_TQD.stride(0), query_TQD.stride(1), out.stride(0), out.stride(1),
         pages.key_PND.stride(0), pages.key_PND.stride(1), pages.value_PND.stride(0), pages.value_PND.stride(1),
         table_RB.stride(0), state.fresh_SK.stride(0), state.offset_SO.stride(0), pages.block_pages, pages.head_pages,
-        LH=pages.num_layers * kv_heads, **shape, **tiling, num_warps=4, num_stages=3,
+        LH=pages.num_layers * kv_heads, **shape, **tiling, num_warps=4, num_stages=STAGES,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(rows * max_query_len, num_heads)](

@@ -27,7 +27,7 @@ BLOCK_T = 128
 BLOCK_C = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "out_head_stride"])
 def _value_norm_kernel(
     out_ptr, value_ptr, weight_ptr, table_ptr, count_ptr, start_ptr, layer_page_ptr,
     factor, layer, columns, out_head_stride, value_page_stride, value_token_stride,

@@ -21,7 +21,7 @@ from vllm_defensive_kernels.checks import refuse, require_choice, require_dtype,
 BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token"])
 def _pack_tokens_kernel(
     token_ptr, score_ptr, sorted_ptr, count_ptr, first_ptr, first_token, candidates, BLOCK: tl.constexpr
 ):

@@ -30,7 +30,7 @@ def run_both(
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that prompts of a hundred tokens have several spans, tiles and chunks of query rows."""
-    for name, value in {"BLOCK_M": 32, "BLOCK_T": 32, "LINES": 16}.items():
+    for name, value in {"BLOCK_M": 32, "BLOCK_T": 32, "LINES": 16, "BLOCK": 32}.items():
         monkeypatch.setattr(window, name, value)
     monkeypatch.setattr(window, "tiling", lambda longest: (32, 4))
 

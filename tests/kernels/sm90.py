@@ -1,0 +1,180 @@
+"""Compiles what the wrappers launch for Hopper, without a GPU, and reports what the machine code uses.
+
+    python -m tests.kernels.sm90 [--all] [PART]     one JSON object a kernel, on stdout; PART of a variant's name
+
+The wrappers themselves are called, with the shapes of real models, so that specialisation (alignment of pointers and
+strides, constants) is what a GPU would see; only the launch is left out. Run it without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from vllm_defensive_kernels import (
+    PackedState,
+    PagedKV,
+    RaggedTokens,
+    addressing,
+    compact,
+    ragged_paged_decode,
+    select_pages,
+    value_norm,
+    window_scores,
+)
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
+
+
+class HopperOnPaper:
+    """The part of Triton's driver that compilation asks."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def capture() -> list[tuple[str, Any]]:
+    """Make every launch of this process compile only; returns the list that (kernel name, compiled kernel) go to."""
+    assert not addressing.INTERPRETED, "unset TRITON_INTERPRET: interpreted kernels are not compiled"
+    triton.runtime.driver.set_active(HopperOnPaper())
+    addressing.INTERPRETED = True  # the wrappers then take the kernel's path on the CPU; kernels are decorated already
+    compiled: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.fn.__name__.strip("_"), kernel))
+        return kernel
+
+    JITFunction.run = compile_only
+    return compiled
+
+
+def int32(*shape: int) -> torch.Tensor:
+    """Zeros; only shape, stride and alignment matter here."""
+    return torch.zeros(*shape, dtype=torch.int32)
+
+
+def cache(dtype: torch.dtype, heads: int, page_tokens: int, head_size: int) -> PagedKV:
+    """Two layers of vLLM's CUDA layout."""
+    return PagedKV.from_layers(list(torch.zeros(2, 9, heads, page_tokens, 2 * head_size).to(dtype)))
+
+
+def decode(dtype: torch.dtype, group: int, page_tokens: int, head_size: int, kv: torch.dtype, queries: int) -> None:
+    pages = cache(kv, 8, page_tokens, head_size)
+    query = torch.zeros(4 * queries, 8 * group, head_size, dtype=dtype)
+    rows = int32(4, 64), int32(5), int32(4), int32(4)
+    ragged_paged_decode(query, pages, 1, *rows, PackedState.empty(4, 16, 2, 8, "cpu"), max_query_len=queries)
+
+
+def window(dtype: torch.dtype, group: int, page_tokens: int, head_size: int, kv: torch.dtype, **options: Any) -> None:
+    pages, tokens = cache(kv, 8, page_tokens, head_size), RaggedTokens.of([options.pop("count", 9000)], "cpu")
+    query = torch.zeros(2, 1, 32, 8 * group, head_size, dtype=dtype)
+    window_scores(query, pages, int32(1, 1 + 10000 // page_tokens), tokens, **options)
+
+
+def norm(dtype: torch.dtype, page_tokens: int, head_size: int, kv: torch.dtype, order: int) -> None:
+    pages, tokens = cache(kv, 8, page_tokens, head_size), RaggedTokens.of([4000], "cpu")
+    # order 1 gets Wo as it lies in the model, [hidden, Q*D]; order 2 the contiguous factor
+    weight = torch.zeros(4096, 32 * head_size, dtype=dtype).view(4096, 32, head_size).permute(1, 2, 0)
+    weight = weight if order == 1 else torch.zeros(32, head_size, head_size, dtype=dtype)
+    value_norm(pages, 0, int32(1, 4096 // page_tokens), tokens, weight, order=order)
+
+
+def copy(source: torch.dtype, target: torch.dtype, page_tokens: int, head_size: int) -> None:
+    pair = (cache(dtype, 8, page_tokens, head_size) for dtype in (source, target))
+    token, scale = int32(4 * 16 * page_tokens), 1.0 if source == target else 0.5
+    compact(next(pair), int32(64), int32(17), token, next(pair), int32(4), key_scale=scale)
+
+
+def select() -> None:
+    select_pages(torch.zeros(2, 8, 4096), 40, 16)
+
+
+QUICK: dict[str, Callable[[], None]] = {
+    "decode bf16": lambda: decode(BF16, 4, 16, 128, BF16, 1),
+    "window bf16": lambda: window(BF16, 4, 16, 128, BF16),
+    "value_norm bf16 L1": lambda: norm(BF16, 16, 128, BF16, 1),
+    "select_pages": select,
+    "compact bf16": lambda: copy(BF16, BF16, 16, 128),
+}
+ALL: dict[str, Callable[[], None]] = QUICK | {
+    "decode fp16 D=64 N=32": lambda: decode(FP16, 4, 32, 64, FP16, 1),
+    "decode bf16 fp8 pages": lambda: decode(BF16, 4, 16, 128, FP8, 1),
+    "decode bf16 G=7 D=80": lambda: decode(BF16, 7, 16, 80, BF16, 1),
+    "decode bf16 G=1": lambda: decode(BF16, 1, 16, 128, BF16, 1),
+    "decode bf16 5 queries": lambda: decode(BF16, 4, 16, 128, BF16, 5),
+    "decode bf16 long queries": lambda: decode(BF16, 4, 16, 128, BF16, 512),
+    "decode fp32 D=64": lambda: decode(FP32, 4, 16, 64, FP32, 1),
+    "window bf16 short": lambda: window(BF16, 4, 16, 128, BF16, count=900),
+    "window bf16 no pool": lambda: window(BF16, 4, 16, 128, BF16, pool=1),
+    "window bf16 pool 3": lambda: window(BF16, 4, 16, 128, BF16, pool=3),
+    "window bf16 mean": lambda: window(BF16, 4, 16, 128, BF16, aggregate="mean"),
+    "window bf16 fp8 pages": lambda: window(BF16, 4, 16, 128, FP8),
+    "window fp16 G=7 D=80 N=32": lambda: window(FP16, 7, 32, 80, FP16),
+    "window fp16 D=64": lambda: window(FP16, 3, 16, 64, FP16),
+    "value_norm bf16 L2": lambda: norm(BF16, 16, 128, BF16, 2),
+    "value_norm fp16 D=80 L1": lambda: norm(FP16, 32, 80, FP16, 1),
+    "value_norm bf16 fp8 pages L2": lambda: norm(BF16, 16, 128, FP8, 2),
+    "compact fp16 to fp8": lambda: copy(FP16, FP8, 16, 128),
+    "compact fp8": lambda: copy(FP8, FP8, 16, 128),
+    "compact fp32 D=80": lambda: copy(FP32, FP32, 16, 80),
+}
+
+
+def resources(kernel: Any, folder: Path) -> dict[str, Any]:
+    """Registers, memory and the instructions that tell slow from fast code."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    sass = subprocess.run([TOOLS / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout
+    found = {name.lower(): int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
+    instructions = {
+        "spills": r"\b(?:STL|LDL)\b",
+        "wide_loads": r"\b(?:LDG\.E(?:\.\w+)*\.128|LDGSTS\.E(?:\.\w+)*\.128)",
+        "wide_stores": r"\bSTG\.E(?:\.\w+)*\.128",
+        "async_copies": r"\bLDGSTS\b",
+        "hmma": r"\bHMMA\b",
+        "hgmma": r"\b[HQ]GMMA\b",
+    }
+    found |= {name: len(re.findall(pattern, sass)) for name, pattern in instructions.items()}
+    meta = kernel.metadata
+    return found | {"shared": meta.shared, "warps": meta.num_warps, "stages": meta.num_stages}
+
+
+def reports(variants: dict[str, Callable[[], None]]) -> Iterator[dict[str, Any]]:
+    """One report for each kernel that each variant launches; kernels that variants share come once."""
+    compiled, seen = capture(), set()
+    with tempfile.TemporaryDirectory() as folder:
+        for variant, call in variants.items():
+            call()
+            for name, kernel in compiled:
+                if (name, kernel.hash) not in seen:
+                    seen.add((name, kernel.hash))
+                    yield {"variant": variant, "kernel": name, **resources(kernel, Path(folder))}
+            compiled.clear()
+
+
+if __name__ == "__main__":
+    part = next((argument for argument in sys.argv[1:] if argument != "--all"), "")
+    chosen = ALL if "--all" in sys.argv[1:] else QUICK
+    for report in reports({name: call for name, call in chosen.items() if part in name}):
+        print(json.dumps(report), flush=True)

@@ -1,0 +1,51 @@
+"""Every kernel, as the wrappers launch it, compiled for Hopper: nothing may spill, and memory is read 16 bytes at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Kernels that read rows of D numbers; the others read ragged vectors of scores, which start anywhere.
+READS_PAGES = {"decode_kernel", "row_statistics_kernel", "score_kernel", "value_norm_kernel", "compact_kernel"}
+SHARED_MEMORY = 227 * 1024  # what one program may use on an H100 or H200
+
+
+def compile_for_hopper(folder: Path, *options: str) -> list[dict[str, Any]]:
+    """Reports of tests.kernels.sm90, in a process without the interpreter and with an empty cache."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.sm90", *options]
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def check(report: dict[str, Any]) -> None:
+    label = f"{report['kernel']} of {report['variant']}: {report}"
+    assert report["stack"] == report["local"] == report["spills"] == 0, f"spills: {label}"
+    assert report["shared"] <= SHARED_MEMORY, f"too much shared memory: {label}"
+    if report["kernel"] in READS_PAGES:
+        assert report["wide_loads"] > 0, f"no 16-byte loads: {label}"
+    if report["kernel"] == "compact_kernel":
+        assert report["wide_stores"] > 0, f"no 16-byte stores: {label}"
+    if report["kernel"] in READS_PAGES - {"compact_kernel"} and "fp32" not in report["variant"]:
+        assert report["hmma"] + report["hgmma"] > 0, f"no tensor cores: {label}"
+
+
+def test_five_ops_compile_for_hopper_without_spills(tmp_path: Path) -> None:
+    reports = compile_for_hopper(tmp_path)
+    assert {report["kernel"] for report in reports} >= READS_PAGES | {"pack_tokens_kernel", "merge_kernel"}
+    for report in reports:
+        check(report)
+
+
+@pytest.mark.slow
+def test_every_variant_compiles_for_hopper_without_spills(tmp_path: Path) -> None:
+    for report in compile_for_hopper(tmp_path, "--all"):
+        check(report)
