@@ -99,7 +99,8 @@ def run(name: str, model: Path, extra: Sequence[str], questions: Sequence[Questi
 def table(rows: Sequence[Row]) -> str:
     """The rows as text, one line each."""
     lines = [
-        f"{'server':<20}{'prompt':>8}{'answer':>8}{'KV blocks':>11}{'fit in pool':>13}{'ms/token':>10}{'first token':>13}"
+        f"{'server':<20}{'prompt':>8}{'answer':>8}{'KV blocks':>11}{'fit in pool':>13}"
+        f"{'ms/token':>10}{'first token':>13}"
     ]
     lines += [
         f"{r.server:<20}{r.prompt_tokens:>8}{'right' if r.right else 'WRONG':>8}{r.held:>11}{r.fit:>13}"

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 _SUBJECTS = (
-    "The harbour master", "A retired teacher", "The night train", "Our neighbour", "The old library", "A young botanist",
-    "The town council", "The baker on the corner", "A travelling orchestra", "The river", "The mountain path",
+    "The harbour master", "A retired teacher", "The night train", "Our neighbour", "The old library",
+    "A young botanist", "The town council", "The baker on the corner", "A travelling orchestra", "The river", "The mountain path",
     "An apprentice carpenter", "The lighthouse", "The weekly market", "A group of students", "The museum",
 )  # fmt: skip
 _VERBS = (
@@ -16,8 +16,9 @@ _VERBS = (
     "wrote a letter about", "is known for", "takes great care of", "was surprised by", "learned a lot from",
 )  # fmt: skip
 _OBJECTS = (
-    "the colour of the evening sky", "a song from the north", "the smell of fresh bread", "the garden behind the school",
-    "a box of faded photographs", "the first snow of the year", "an unfinished wooden boat", "the clock above the square",
+    "the colour of the evening sky", "a song from the north", "the smell of fresh bread",
+    "the garden behind the school", "a box of faded photographs", "the first snow of the year",
+    "an unfinished wooden boat", "the clock above the square",
     "a map of forgotten roads", "the sound of rain on the roof", "a long row of apple trees", "the stories of sailors",
 )  # fmt: skip
 _ENDS = (
@@ -48,7 +49,7 @@ class Question:
 
 
 def make_question(seed: int, num_tokens: int, count: Callable[[str], int]) -> Question:
-    """A question whose prompt has about `num_tokens` tokens; count: text -> tokens. The fact lies in its middle half."""
+    """A question whose prompt has about `num_tokens` tokens. count: text -> tokens. The fact lies in the middle half."""
     rng = random.Random(seed)
     key, answer = rng.choice(_KEYS), str(rng.randint(1_000_000, 9_999_999))
     fact = f"One of the special magic numbers for {key} is: {answer}."

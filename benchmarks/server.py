@@ -20,8 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 class Server:
     """`vllm serve MODEL ARGS` on a free port of this machine, as a context manager.
 
-    log: the file that takes its output. seconds: how long it may take to answer. Raises RuntimeError, with the end of the
-    log, if it ends or is not ready in time.
+    log: the file that takes its output. seconds: how long it may take to answer. Raises RuntimeError, with the end of
+    the log, if it ends or is not ready in time.
     """
 
     def __init__(self, model: Path | str, args: Sequence[str], log: Path, seconds: float = 300) -> None:
