@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 _SUBJECTS = (
     "The harbour master", "A retired teacher", "The night train", "Our neighbour", "The old library",
-    "A young botanist", "The town council", "The baker on the corner", "A travelling orchestra", "The river", "The mountain path",
+    "A young botanist", "The town council", "The baker on the corner",
+    "A travelling orchestra", "The river", "The mountain path",
     "An apprentice carpenter", "The lighthouse", "The weekly market", "A group of students", "The museum",
 )  # fmt: skip
 _VERBS = (
@@ -49,7 +50,7 @@ class Question:
 
 
 def make_question(seed: int, num_tokens: int, count: Callable[[str], int]) -> Question:
-    """A question whose prompt has about `num_tokens` tokens. count: text -> tokens. The fact lies in the middle half."""
+    """A question whose prompt has about `num_tokens` tokens. count: text -> tokens. The fact lies in its middle."""
     rng = random.Random(seed)
     key, answer = rng.choice(_KEYS), str(rng.randint(1_000_000, 9_999_999))
     fact = f"One of the special magic numbers for {key} is: {answer}."
