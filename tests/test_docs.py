@@ -36,10 +36,11 @@ def test_readme_lists_every_policy_with_its_source() -> None:
     assert [row.groups() for row in rows if row] == [(name, PRESETS[name].source) for name in public_names()]
 
 
-def test_readme_lists_every_counter() -> None:
-    from vllm_defensive.metrics import COUNTERS  # imports vLLM, which the other tests here do without
+def test_readme_lists_every_metric() -> None:
+    from vllm_defensive.metrics import COUNTERS, SECONDS  # imports vLLM, which the other tests here do without
 
-    assert [row[0].strip("`") for row in table_rows("counter")] == [name for name, _, _ in COUNTERS.values()]
+    expected = [*(name for name, _ in COUNTERS.values()), SECONDS[0]]
+    assert [row[0].strip("`") for row in table_rows("metric")] == expected
 
 
 def test_readme_names_only_targets_that_make_has() -> None:
