@@ -5,11 +5,12 @@
 
 from vllm_defensive.policy.budget import kept_fraction, reference_budget
 from vllm_defensive.policy.presets import PRESETS, Policy, get_policy, public_names
-from vllm_defensive.policy.scoring import LayerScores, score_layer
+from vllm_defensive.policy.scoring import Attention, LayerScores, score_layer, settle
 from vllm_defensive.policy.selection import Selection, select, select_within
 
 __all__ = [
     "PRESETS",
+    "Attention",
     "LayerScores",
     "Policy",
     "Selection",
@@ -20,4 +21,5 @@ __all__ = [
     "score_layer",
     "select",
     "select_within",
+    "settle",
 ]

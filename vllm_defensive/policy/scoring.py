@@ -63,35 +63,62 @@ def score_layer(
     assert 0 <= start < stop <= tokens, f"evictable range {evictable} of a prompt of {tokens} tokens"
     scored = tokens - window
     assert scored > 0, f"a prompt of {tokens} tokens has none before its window of {window}"
-    rank_HT = None
     if policy.needs_queries:
         assert query_WQD is not None and query_WQD.shape[0] == window, f"{policy.name} needs the window's queries"
         attention = _observe(policy, query_WQD, key_HSD, scale)
         norm_HT = _value_norm(policy, value_HSD[:, :scored], output_QDM, gram_QDD)
-        if policy.stages == "mass":
-            cap = stage_one_cap(scored, keep_ratio, window)
-            scores_HT = _weigh_and_settle(attention, norm_HT, cap, reduce_heads)
-        else:
-            scores_HT = attention.scores_HT
-            if policy.stages == "half-budget" and norm_HT is not None:
-                rank_HT = (scores_HT + formulas.HALF_BUDGET_EPSILON) * norm_HT
-    else:
-        scores_HT = _score_positions(policy, layer, key_HSD.shape[0], tokens, scored, key_HSD.device)
-    return LayerScores(
-        _cut_and_force(scores_HT, start, stop), None if rank_HT is None else _cut_and_force(rank_HT, start, stop)
-    )
+        return settle(
+            policy,
+            attention,
+            norm_HT,
+            window=window,
+            keep_ratio=keep_ratio,
+            evictable=evictable,
+            reduce_heads=reduce_heads,
+        )
+    scores_HT = _score_positions(policy, layer, key_HSD.shape[0], tokens, scored, key_HSD.device)
+    return LayerScores(_cut_and_force(scores_HT, start, stop))
 
 
 @dataclass
-class _Attention:
+class Attention:
+    """What the window's attention says of one layer, reduced to what policies read."""
+
     scores_HT: Tensor
     mean_HT: Tensor
     """Mean attention over window and group, not pooled."""
     bias_H: Tensor
     """Mean mass of a row on the window, or on the W keys before it (see Policy.window_bias)."""
 
+    @classmethod
+    def of(cls, policy: Policy, scores_HT: Tensor, mean_HT: Tensor, window: int) -> "Attention":
+        """For who has scores and mean: the bias follows from the mean, as a row of attention sums to 1."""
+        if policy.window_bias == "true":
+            return cls(scores_HT, mean_HT, 1 - mean_HT.sum(dim=-1))
+        return cls(scores_HT, mean_HT, mean_HT[:, max(mean_HT.shape[1] - window, 0) :].sum(dim=-1))
 
-def _observe(policy: Policy, query_WQD: Tensor, key_HSD: Tensor, scale: float) -> _Attention:
+
+def settle(
+    policy: Policy,
+    attention: Attention,
+    norm_HT: Tensor | None,
+    *,
+    window: int,
+    keep_ratio: float,
+    evictable: tuple[int, int],
+    reduce_heads: ReduceHeads | None = None,
+) -> LayerScores:
+    """The second half of `score_layer`, for attention and value norms that a kernel has computed."""
+    scores_HT, rank_HT = attention.scores_HT, None
+    if policy.stages == "mass":
+        cap = stage_one_cap(scores_HT.shape[1], keep_ratio, window)
+        scores_HT = _weigh_and_settle(attention, norm_HT, cap, reduce_heads)
+    elif policy.stages == "half-budget" and norm_HT is not None:
+        rank_HT = _cut_and_force((scores_HT + formulas.HALF_BUDGET_EPSILON) * norm_HT, *evictable)
+    return LayerScores(_cut_and_force(scores_HT, *evictable), rank_HT)
+
+
+def _observe(policy: Policy, query_WQD: Tensor, key_HSD: Tensor, scale: float) -> Attention:
     """Reduce the window's attention to what policies read, a few query heads at a time: on CPU no more rows than fit
     a core's cache (of one query head, if even these do not), elsewhere a bounded number."""
     window, query_heads, _ = query_WQD.shape
@@ -102,14 +129,14 @@ def _observe(policy: Policy, query_WQD: Tensor, key_HSD: Tensor, scale: float) -
     query_WHGD = query_WQD.unflatten(1, (heads, group))
     some_heads = zip(query_WHGD.split(head_step, dim=1), key_HSD.split(head_step), strict=True)
     parts = [_observe_heads(policy, query, key.float(), scale, group_step) for query, key in some_heads]
-    return _Attention(
+    return Attention(
         torch.cat([part.scores_HT for part in parts]),
         torch.cat([part.mean_HT for part in parts]),
         torch.cat([part.bias_H for part in parts]),
     )
 
 
-def _observe_heads(policy: Policy, query_WHGD: Tensor, key_HSD: Tensor, scale: float, group_step: int) -> _Attention:
+def _observe_heads(policy: Policy, query_WHGD: Tensor, key_HSD: Tensor, scale: float, group_step: int) -> Attention:
     """`_observe` for some heads. Means add up over parts of a group, and the peak is the largest of their peaks."""
     window, _, group, _ = query_WHGD.shape
     scored = key_HSD.shape[1] - window
@@ -130,7 +157,7 @@ def _observe_heads(policy: Policy, query_WHGD: Tensor, key_HSD: Tensor, scale: f
         scores_HT = formulas.clamp_to_mean(torch.stack(peaks).amax(dim=0))
     else:
         scores_HT = formulas.pool_tokens(mean_HT, policy.pool_kernel)
-    return _Attention(scores_HT, mean_HT, torch.stack(biases).sum(dim=0))
+    return Attention(scores_HT, mean_HT, torch.stack(biases).sum(dim=0))
 
 
 def _value_norm(policy: Policy, value_HTD: Tensor, output_QDM: Tensor | None, gram_QDD: Tensor | None) -> Tensor | None:
@@ -144,7 +171,7 @@ def _value_norm(policy: Policy, value_HTD: Tensor, output_QDM: Tensor | None, gr
 
 
 def _weigh_and_settle(
-    attention: _Attention, norm_HT: Tensor | None, cap: int, reduce_heads: ReduceHeads | None
+    attention: Attention, norm_HT: Tensor | None, cap: int, reduce_heads: ReduceHeads | None
 ) -> Tensor:
     """DefensiveKV's two stages: weigh by the value norm, then lift what is certain to the layer's maximum.
 
