@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class PagedKV:
         but the last, which is 1. The views may overlap (heads inside tokens).
     layer_page_L: int64 on the same device, first page of each layer.
     block_pages, head_pages: distance, in pages, of neighbouring blocks and heads.
+    layer_pages: that of neighbouring layers where it is the same for all (it then saves a load a key), else None.
     """
 
     key_PND: Tensor
@@ -31,6 +32,7 @@ class PagedKV:
     block_pages: int
     head_pages: int
     num_kv_heads: int
+    layer_pages: int | None = None
 
     def __post_init__(self) -> None:
         key, value = self.key_PND, self.value_PND
@@ -88,6 +90,7 @@ class PagedKV:
         unit = math.gcd(head_stride, block_stride, *(start - origin for start in starts))
         last = max(starts) - origin + (blocks - 1) * block_stride + (heads - 1) * head_stride
         head_size = columns // 2
+        steps = {(after - before) // unit for before, after in pairwise(starts)} or {0}
         shape, stride = (last // unit + 1, page_tokens, head_size), (unit, token_stride, 1)
         return cls(
             key_PND=first.as_strided(shape, stride, origin),
@@ -96,6 +99,7 @@ class PagedKV:
             block_pages=block_stride // unit,
             head_pages=head_stride // unit,
             num_kv_heads=heads,
+            layer_pages=steps.pop() if len(steps) == 1 else None,
         )
 
 

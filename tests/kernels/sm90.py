@@ -144,7 +144,9 @@ def resources(kernel: Any, folder: Path) -> dict[str, Any]:
     """Registers, memory and the instructions that tell slow from fast code."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run(
+        [TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
     sass = subprocess.run([TOOLS / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout
     found = {name.lower(): int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
     instructions = {

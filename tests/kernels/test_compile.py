@@ -1,4 +1,4 @@
-"""Every kernel, as the wrappers launch it, compiled for Hopper: nothing may spill, and memory is read 16 bytes at a time."""
+"""Every kernel, as the wrappers launch it, compiled for Hopper: nothing spills, and pages are read 16 bytes at a time."""
 
 from __future__ import annotations
 

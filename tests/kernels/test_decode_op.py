@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -62,6 +63,15 @@ def test_three_segments_equal_dense_attention(
 def test_layouts_and_layers_give_the_same_attention(layout: str) -> None:
     query = randn(4, H * 2, 32)
     actual, expected = run_both(make_pages(L, 64, H, N, 32, layout=layout), query, [0, 1, 2, 3, 4], SEQ_LENS, 0, 2)
+    assert_close(actual, expected, torch.float32)
+
+
+def test_layers_at_uneven_distances_give_the_same_attention() -> None:
+    """As where other tensors lie between the layers' caches: page numbers are then read, not computed."""
+    even, query = make_pages(L, 64, H, N, 32), randn(4, H * 2, 32)
+    assert even.layer_pages is not None
+    args = (query, [0, 1, 2, 3, 4], SEQ_LENS, 1, 2)
+    actual, expected = run_both(dataclasses.replace(even, layer_pages=None), *args)
     assert_close(actual, expected, torch.float32)
 
 
