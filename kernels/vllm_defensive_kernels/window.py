@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -112,9 +113,9 @@ def window_scores(
     spans = -(-(tokens.longest + window) // span)
     stats = torch.empty(4, rows, layers * heads, chunks, spans, block_m, dtype=torch.float32, device=device)
     lse, gain = torch.empty(2, rows, layers * heads, chunks, block_m, dtype=torch.float32, device=device)
-    slabs = (score_LHT, mean_LHT)
+    slabs: Sequence[Tensor] = (score_LHT, mean_LHT)
     if chunks > 1:
-        slabs = torch.empty(2, chunks, *score_LHT.shape, dtype=torch.float32, device=device)
+        slabs = torch.empty(2, chunks, *score_LHT.shape, dtype=torch.float32, device=device).unbind()
     scale_log2 = scale * key_scale * math.log2(math.e)
     strides = (
         *query_LRWQD.stride()[:4], pages.key_PND.stride(0), pages.key_PND.stride(1),

@@ -1,7 +1,7 @@
 """The kernels run in Triton's interpreter on the CPU, or compiled where KERNELS_DEVICE=cuda.
 
-Triton decides at import whether it interprets. When other tests of the same process have imported it already, this
-folder's tests are run by `test_own_process.py` in a process of their own instead.
+Triton decides at import whether it interprets, and vLLM is not to be interpreted. So these tests run where they are
+asked for when they are all that is asked for; as part of a larger run, `test_own_process.py` starts them on their own.
 """
 
 from __future__ import annotations
@@ -9,19 +9,32 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 DEVICE = os.environ.get("KERNELS_DEVICE", "cpu")
-if DEVICE == "cpu":
-    taken = "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
-    if taken:
-        collect_ignore_glob = ["test_*_op.py", "test_addresses.py", "test_pages.py"]
-    else:
-        os.environ["TRITON_INTERPRET"] = "1"
-        collect_ignore_glob = ["test_own_process.py"]
-else:
-    collect_ignore_glob = ["test_own_process.py"]
+FOLDER = Path(__file__).parent
+ANYWHERE = {"test_compile.py"}  # compiles in a process of its own
+
+
+def runs_here(config: pytest.Config) -> bool:
+    """True where this process may interpret kernels (or run them on a GPU)."""
+    if DEVICE != "cpu" or os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    asked_for = (Path(config.invocation_params.dir, argument.split("::")[0]).resolve() for argument in config.args)
+    if "triton" in sys.modules or not all(path.is_relative_to(FOLDER) for path in asked_for):
+        return False
+    os.environ["TRITON_INTERPRET"] = "1"
+    return True
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if collection_path.parent != FOLDER or not collection_path.name.startswith("test_"):
+        return None
+    if collection_path.name == "test_own_process.py":
+        return True if runs_here(config) else None
+    return None if collection_path.name in ANYWHERE or runs_here(config) else True
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Every kernel, as the wrappers launch it, compiled for Hopper: nothing spills, and pages are read 16 bytes at a time."""
+"""Every kernel, as the wrappers launch it, compiled for Hopper: nothing spills, and pages are read in 16 bytes."""
 
 from __future__ import annotations
 

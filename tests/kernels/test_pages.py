@@ -43,7 +43,7 @@ def test_caches_of_several_storages_are_refused() -> None:
 @pytest.mark.parametrize(("change", "message"), [
     ({"block_pages": 0}, "block_pages=0: choose 1 or more"),
     ({"value_PND": torch.zeros(1, 4, 3, device=DEVICE)}, r"value_PND.shape=\(1, 4, 3\): choose \[30, 4, 32\]"),
-    ({"layer_page_L": int32(0, 1)}, "layer_page_L=.*choose int64"),
+    ({"layer_page_L": int32(0, 1)}, r"layer_page_L=.*choose int64"),
 ])  # fmt: skip
 def test_wrong_pages_are_named(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -53,7 +53,7 @@ def test_wrong_pages_are_named(change: dict[str, object], message: str) -> None:
 def test_state_of_the_wrong_dtype_is_refused() -> None:
     empty = PackedState.empty(2, 3, 4, 5, DEVICE)
     assert empty.offset_SO.shape == (2, 21)
-    with pytest.raises(ValueError, match="offset_SO.dtype=torch.int64: choose torch.int32"):
+    with pytest.raises(ValueError, match=r"offset_SO.dtype=torch.int64: choose torch.int32"):
         dataclasses.replace(empty, offset_SO=empty.offset_SO.long())
 
 
