@@ -1,0 +1,80 @@
+"""Answers forced token by token inside the engine, and what the model would have said at each of them.
+
+A logits processor, vLLM's public hook: it sees the raw logits of every row of a batch. It lives in the engine's
+process, so the engine has to be in ours (`VLLM_ENABLE_V1_MULTIPROCESSING=0`); the 49,152 probabilities of a token then
+never become Python objects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from benchmarks.quality.metrics import divergence
+
+ARGUMENT = "forced_answer"
+
+
+@dataclass
+class Forced:
+    """One forced answer of A tokens. full_AV: log-probabilities with the full cache, kept if `keep`, compared with if
+    given. kl, nll, right: per token, filled in while the engine runs."""
+
+    tokens: list[int]
+    full_AV: Tensor | None = None
+    keep: bool = False
+    kl: list[float] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
+    right: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        size = len(self.tokens)
+        self.kl, self.nll, self.right = [0.0] * size, [0.0] * size, [False] * size
+        self._kept: list[Tensor | None] = [None] * size
+
+    def record(self, position: int, logprobs_V: Tensor) -> None:
+        token = self.tokens[position]
+        self.nll[position] = -float(logprobs_V[token])
+        self.right[position] = int(logprobs_V.argmax()) == token
+        if self.keep:
+            self._kept[position] = logprobs_V.clone()
+        if self.full_AV is not None:
+            self.kl[position] = float(divergence(self.full_AV[position], logprobs_V))
+
+    def reference(self) -> Tensor:
+        return torch.stack([row for row in self._kept if row is not None])
+
+
+PENDING: dict[int, Forced] = {}
+"""By the number that a request carries in `extra_args[ARGUMENT]`."""
+
+
+class ForcedAnswers(LogitsProcessor):
+    """Records each forced row and leaves it no choice but its next token. Other rows are not touched."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._rows: dict[int, tuple[Forced, list[int]]] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        def state(params: Any, prompt: Any, output: list[int]) -> tuple[Forced, list[int]] | None:
+            number = (params.extra_args or {}).get(ARGUMENT)
+            return None if number is None else (PENDING[number], output)
+
+        process_dict_updates(self._rows, batch_update, state)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        for row, (forced, output) in self._rows.items():
+            position = len(output)
+            if position < len(forced.tokens) and row < len(logits):
+                forced.record(position, logits[row].log_softmax(dim=-1))
+                logits[row] = float("-inf")
+                logits[row, forced.tokens[position]] = 0.0
+        return logits

@@ -1,0 +1,111 @@
+"""Carry out one item: the full cache first, then every setting on the same prompt in one batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.quality import metrics, ruler, texts
+from benchmarks.quality.engine import NONE, Engine, Setting
+from benchmarks.quality.plan import AFTER, NEXT_TOKENS, NO_PREFIX_CACHE, WINDOW, YARDSTICK, Item
+from benchmarks.quality.prompts import Prompt, Prompts
+
+TEMPLATE_TOKENS = 90  # what template, question and begun answer may take of a context
+FREE_TOKENS = 16  # a free answer may be this much longer than the gold one
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One column of the tables: a policy, a nominal ratio and a protocol."""
+
+    policy: str
+    keep: float
+    protocol: str
+
+    def setting(self, prompt: Prompt) -> Setting:
+        return Setting(self.policy, self.keep, prompt.document if self.protocol == AFTER else None)
+
+
+FULL = Choice(NONE, 1.0, WINDOW)
+
+
+class Runner:
+    """Runs items on one engine. Each result is a dict that JSON can hold."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._prompts = Prompts(engine.tokenizer)
+
+    def run(self, item: Item, choices: Sequence[Choice]) -> list[dict[str, Any]]:
+        """The results of an item for `choices`, and for the full cache."""
+        rows = []
+        for index, (prompt, question) in enumerate(self._probes(item)):
+            measure = self._free if item.suite == "ruler" else self._forced
+            for choice, values in measure(prompt, question, choices):
+                rows.append(
+                    {
+                        "item": item.name,
+                        "probe": index,
+                        "policy": choice.policy,
+                        "keep": choice.keep,
+                        "protocol": choice.protocol,
+                        "prompt_tokens": len(prompt.tokens),
+                        "retention": self._engine.retention(choice.setting(prompt), len(prompt.tokens)),
+                        **values,
+                    }
+                )
+        return rows
+
+    def _probes(self, item: Item) -> Iterator[tuple[Prompt, ruler.Question | None]]:
+        if item.suite == "text":
+            text = texts.running_text(random.Random(f"text/{item.seed}"), 8 * (item.context + NEXT_TOKENS))
+            tokens = self._prompts.encode(text)[: item.context]
+            yield Prompt(tokens[:-NEXT_TOKENS], len(tokens) - NEXT_TOKENS, tokens[-NEXT_TOKENS:]), None
+            return
+        task = YARDSTICK if item.suite == "turns" else item.task
+        document = ruler.generate(task, item.context - TEMPLATE_TOKENS, item.seed, self._prompts.count)
+        prompts = [self._prompts.ask(document, question) for question in document.questions]
+        if item.suite == "turns":
+            second = self._prompts.ask_again(prompts[0], prompts[0].gold, document.questions[1])
+            yield second, document.questions[1]
+        elif item.suite == "ruler":
+            yield prompts[0], document.questions[0]
+        else:
+            yield from zip(prompts, document.questions, strict=True)
+
+    def _forced(
+        self, prompt: Prompt, question: ruler.Question | None, choices: Sequence[Choice]
+    ) -> Iterator[tuple[Choice, dict[str, Any]]]:
+        from benchmarks.quality.forced import Forced
+
+        full = Forced(prompt.gold, keep=True)
+        self._engine.forced([(prompt.tokens, full, Setting())])
+        jobs = [(c, Forced(prompt.gold, full_AV=full.reference())) for c in choices]
+        for skip_prefix_cache in (False, True):
+            some = [(c, f) for c, f in jobs if (c.protocol == NO_PREFIX_CACHE) == skip_prefix_cache]
+            self._engine.forced(
+                [(prompt.tokens, forced, choice.setting(prompt)) for choice, forced in some],
+                skip_prefix_cache=skip_prefix_cache,
+            )
+        for choice, forced in [(FULL, full), *jobs]:
+            # In one of the two protocols the first token is read off the full cache: it is left out in both.
+            yield (
+                choice,
+                {
+                    "kl": metrics.mean(forced.kl[1:]),
+                    "nll": metrics.mean(forced.nll[1:]),
+                    "exact": float(all(forced.right)),
+                },
+            )
+
+    def _free(
+        self, prompt: Prompt, question: ruler.Question | None, choices: Sequence[Choice]
+    ) -> Iterator[tuple[Choice, dict[str, Any]]]:
+        assert question is not None
+        most = len(prompt.gold) + FREE_TOKENS
+        for some in ([FULL], choices):
+            outputs = self._engine.free([(prompt.tokens, most, choice.setting(prompt)) for choice in some])
+            for choice, output in zip(some, outputs, strict=True):
+                yield choice, {"score": ruler.score(question, output.outputs[0].text)}
