@@ -9,9 +9,13 @@ from vllm_defensive.config import EvictionConfig
 from vllm_defensive.request import RequestFieldError, resolve
 
 SCHEDULER = "vllm_defensive.engine.scheduler.make_scheduler"
-CPU_WORKER = "vllm_defensive.worker.cpu_worker.EvictionCPUWorker"
+# device type -> our worker, and the smallest block that the platform's fast attention takes: small pages waste least
+PLATFORMS = {
+    "cpu": ("vllm_defensive.worker.cpu_worker.EvictionCPUWorker", 32),
+    "cuda": ("vllm_defensive.worker.cuda_worker.EvictionGPUWorker", 16),
+}
+_FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
 _settings: EvictionConfig | None = None  # of the engine that this process talks to, for checking its requests
-_CPU_BLOCK = 32  # the smallest block that vLLM's fast CPU attention takes: small pages waste least
 
 
 def prepare(engine_args: Any) -> EvictionConfig | None:
@@ -26,16 +30,16 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
     if settings is None:
         del additional[config.KEY]
         return None
-    _refuse_unsupported_platform()
-    for name, ours, unset in (("scheduler_cls", SCHEDULER, None), ("worker_cls", CPU_WORKER, "auto")):
+    worker, block = _platform()
+    for name, ours, unset in (("scheduler_cls", SCHEDULER, None), ("worker_cls", worker, "auto")):
         chosen = getattr(engine_args, name)
         if chosen not in (unset, ours):
             raise ValueError(_refusal(name, chosen, f"it needs its own; drop --{name.replace('_', '-')}"))
         setattr(engine_args, name, ours)
     if engine_args.block_size is None:
-        engine_args.block_size = _CPU_BLOCK
-    elif engine_args.block_size % _CPU_BLOCK:
-        raise ValueError(_refusal("block_size", engine_args.block_size, f"choose a multiple of {_CPU_BLOCK}"))
+        engine_args.block_size = block
+    elif engine_args.block_size % block:
+        raise ValueError(_refusal("block_size", engine_args.block_size, f"choose a multiple of {block}"))
     vllm_compat.patch_stat_loggers(_make_stat_logger)
     vllm_compat.patch_validate_request(_check_request)
     global _settings
@@ -48,6 +52,7 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
 def check(vllm_config: Any, settings: EvictionConfig) -> None:
     """Refuse combinations that are not supported. Raises ValueError with the option's name and the way out."""
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    on_cuda = parallel.worker_cls == PLATFORMS["cuda"][0]
     for unsupported, option, value, way_out in (
         (parallel.tensor_parallel_size > 1, "tensor_parallel_size", parallel.tensor_parallel_size, "use 1"),
         (parallel.pipeline_parallel_size > 1, "pipeline_parallel_size", parallel.pipeline_parallel_size, "use 1"),
@@ -61,7 +66,7 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
         (model.is_encoder_decoder, "model", model.model, "use a decoder-only model"),
         (model.use_mla, "model", f"{model.model} (multi-head latent attention)", "use a model with KV heads"),
         (
-            cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
+            cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32", *(_FP8 if on_cuda else ())),
             "kv_cache_dtype",
             cache.cache_dtype,
             "use auto",
@@ -78,6 +83,7 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
             settings.window,
             f"choose at most max_num_batched_tokens={vllm_config.scheduler_config.max_num_batched_tokens}",
         ),
+        *(_refused_on_cuda(vllm_config) if on_cuda else ()),
     ):
         if unsupported:
             raise ValueError(_refusal(option, value, way_out))
@@ -88,11 +94,36 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
         )
 
 
-def _refuse_unsupported_platform() -> None:
+def _platform() -> tuple[str, int]:
+    """Worker class and smallest block of this platform. Raises ValueError for one that we have no worker for."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        raise ValueError(_refusal("device", current_platform.device_type, "use the CPU build of vLLM"))
+    kind = "cuda" if current_platform.is_cuda() else "cpu" if current_platform.is_cpu() else None
+    if kind is None:  # ROCm, too, calls its device type cuda
+        raise ValueError(_refusal("device", current_platform.device_name, "use an NVIDIA GPU or the CPU build of vLLM"))
+    return PLATFORMS[kind]
+
+
+def _refused_on_cuda(vllm_config: Any) -> tuple[tuple[Any, str, Any, str], ...]:
+    """Rows for `check` that only GPUs have."""
+    attention, chosen = vllm_config.attention_config, _get(vllm_config.attention_config.backend, "name", None)
+    fp8 = vllm_config.cache_config.cache_dtype.startswith("fp8")
+    return (
+        (not vllm_config.use_v2_model_runner, "VLLM_USE_V2_MODEL_RUNNER", 0, "use model runner V2, vLLM's default"),
+        (
+            chosen not in (None, "FLASH_ATTN", "TRITON_ATTN"),
+            "attention_backend",
+            chosen,
+            "choose FLASH_ATTN or TRITON_ATTN",
+        ),
+        (
+            fp8 and chosen == "FLASH_ATTN",
+            "attention_backend",
+            "FLASH_ATTN with an fp8 KV cache",
+            "choose TRITON_ATTN",
+        ),
+        (attention.backend_per_kind, "attention_config.backend_per_kind", attention.backend_per_kind, "drop it"),
+    )
 
 
 def _check_request(processed_inputs: Any, params: Any) -> None:

@@ -30,9 +30,17 @@ class WindowQueries:
     from the first step that touches its window to its eviction.
     """
 
-    def __init__(self, num_layers: int, window: int, num_query_heads: int, head_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        window: int,
+        num_query_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self._shape = (num_layers, window, num_query_heads, head_size)
-        self._dtype = dtype
+        self._dtype, self._device = dtype, device
         self._buffers: dict[str, Tensor] = {}
         self._filled: dict[str, int] = {}
 
@@ -45,7 +53,7 @@ class WindowQueries:
         if begin >= end:
             return None
         if request_id not in self._buffers:
-            self._buffers[request_id] = torch.empty(self._shape, dtype=self._dtype)
+            self._buffers[request_id] = torch.empty(self._shape, dtype=self._dtype, device=self._device)
             self._filled[request_id] = 0
         self._filled[request_id] += end - begin
         return Capture(self._buffers[request_id], row_start + begin - chunk[0], begin - first, end - begin)

@@ -1,0 +1,86 @@
+"""In torch: the compiled operations of vLLM and FlashAttention that a small Llama calls on its way."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FRAGMENTS: list[torch.library.Library] = []  # operations live as long as these
+
+
+def install() -> None:
+    """Put empty modules where vLLM imports its compiled ones, and define what they would have registered."""
+    for name in ("vllm._C_stable_libtorch", "vllm.vllm_flash_attn._vllm_fa3_C"):
+        sys.modules[name] = types.ModuleType(name)
+    core, cache = (torch.library.Library(name, "FRAGMENT") for name in ("_C", "_C_cache_ops"))
+    _FRAGMENTS.extend((core, cache))
+    for name in (
+        "cutlass_scaled_mm_supports_fp8",
+        "cutlass_scaled_mm_supports_block_fp8",
+        "cutlass_scaled_mm_supports_fp4",
+        "cutlass_group_gemm_supported",
+        "cutlass_sparse_scaled_mm_supported",
+    ):
+        _define(core, f"{name}(int capability) -> bool", lambda capability: False)
+    _define(core, "weak_ref_tensor(Tensor(a) tensor) -> Tensor(a)", lambda tensor: tensor.view(tensor.shape))
+    _define(core, "get_cuda_view_from_cpu_tensor(Tensor(a) tensor) -> Tensor(a)", lambda tensor: tensor.view(-1))
+    _define(core, "silu_and_mul(Tensor(a!) out, Tensor input) -> ()", _silu_and_mul)
+    _define(
+        cache,
+        "reshape_and_cache_flash(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache,"
+        " Tensor slot_mapping, str kv_cache_dtype, Tensor k_scale, Tensor v_scale) -> ()",
+        _reshape_and_cache_flash,
+    )
+
+
+def finish() -> None:
+    """Give vLLM's FlashAttention backend the attention below; it has taken the compiled one's name by now."""
+    from vllm.v1.attention.backends import flash_attn
+
+    flash_attn.flash_attn_varlen_func = flash_attn_varlen_func
+    flash_attn.get_scheduler_metadata = lambda *args, **kwargs: None
+
+
+def _define(library: torch.library.Library, schema: str, function: Any) -> None:
+    library.define(schema)
+    library.impl(schema.partition("(")[0], function, "CompositeExplicitAutograd")
+
+
+def _silu_and_mul(out: Tensor, input: Tensor) -> None:
+    gate, up = input.chunk(2, dim=-1)
+    out.copy_(torch.nn.functional.silu(gate) * up)
+
+
+def _reshape_and_cache_flash(
+    key_THD: Tensor, value_THD: Tensor, key_cache_BNHD: Tensor, value_cache_BNHD: Tensor, slot_T: Tensor, *_: Any
+) -> None:
+    real = slot_T >= 0  # padding has slot -1
+    slots = slot_T[real]
+    tokens = key_cache_BNHD.shape[1]
+    for cache, new in ((key_cache_BNHD, key_THD), (value_cache_BNHD, value_THD)):
+        cache[slots // tokens, slots % tokens] = new[: slot_T.shape[0]][real].to(cache.dtype)
+
+
+def flash_attn_varlen_func(
+    *, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens_q: Tensor, seqused_k: Tensor, block_table: Tensor,
+    softmax_scale: float, causal: bool = True, window_size: Any = None, softcap: float = 0, **_: Any,
+) -> Tensor:  # fmt: skip
+    """Causal attention over paged keys, a row of the batch at a time. q: `[T, Q, D]`; k, v: `[B, N, H, D]`."""
+    assert causal and softcap == 0 and window_size in (None, [-1, -1])
+    starts, page, group = cu_seqlens_q.tolist(), k.shape[1], q.shape[1] // k.shape[2]
+    for row, (begin, end) in enumerate(itertools.pairwise(starts)):
+        if end == begin:
+            continue
+        length = int(seqused_k[row])
+        blocks = block_table[row, : -(-length // page)].long()
+        keys, values = (x[blocks].flatten(0, 1)[:length].float().repeat_interleave(group, dim=1) for x in (k, v))
+        logits = torch.einsum("tqd,sqd->qts", q[begin:end].float(), keys) * softmax_scale
+        unseen = torch.ones(end - begin, length, dtype=torch.bool).triu(length - (end - begin) + 1)
+        weights = logits.masked_fill(unseen, float("-inf")).softmax(-1)
+        out[begin:end] = torch.einsum("qts,sqd->tqd", weights, values).to(out.dtype)
+    return out

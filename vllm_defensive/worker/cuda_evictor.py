@@ -1,0 +1,216 @@
+"""Carry out an eviction with the kernels: window queries -> scores -> pages and tokens -> packed blocks.
+
+Everything is queued on the stream of the forward pass that completed the prefill, and nothing is read back: how many
+pages there are follows from the plan, and which they are stays on the device. An audit, which is asked for, does wait.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_defensive import audit, vllm_compat
+from vllm_defensive.config import EvictionConfig
+from vllm_defensive.plan import Eviction
+from vllm_defensive.policy import PRESETS, Attention, LayerScores, Policy, Selection, score_layer, select, settle
+from vllm_defensive.policy.budget import guarded
+from vllm_defensive.worker.cuda_runtime import CUDARuntime
+from vllm_defensive.worker.projections import Projections
+from vllm_defensive_kernels import RaggedTokens, compact, select_pages, value_norm, window_scores
+
+KERNEL_POOLS = (1, 3, 5)
+SCORES_AT_A_TIME = 2**25  # of all layers in one launch: 128 MB of fp32, 32K tokens of a Llama-3.1-8B four times over
+
+
+@dataclass(frozen=True)
+class LayerScales:
+    """What one layer's fp8 keys and values are multiplied with when they are read; 1 for other dtypes."""
+
+    key: float = 1.0
+    value: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """One eviction's tensors: window queries `[L, W, Q, D]`, block table int32 `[1, blocks]`, its scored tokens."""
+
+    eviction: Eviction
+    policy: Policy
+    window_LWQD: Tensor
+    table_1B: Tensor
+    tokens: RaggedTokens
+    evictable: tuple[int, int]
+
+
+class CUDAEvictor:
+    """Evictions on one worker."""
+
+    def __init__(
+        self,
+        config: EvictionConfig,
+        runtime: CUDARuntime,
+        scale: float,
+        scales: Sequence[LayerScales],
+        projections: Projections,
+        writes_audit: bool = True,
+    ) -> None:
+        """scale: of the layers' attention logits. scales: one a layer."""
+        self._config = config
+        self._runtime = runtime
+        self._pages = runtime.pages
+        self._scale = scale
+        self._scales = scales
+        self._projections = projections
+        self._writes_audit = writes_audit and config.audit is not None
+        self._timers: deque[tuple[Any, Any]] = deque()
+
+    def take_microseconds(self) -> int:
+        """Of the evictions that the device has finished since the last call; the others are for a later one."""
+        milliseconds = 0.0
+        while self._timers and self._timers[0][1].query():
+            start, end = self._timers.popleft()
+            milliseconds += start.elapsed_time(end)
+        return int(milliseconds * 1000)
+
+    def evict(self, evictions: Sequence[Eviction]) -> None:
+        """Queue each request's eviction; steps queued afterwards find its state and do not read its blocks `[s, g)`."""
+        if not evictions:
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        selections = [self._evict(eviction) for eviction in evictions]
+        end.record()
+        self._timers.append((start, end))
+        if self._writes_audit:
+            assert self._config.audit is not None
+            for eviction, selection in zip(evictions, selections, strict=True):
+                audit.write(self._config.audit, eviction, selection, self._config, self._pages.page_tokens)
+
+    def _evict(self, eviction: Eviction) -> Selection:
+        device, page_tokens = self._pages.key_PND.device, self._pages.page_tokens
+        window_LWQD = self._runtime.windows.pop(eviction.request_id)
+        table_B = vllm_compat.to_device(eviction.source_blocks, device)
+        fresh_K = vllm_compat.to_device(eviction.packed_blocks, device)
+        prompt = _Prompt(
+            eviction,
+            PRESETS[eviction.policy],
+            window_LWQD,
+            table_B[None],
+            RaggedTokens.of([eviction.num_tokens - window_LWQD.shape[1]], device),
+            (eviction.shared_blocks * page_tokens, eviction.num_tokens // page_tokens * page_tokens),
+        )
+        offset_O, token_T = self._select(prompt, self._scores(prompt))
+        compact(self._pages, table_B, offset_O, token_T, self._pages, fresh_K)
+        self._runtime.install(eviction, offset_O, fresh_K)
+        pages_LH = offset_O.diff().view(self._pages.num_layers, self._pages.num_kv_heads)
+        return Selection(pages_LH, token_T.view(-1, page_tokens))
+
+    # -- scores -------------------------------------------------------------------------------------------------------
+
+    def _scores(self, prompt: _Prompt) -> list[LayerScores]:
+        """Of every layer, by the kernels where they know the formula."""
+        layers = range(self._pages.num_layers)
+        if not prompt.policy.needs_queries or prompt.policy.pool_kernel not in KERNEL_POOLS:
+            return [self._score_in_torch(prompt, layer) for layer in layers]
+        step = max(1, SCORES_AT_A_TIME // (self._pages.num_kv_heads * prompt.tokens.total))
+        if any(scales.key != self._scales[0].key for scales in self._scales):
+            step = 1  # a launch takes one scale
+        scores = []
+        for first in layers[::step]:
+            scores += self._score_some(prompt, first, min(first + step, len(layers)))
+        return scores
+
+    def _score_some(self, prompt: _Prompt, first: int, last: int) -> list[LayerScores]:
+        """Layers `[first, last)`, their attention in one launch."""
+        policy, window = prompt.policy, prompt.window_LWQD.shape[1]
+        observed = window_scores(
+            prompt.window_LWQD[first:last, None],
+            replace(self._pages, layer_page_L=self._pages.layer_page_L[first:last]),
+            prompt.table_1B,
+            prompt.tokens,
+            aggregate="defensive" if policy.aggregate == "defensive" else "mean",
+            pool=policy.pool_kernel,
+            scale=self._scale,
+            key_scale=self._scales[first].key,
+        )
+        return [
+            settle(
+                policy,
+                Attention.of(policy, scores_HT, mean_HT, window),
+                self._norm(prompt, layer),
+                window=window,
+                keep_ratio=prompt.eviction.keep,
+                evictable=prompt.evictable,
+            )
+            for layer, scores_HT, mean_HT in zip(range(first, last), observed.score_LHT, observed.mean_LHT, strict=True)
+        ]
+
+    def _norm(self, prompt: _Prompt, layer: int) -> Tensor | None:
+        order, weights = 1, None
+        if prompt.policy.value_weight == "l1":
+            weights = self._projections.slices(layer)
+        elif prompt.policy.value_weight == "l2-gram":
+            order, weights = 2, self._projections.factor(layer)
+        if weights is None:
+            return None
+        scale = self._scales[layer].value
+        return value_norm(self._pages, layer, prompt.table_1B, prompt.tokens, weights, order=order, value_scale=scale)
+
+    def _score_in_torch(self, prompt: _Prompt, layer: int) -> LayerScores:
+        """For policies that read no tensor of the model, and formulas that the kernels do not have."""
+        policy, pages = prompt.policy, self._pages
+        if policy.needs_queries:
+            key_HSD = self._read(prompt, layer, pages.key_PND).float() * self._scales[layer].key
+            value_HSD = self._read(prompt, layer, pages.value_PND).float() * self._scales[layer].value
+        else:
+            shape = (pages.num_kv_heads, prompt.eviction.num_tokens, pages.head_size)
+            key_HSD = value_HSD = prompt.window_LWQD.new_empty(1).expand(shape)
+        return score_layer(
+            policy,
+            layer=layer,
+            query_WQD=prompt.window_LWQD[layer] if policy.needs_queries else None,
+            key_HSD=key_HSD,
+            value_HSD=value_HSD,
+            output_QDM=self._projections.slices(layer) if policy.needs_values else None,
+            gram_QDD=None,
+            scale=self._scale,
+            keep_ratio=prompt.eviction.keep,
+            evictable=prompt.evictable,
+            window=prompt.window_LWQD.shape[1],
+        )
+
+    def _read(self, prompt: _Prompt, layer: int, data_PND: Tensor) -> Tensor:
+        heads_H1 = torch.arange(self._pages.num_kv_heads, device=data_PND.device)[:, None]
+        page_HB = self._pages.page_of(layer, heads_H1, prompt.table_1B)
+        return data_PND[page_HB].flatten(1, 2)[:, : prompt.eviction.num_tokens]
+
+    # -- selection ----------------------------------------------------------------------------------------------------
+
+    def _select(self, prompt: _Prompt, scores: list[LayerScores]) -> tuple[Tensor, Tensor]:
+        """(offset_O, token_T) as `compact` takes them."""
+        policy, budget = prompt.policy, len(prompt.eviction.packed_blocks)
+        page_tokens = self._pages.page_tokens
+        if scores[0].rank_HE is not None:
+            chosen = select(policy, scores, page_size=page_tokens, packed_blocks=budget, evictable=prompt.evictable)
+            return _offsets(chosen.pages_LH), chosen.tokens_PN.flatten()
+        score_LHE = torch.stack([layer.scores_HE for layer in scores])
+        # Only a broken model yields NaN, but counts must come out exact, because positions are addresses later.
+        score_LHE.nan_to_num_(nan=0.0, posinf=float("inf"))
+        return select_pages(
+            score_LHE,
+            budget,
+            page_tokens,
+            scope=policy.scope,
+            min_pages=guarded(policy.guard, budget),
+            first_token=prompt.evictable[0],
+        )
+
+
+def _offsets(pages_LH: Tensor) -> Tensor:
+    """int32 `[L, H]` pages -> int32 `[L*H + 1]` first pages."""
+    return torch.nn.functional.pad(pages_LH.flatten().cumsum(0), (1, 0)).int()

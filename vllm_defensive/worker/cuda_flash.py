@@ -1,0 +1,29 @@
+"""Eviction on top of vLLM's FlashAttention, which needs its compiled extension to be imported."""
+
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from vllm_defensive.worker.cuda_backend import EvictionImpl, EvictionMetadataBuilder
+
+
+class EvictionFlashMetadataBuilder(EvictionMetadataBuilder, FlashAttentionMetadataBuilder):
+    """Our part of the metadata, then FlashAttention's."""
+
+
+class EvictionFlashImpl(EvictionImpl, FlashAttentionImpl):
+    """Our part of a layer, then FlashAttention's."""
+
+
+class EvictionFlashBackend(FlashAttentionBackend):
+    """vLLM's backend with our builder and implementation; layouts, dtypes and head sizes are its own."""
+
+    @staticmethod
+    def get_impl_cls() -> type[EvictionFlashImpl]:
+        return EvictionFlashImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[EvictionFlashMetadataBuilder]:
+        return EvictionFlashMetadataBuilder

@@ -1,0 +1,145 @@
+"""What a CUDA worker knows about evicted requests, and what a step's batch makes of it.
+
+What a request keeps is written into its slot once, on the device, when it is evicted. A step costs the host a look-up a
+row and one small copy, row -> slot, so a captured graph finds everything where it was: no table is built, nothing is
+read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_defensive import vllm_compat
+from vllm_defensive.plan import Eviction, StepMessage
+from vllm_defensive.worker.window import Capture, WindowQueries
+from vllm_defensive_kernels import DecodeWorkspace, PackedState, PagedKV
+from vllm_defensive_kernels.decode import choose_splits
+
+NOBODY = -1  # the slot of a row that was not evicted, or that pads a graph
+
+
+@dataclass(frozen=True)
+class Step:
+    """One batch. decode_rows: leading rows with at most one query token each, which our kernel serves, evicted or not.
+    packed_runs: among the others, the runs `[first, last)` of evicted rows; the rest of them is stock vLLM's."""
+
+    captures: tuple[Capture, ...]
+    decode_rows: int
+    packed_runs: tuple[tuple[int, int], ...]
+
+
+class CUDARuntime:
+    """State between steps. `begin` and `end` bracket each real step; outside of them batches are dummies."""
+
+    def __init__(
+        self,
+        pages: PagedKV,
+        windows: WindowQueries,
+        index_of: Mapping[str, int],
+        *,
+        max_requests: int,
+        max_blocks: int,
+        num_query_heads: int,
+    ) -> None:
+        """index_of: the model runner's own table, from request id to an index below max_requests: our slot too.
+        max_blocks: the most fresh blocks that one request can fill."""
+        device = pages.key_PND.device
+        self.pages = pages
+        self.windows = windows
+        self.state = PackedState.empty(max_requests, max_blocks, pages.num_layers, pages.num_kv_heads, device)
+        self.slot_R = torch.full((max_requests,), NOBODY, dtype=torch.int32, device=device)
+        rows, splits = _widest_launch(max_requests, num_query_heads, pages.num_kv_heads)
+        self.workspace = DecodeWorkspace.empty(rows, num_query_heads, splits, pages.head_size, device)
+        self._index_of = index_of
+        self._slots: dict[str, int] = {}
+        self._slot_of_index = np.full(max_requests, NOBODY, dtype=np.int32)
+        self._all_nobody = True  # of slot_R
+        self._message: StepMessage | None = None
+
+    def begin(self, message: StepMessage, gone: Iterable[str]) -> None:
+        """gone: requests that ended, were preempted, or enter the batch (anew): whatever we knew of them is void."""
+        for request_id in gone:
+            slot = self._slots.pop(request_id, None)
+            if slot is not None:
+                self._slot_of_index[slot] = NOBODY
+            self.windows.drop(request_id)
+        self._message = message
+
+    def end(self) -> None:
+        self._message = None
+
+    @property
+    def observing(self) -> bool:
+        """Whether queries of this step are to be kept. Inside a graph of the whole model nobody could."""
+        return self._message is not None and bool(self._message.observe)
+
+    def install(self, eviction: Eviction, offset_O: Tensor, fresh_K: Tensor) -> None:
+        """Make an eviction known to the steps that come: its packed pages (int32 offsets of the heads, int32 ids of the
+        blocks, both on the device), its shared blocks, and where its growth begins."""
+        slot = self._index_of[eviction.request_id]
+        self.state.fresh_SK[slot, : fresh_K.shape[0]].copy_(fresh_K)
+        self.state.offset_SO[slot].copy_(offset_O)
+        self.state.shared_S[slot].fill_(eviction.shared_blocks)
+        self.state.growth_S[slot].fill_(eviction.num_tokens // self.pages.page_tokens)
+        self._slots[eviction.request_id] = slot
+        self._slot_of_index[slot] = slot
+
+    def step(self, common: Any) -> Step:
+        """What this batch asks for. common: vLLM's `CommonAttentionMetadata`, of which only what the host has is read.
+        Afterwards `slot_R` is right for its rows."""
+        rows = common.num_reqs
+        slots = np.full(rows, NOBODY, dtype=np.int32)
+        if self._message is not None:
+            known = common.req_idx[:rows]  # rows that pad a graph have no request
+            slots[: len(known)] = self._slot_of_index[known]
+        self._write_slots(slots)
+        starts = common.query_start_loc_cpu.numpy()[: rows + 1]
+        longer = np.flatnonzero(np.diff(starts) > 1)
+        # vLLM sorts rows by their number of new tokens; one-token rows that came later would simply take the stock path
+        decode_rows = int(longer[0]) if len(longer) else rows
+        return Step(
+            self._captures(common, starts) if self.observing else (),
+            decode_rows,
+            _runs(slots >= 0, decode_rows),
+        )
+
+    def _write_slots(self, slots: np.ndarray) -> None:
+        if (slots == NOBODY).all():
+            if not self._all_nobody:
+                self.slot_R.fill_(NOBODY)
+            self._all_nobody = True
+        else:
+            vllm_compat.copy_to_device(slots, self.slot_R[: len(slots)])
+            self._all_nobody = False
+
+    def _captures(self, common: Any, starts: np.ndarray) -> tuple[Capture, ...]:
+        assert self._message is not None
+        row_of_index = {int(index): row for row, index in enumerate(common.req_idx[: common.num_reqs])}
+        ends = common.seq_lens_cpu_upper_bound.numpy()  # exact for prompts: no draft token is among theirs
+        captures = []
+        for request_id, num_tokens in self._message.observe.items():
+            row = row_of_index[self._index_of[request_id]]
+            start, stop, end = int(starts[row]), int(starts[row + 1]), int(ends[row])
+            captures.append(self.windows.plan(request_id, num_tokens, (end - (stop - start), end), start))
+        return tuple(c for c in captures if c is not None)
+
+
+def _runs(evicted_R: np.ndarray, first: int) -> tuple[tuple[int, int], ...]:
+    """Runs of True from row `first` on, as `[begin, end)`."""
+    padded = np.concatenate([[False], evicted_R[first:], [False]])
+    edges = (np.flatnonzero(padded[1:] != padded[:-1]) + first).tolist()
+    return tuple(pairwise(edges))[::2]
+
+
+def _widest_launch(max_rows: int, num_query_heads: int, num_kv_heads: int) -> tuple[int, int]:
+    """(rows, splits) of the decode launch, of one token a row, that has the most partial results."""
+    group = num_query_heads // num_kv_heads
+    launches = ((rows, choose_splits(rows, group, num_kv_heads, 1)) for rows in range(1, max_rows + 1))
+    return max(launches, key=lambda launch: launch[0] * launch[1])
