@@ -8,8 +8,9 @@ from pathlib import Path
 
 import vllm_defensive
 from vllm_defensive.cli import flag_of
-from vllm_defensive.config import NONE, EvictionConfig, allowed_policies
+from vllm_defensive.config import KEY, NONE, EvictionConfig, allowed_policies
 from vllm_defensive.policy.presets import PRESETS, public_names
+from vllm_defensive.request import RequestSettings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,6 +28,11 @@ def test_readme_lists_every_flag_with_its_default() -> None:
     expected = {flag_of(name): "off" if default is None else str(default) for name, default in defaults.items()}
     expected[flag_of("policy")] = NONE
     assert {row[0].strip("`"): row[2].strip("`") for row in table_rows("flag")} == expected
+
+
+def test_readme_lists_every_field_of_a_request() -> None:
+    expected = [KEY if name == "policy" else f"{KEY}_{name}" for name in RequestSettings.model_fields]
+    assert [row[0].strip("`") for row in table_rows("field")] == expected
 
 
 def test_readme_lists_every_policy_with_its_source() -> None:
