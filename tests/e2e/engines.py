@@ -1,0 +1,152 @@
+"""Engines in this process, and the ways in which the tests look into them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vllm_defensive
+from vllm_defensive import audit
+from vllm_defensive.audit import Audit
+
+# The lengths of a mixed batch: long and short, whole blocks and not, below the window, over several chunks of 512.
+MIXED = (700, 40, 1333, 17, 3000, 96, 640, 5)
+# Logits of the tiny model lie within +-16; there the gap between two bf16 numbers is 2^-4.
+BF16_STEP = 2**-4
+
+
+@dataclass
+class Answer:
+    """tokens: what was generated. logprobs: of those tokens, float64. request_id: names its audit file."""
+
+    tokens: list[int]
+    logprobs: Tensor
+    request_id: str
+    cached_tokens: int
+
+
+@contextmanager
+def engine(model: Path, policy: str | None = None, *, asynchronous: bool = False, **arguments: Any) -> Iterator[Any]:
+    """An `LLM` in this process with 512-token chunks; settings of eviction among the arguments are sorted out.
+
+    It is gone at the end: vLLM keeps its process groups in globals, so an engine that is collected later would take
+    those of the next one with it.
+    """
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+
+    names = ("keep", "window", "min_tokens", "audit", "shared", "per_request")
+    settings = {name: arguments.pop(name) for name in names if name in arguments}
+    extra = {} if policy is None else vllm_defensive.engine_kwargs(policy, **{"min_tokens": 33, **settings})
+    arguments = {
+        "block_size": 32,
+        "dtype": "bfloat16",
+        "enforce_eager": True,
+        "max_num_batched_tokens": 512,
+        "disable_log_stats": False,
+        **extra,
+        **arguments,
+    }
+    with _asynchronous(EngineArgs) if asynchronous else nullcontext():
+        llm = LLM(str(model), **arguments)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+@contextmanager
+def _asynchronous(engine_args: type) -> Iterator[None]:
+    """The CPU platform turns asynchronous scheduling off; turn it on again once the config is settled."""
+    original = engine_args.create_engine_config
+
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = original(self, *args, **kwargs)
+        config.scheduler_config.async_scheduling = True
+        return config
+
+    engine_args.create_engine_config = create_engine_config
+    try:
+        yield
+    finally:
+        engine_args.create_engine_config = original
+
+
+def random_prompts(lengths: Iterable[int], seed: int = 1) -> list[list[int]]:
+    """Prompts of the tiny model's ordinary tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, 512, (n,), generator=generator).tolist() for n in lengths]
+
+
+def generate(
+    llm: Any, prompts: Sequence[list[int]], num_tokens: int = 64, extra_args: Sequence[dict[str, Any]] | None = None
+) -> list[Answer]:
+    """Greedy answers of exactly `num_tokens` tokens. extra_args: of each request."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=1, extra_args=extra)
+        for extra in extra_args or [None] * len(prompts)
+    ]
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return [answer_of(output) for output in outputs]
+
+
+def answer_of(output: Any) -> Answer:
+    tokens = list(output.outputs[0].token_ids)
+    logprobs = [d[t].logprob for d, t in zip(output.outputs[0].logprobs, tokens, strict=True)]
+    return Answer(tokens, torch.tensor(logprobs, dtype=torch.float64), output.request_id, output.num_cached_tokens)
+
+
+def largest_difference(ours: Sequence[Answer], theirs: Sequence[Answer]) -> float:
+    """Of log-probabilities, over all answers, whose tokens must be the same."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.tokens == b.tokens
+    return max(float((a.logprobs - b.logprobs).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+def core_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core
+
+
+def scheduler_of(llm: Any) -> Any:
+    return core_of(llm).scheduler
+
+
+def pool_of(llm: Any) -> Any:
+    return scheduler_of(llm).kv_cache_manager.block_pool
+
+
+def caches_of(llm: Any) -> list[Tensor]:
+    """Per layer `[blocks, ...]`."""
+    return list(core_of(llm).model_executor.driver_worker.worker.model_runner.kv_caches)
+
+
+def worker_of(llm: Any) -> Any:
+    return core_of(llm).model_executor.driver_worker.worker
+
+
+def assert_all_returned(llm: Any) -> None:
+    pool = pool_of(llm)
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # one is vLLM's null block
+    assert llm.reset_prefix_cache()
+
+
+def metrics_of(llm: Any) -> dict[str, float]:
+    return {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+
+
+def audit_of(folder: Path, request_id: str) -> Audit:
+    """The audit of a request; the engine appends a suffix to the ids that `LLM` gives out."""
+    found = sorted(folder.glob(f"{request_id}-*.safetensors")) or sorted(folder.glob(f"{request_id}.safetensors"))
+    assert len(found) == 1, f"{request_id}: {[p.name for p in folder.iterdir()]}"
+    return audit.load(found[0])

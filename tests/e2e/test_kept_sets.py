@@ -1,0 +1,139 @@
+"""The engine keeps what the plain formulas choose from a plain model's own queries, keys and values.
+
+Scores come from float64 loops (`tests/policy/naive.py`), pages from the greedy loop below, the tensors from the
+reference model in float32; no line of it is the package's. The random policy is left out: it is a hash, not a formula.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.e2e.engines import audit_of, engine, generate, random_prompts
+from tests.policy import naive
+from tests.reference_model import Layer, ReferenceLlama
+from vllm_defensive.audit import Audit
+from vllm_defensive.policy import PRESETS, Policy
+
+pytestmark = pytest.mark.e2e
+
+POLICIES = ("streamingllm", "snapkv", "adakv", "criticalkv", "defensivekv", "layer-defensivekv")
+PROMPTS = random_prompts((300, 417, 96), seed=5)
+KEEP, W, N = 0.35, 32, 32
+
+Scores = list[tuple[np.ndarray, np.ndarray | None]]  # per layer: of the tokens before the window, and their ranks
+
+
+def complete(values: np.ndarray, tokens: int) -> list[float]:
+    """Of the tokens in full pages, the scores of those before the window; the others must stay."""
+    full = tokens // N * N
+    return [*values.tolist(), *[math.inf] * W][:full]
+
+
+def greedy_pages(policy: Policy, scores: Scores, tokens: int, blocks: int) -> dict[tuple[int, int], int]:
+    """Pages of each head: one by one the best that is left, from a budget of `blocks` pages a head."""
+    heads = scores[0][0].shape[0]
+    everyone = [(i, h) for i in range(len(scores)) for h in range(heads)]
+    units = {
+        "head": [[at] for at in everyone],
+        "layer": [[at for at in everyone if at[0] == i] for i in range(len(scores))],
+        "model": [everyone],
+    }[policy.scope]
+    guard = int(policy.guard * blocks)
+    pages = dict.fromkeys(everyone, guard)
+    for unit in units:
+        gains = {(i, h): [sum(run) for run in runs(sorted(complete(scores[i][0][h], tokens))[::-1])] for i, h in unit}
+        for _ in range((blocks - guard) * len(unit)):
+            best = max((at for at in unit if pages[at] < tokens // N), key=lambda at: gains[at][pages[at]])
+            pages[best] += 1
+    return pages
+
+
+def best_tokens(policy: Policy, score: np.ndarray, rank: np.ndarray | None, tokens: int, count: int) -> set[int]:
+    """What one head keeps if `count` of its tokens in full pages may stay; the tail block stays anyway."""
+    by_score = ranked(complete(score, tokens))
+    kept = set(by_score[:count])
+    if policy.stages == "half-budget" and rank is not None:
+        certain = set(by_score[: count // 2])
+        rest = [t for t in ranked(complete(rank, tokens)) if t not in certain]
+        kept = {*certain, *rest[: count - len(certain)]}
+    return kept | set(range(tokens // N * N, tokens))
+
+
+def ranked(values: list[float]) -> list[int]:
+    return sorted(range(len(values)), key=lambda t: (-values[t], t))
+
+
+def runs(values: list[float]) -> list[list[float]]:
+    return [values[i : i + N] for i in range(0, len(values), N)]
+
+
+@pytest.fixture(scope="module")
+def attention(tiny_model: Path) -> tuple[ReferenceLlama, list[list[Layer]]]:
+    """The reference model, and what its attention layers computed with for each prompt."""
+    reference = ReferenceLlama(tiny_model)
+    recorded: list[list[Layer]] = []
+    for prompt in PROMPTS:
+        layers: list[Layer] = []
+        reference.forward(prompt, attention=layers)
+        recorded.append(layers)
+    return reference, recorded
+
+
+def naive_scores(policy: Policy, reference: ReferenceLlama, layers: list[Layer]) -> Scores:
+    scores = []
+    for i, layer in enumerate(layers):
+        arrays = (layer.query_TQD[-W:], layer.key_HTD, layer.value_HTD, reference.output_projection(i))
+        inputs = naive.Layer(*(x.double().numpy() for x in arrays))
+        scores.append(naive.scores(policy, inputs, index=i, scale=reference.head_size**-0.5, keep_ratio=KEEP))
+    return scores
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def audits(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, list[Audit]]]:
+    folder = tmp_path_factory.mktemp("audit")
+    found = {}
+    with engine(tiny_model, "snapkv", dtype=request.param, audit=str(folder), enable_prefix_caching=False) as llm:
+        for policy in POLICIES:
+            fields = {"kv_eviction": policy, "kv_eviction_keep": KEEP}
+            answers = generate(llm, PROMPTS, 2, extra_args=[fields] * len(PROMPTS))
+            found[policy] = [audit_of(folder, answer.request_id) for answer in answers]
+    return request.param, found
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_kept_sets_are_those_of_the_formulas(
+    audits: tuple[str, dict[str, list[Audit]]], attention: tuple[ReferenceLlama, list[list[Layer]]], policy: str
+) -> None:
+    dtype, found = audits
+    reference, recorded = attention
+    same = total = moved = 0
+    for prompt, layers, audit in zip(PROMPTS, recorded, found[policy], strict=True):
+        scores = naive_scores(PRESETS[policy], reference, layers)
+        pages = greedy_pages(PRESETS[policy], scores, len(prompt), audit.packed_blocks)
+        for (layer, head), count in pages.items():
+            ours = audit.positions(layer, head).tolist()
+            assert ours == sorted(set(ours))
+            packed = len(ours) - len(prompt) % N
+            moved += abs(packed // N - count)
+            expected = best_tokens(PRESETS[policy], *(of_head(x, head) for x in scores[layer]), len(prompt), packed)
+            same += len(expected & set(ours))
+            total += len(expected)
+    print(
+        f"{dtype} {policy}: {same / total:.3%} of {total} kept tokens are the same, {moved // 2} pages went elsewhere"
+    )
+    if dtype == "float32":
+        assert same == total and moved == 0
+    else:
+        # Its tensors are off by 2^-9, which decides between tokens, and pages, whose scores are as close.
+        assert same > 0.99 * total
+        assert moved // 2 <= len(PROMPTS)
+
+
+def of_head(values: np.ndarray | None, head: int) -> np.ndarray | None:
+    return None if values is None else values[head]
