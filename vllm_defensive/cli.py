@@ -35,7 +35,7 @@ def add_flags(parser: Any) -> None:
         group.add_argument(
             flag_of(name),
             dest=config.option_name(name),
-            default=None,
+            default=argparse.SUPPRESS,  # None would be printed as the default by vLLM's help formatter
             help=f"{field.description}{allowed} (default: {default})",
             **value,
         )
