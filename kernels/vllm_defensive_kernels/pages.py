@@ -62,8 +62,8 @@ class PagedKV:
     def head_size(self) -> int:
         return self.key_PND.shape[2]
 
-    def page_of(self, layer: int, head: int | Tensor, block: int | Tensor) -> Tensor:
-        """int64 page of a (layer, head, block); `head` and `block` may be tensors that broadcast. For references."""
+    def page_of(self, layer: int | Tensor, head: int | Tensor, block: int | Tensor) -> Tensor:
+        """int64 page of a (layer, head, block); each may be a tensor that broadcasts. For references."""
         block = torch.as_tensor(block, device=self.layer_page_L.device).long()
         return self.layer_page_L[layer] + block * self.block_pages + head * self.head_pages
 

@@ -114,15 +114,17 @@ def packed_rows(
     if slot >= 0:
         shared, growth = int(state.shared_S[slot]), int(state.growth_S[slot])
         first, last = state.offset_SO[slot, layer * heads + head : layer * heads + head + 2].tolist()
-    inner_pages = [pages.page_of(layer, head, table_B[:shared])]
-    for flat in range(first, last):
-        block, inner = state.fresh_SK[slot, flat // (layers * heads)], flat % (layers * heads)
-        inner_pages.append(pages.page_of(inner // heads, inner % heads, block).view(1))
+    flat = torch.arange(first, last, device=table_B.device)
+    block, inner = state.fresh_SK[slot, flat // (layers * heads)], flat % (layers * heads)
     blocks = -(-seq_len // page_tokens)
-    inner_pages.append(pages.page_of(layer, head, table_B[growth:blocks]))
+    segments = (
+        pages.page_of(layer, head, table_B[:shared]),
+        pages.page_of(inner // heads, inner % heads, block),
+        pages.page_of(layer, head, table_B[growth:blocks]),
+    )
     length = (shared + last - first - growth) * page_tokens + seq_len
     index = torch.arange(length, device=table_B.device)
-    return torch.cat(inner_pages)[index // page_tokens], index % page_tokens
+    return torch.cat(segments)[index // page_tokens], index % page_tokens
 
 
 def ragged_paged_decode(

@@ -88,7 +88,7 @@ def test_nothing_to_pack() -> None:
     target = blank("LBHNC", torch.float32)
     before = bits(target)
     empty = torch.zeros(0, dtype=torch.int32, device=before.device)
-    compact(make_pages(L, 12, H, N, D), int32(1), torch.zeros(L * H + 1, dtype=torch.int32), empty, target, empty)
+    compact(make_pages(L, 12, H, N, D), int32(1), int32(*[0] * (L * H + 1)), empty, target, empty)
     assert torch.equal(bits(target), before)
 
 
