@@ -142,7 +142,9 @@ def assert_all_returned(llm: Any) -> None:
 
 
 def metrics_of(llm: Any) -> dict[str, float]:
-    return {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    """Values of counters and gauges, sums of histograms."""
+    values = {m.name: getattr(m, "value", getattr(m, "sum", None)) for m in llm.get_metrics()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def audit_of(folder: Path, request_id: str) -> Audit:

@@ -1,0 +1,113 @@
+"""A Llama in plain PyTorch whose attention can be told, entry by entry, what to see. Nothing of vLLM, nothing paged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+@dataclass
+class Layer:
+    """What attention of one layer computes with, positions encoded. query `[T, Q, D]`, key and value `[H, T, D]`."""
+
+    query_TQD: Tensor
+    key_HTD: Tensor
+    value_HTD: Tensor
+
+
+class ReferenceLlama:
+    """Weights of a Llama folder, computed in `dtype` (float32 unless given)."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        self.layers = config["num_hidden_layers"]
+        self.query_heads, self.heads = config["num_attention_heads"], config["num_key_value_heads"]
+        self.head_size = config.get("head_dim") or config["hidden_size"] // self.query_heads
+        self._epsilon = config["rms_norm_eps"]
+        rope = config.get("rope_parameters") or {}
+        self._theta = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
+        assert rope.get("rope_type", "default") == "default" and not config.get("rope_scaling")
+        self._weights: dict[str, Tensor] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            self._weights.update({name: weight.to(dtype) for name, weight in load_file(file).items()})
+        if config.get("tie_word_embeddings"):
+            self._weights["lm_head.weight"] = self._weights["model.embed_tokens.weight"]
+
+    def output_projection(self, layer: int) -> Tensor:
+        """`[Q, D, M]`: the slice of each query head."""
+        weight_MX = self._weights[f"model.layers.{layer}.self_attn.o_proj.weight"]
+        return weight_MX.T.reshape(self.query_heads, self.head_size, -1)
+
+    @torch.inference_mode()
+    def forward(
+        self, token_ids: list[int], kept_LHT: Tensor | None = None, attention: list[Layer] | None = None
+    ) -> Tensor:
+        """Log-probabilities fp32 `[S, vocabulary]` of what follows each token.
+
+        kept_LHT: bool, for the first T tokens: they see each other; later tokens see, of them, only what is True.
+        attention: a list to which what each layer's attention computed with is appended.
+        """
+        hidden_SM = self._weights["model.embed_tokens.weight"][torch.tensor(token_ids)]
+        for index in range(self.layers):
+            mask_HSS = self._mask(len(token_ids), None if kept_LHT is None else kept_LHT[index])
+            hidden_SM = self._layer(index, hidden_SM, mask_HSS, attention)
+        hidden_SM = self._norm("model.norm.weight", hidden_SM)
+        return (hidden_SM @ self._weights["lm_head.weight"].T).float().log_softmax(dim=-1)
+
+    def _mask(self, length: int, kept_HT: Tensor | None) -> Tensor:
+        mask_HSS = torch.ones(length, length, dtype=torch.bool).tril().expand(self.heads, -1, -1)
+        if kept_HT is not None:
+            prompt = kept_HT.shape[1]
+            mask_HSS = mask_HSS.clone()
+            mask_HSS[:, prompt:, :prompt] = kept_HT[:, None, :]
+        return mask_HSS
+
+    def _layer(self, index: int, hidden_SM: Tensor, mask_HSS: Tensor, attention: list[Layer] | None) -> Tensor:
+        name = f"model.layers.{index}"
+        normed_SM = self._norm(f"{name}.input_layernorm.weight", hidden_SM)
+        query_SQD, key_SHD, value_SHD = (
+            self._linear(f"{name}.self_attn.{part}_proj", normed_SM).unflatten(1, (-1, self.head_size))
+            for part in "qkv"
+        )
+        query_SQD, key_SHD = self._rotate(query_SQD), self._rotate(key_SHD)
+        key_HSD, value_HSD = key_SHD.transpose(0, 1), value_SHD.transpose(0, 1)
+        if attention is not None:
+            attention.append(Layer(query_SQD, key_HSD, value_HSD))
+        group = self.query_heads // self.heads
+        query_HGSD = query_SQD.unflatten(1, (self.heads, group)).permute(1, 2, 0, 3)
+        logits_HGSS = query_HGSD @ key_HSD[:, None].transpose(2, 3) * self.head_size**-0.5
+        weights_HGSS = logits_HGSS.float().masked_fill(~mask_HSS[:, None], float("-inf")).softmax(dim=-1)
+        mixed_HGSD = weights_HGSS.to(hidden_SM.dtype) @ value_HSD[:, None]
+        mixed_SX = mixed_HGSD.permute(2, 0, 1, 3).flatten(1)
+        hidden_SM = hidden_SM + self._linear(f"{name}.self_attn.o_proj", mixed_SX)
+        normed_SM = self._norm(f"{name}.post_attention_layernorm.weight", hidden_SM)
+        gate, up = (self._linear(f"{name}.mlp.{part}_proj", normed_SM) for part in ("gate", "up"))
+        return hidden_SM + self._linear(f"{name}.mlp.down_proj", torch.nn.functional.silu(gate) * up)
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().pow(2).mean(dim=-1, keepdim=True) + self._epsilon)
+        return (x.float() * scale).to(x.dtype) * self._weights[name]
+
+    def _rotate(self, x_SHD: Tensor) -> Tensor:
+        half = self.head_size // 2
+        frequency_D = self._theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        angle_SD = torch.arange(x_SHD.shape[0], dtype=torch.float64)[:, None] * frequency_D
+        cos, sin = (f(angle_SD)[:, None].float() for f in (torch.cos, torch.sin))
+        first, second = x_SHD.float().chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_SHD.dtype)
+
+
+def decode_logprobs(model: Any, prompt: list[int], answer: list[int], kept_LHT: Tensor | None) -> Tensor:
+    """float64 log-probabilities of the tokens of an answer, each given the true tokens before it."""
+    logprobs = model.forward(prompt + answer[:-1], kept_LHT)
+    rows = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
+    return logprobs[rows, torch.tensor(answer)].double()
