@@ -1,0 +1,74 @@
+"""An audit file says what was kept, and reading it gives back what was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vllm_defensive import audit
+from vllm_defensive.config import EvictionConfig
+from vllm_defensive.plan import Eviction
+from vllm_defensive.policy import Selection
+
+N = 4
+# Two layers of two heads; blocks [1, 4) of five (and a tail of 3 tokens) are packed into 2: 8 pages for four heads.
+PAGES_LH = torch.tensor([[1, 3], [2, 2]], dtype=torch.int32)
+EVICTION = Eviction(
+    request_id="chat/7 a",
+    policy="adakv",
+    keep=0.3,
+    num_tokens=23,
+    shared_blocks=1,
+    source_blocks=(9, 8, 7, 6, 5, 4),
+    packed_blocks=(1, 2),
+    token_ids=tuple(range(100, 123)),
+)
+TOKENS = [[4, 9, 18, 19], [*range(4, 16)], [4, 6, 8, 10, 12, 14, 18, 19], [*range(12, 20)]]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> audit.Audit:
+    tokens_PN = torch.tensor([t for head in TOKENS for t in head], dtype=torch.int32).view(8, N)
+    config = EvictionConfig(policy="snapkv", keep=0.2, window=5)
+    path = audit.write(str(tmp_path / "new folder"), EVICTION, Selection(PAGES_LH, tokens_PN), config, N)
+    assert path == audit.path_of(tmp_path / "new folder", "chat/7 a") and path.name == "chat_7_a.safetensors"
+    assert [p.name for p in path.parent.iterdir()] == [path.name], "no partial file is left"
+    return audit.load(path)
+
+
+def test_each_head_keeps_shared_packed_and_tail_tokens(written: audit.Audit) -> None:
+    for index, packed in enumerate(TOKENS):
+        positions = written.positions(index // 2, index % 2).tolist()
+        assert positions == [0, 1, 2, 3, *packed, 20, 21, 22]
+    assert written.kept_counts.tolist() == [[11, 19], [15, 15]]
+    assert written.kept_counts.dtype == written.kept_indices.dtype == torch.int32
+
+
+def test_the_mask_is_the_positions(written: audit.Audit) -> None:
+    mask_LHT = written.mask()
+    assert mask_LHT.shape == (2, 2, 23)
+    for layer in range(2):
+        for head in range(2):
+            assert mask_LHT[layer, head].nonzero().flatten().tolist() == written.positions(layer, head).tolist()
+
+
+def test_what_the_request_asked_for_is_recorded(written: audit.Audit) -> None:
+    """Its own policy and ratio, not the engine's."""
+    assert (written.policy, written.keep_ratio) == ("adakv", 0.3)
+    assert (written.num_tokens, written.block_size, written.window) == (23, N, 5)
+    assert (written.packed_blocks, written.shared_blocks) == (2, 1)
+    assert written.token_ids.tolist() == list(range(100, 123))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no audit file .*absent\.safetensors"):
+        audit.load(tmp_path / "absent.safetensors")
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors is not an eviction audit"):
+        audit.load(tmp_path / "other.safetensors")

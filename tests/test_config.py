@@ -1,0 +1,96 @@
+"""Settings: parsed once, frozen, and refused with one line that names the option, its value and what is allowed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+import vllm_defensive
+from vllm_defensive import config
+from vllm_defensive.policy import PRESETS
+
+POLICIES = "none, streamingllm, snapkv, adakv, criticalkv, defensivekv, layer-defensivekv"
+
+
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        ({"policy": "snapkb"}, f"kv_eviction=snapkb: choose one of {POLICIES}"),
+        ({"policy": 3}, f"kv_eviction=3: choose one of {POLICIES}"),
+        ({"policy": "snapkv", "keep": 1.3}, "kv_eviction_keep=1.3: choose a value in (0, 1]"),
+        ({"policy": "snapkv", "keep": 0}, "kv_eviction_keep=0: choose a value in (0, 1]"),
+        ({"policy": "snapkv", "keep": "much"}, "kv_eviction_keep=much: choose a value in (0, 1]"),
+        ({"policy": "snapkv", "keep": float("nan")}, "kv_eviction_keep=nan: choose a value in (0, 1]"),
+        ({"policy": "snapkv", "window": 0}, "kv_eviction_window=0: choose a whole number of tokens, 1 or more"),
+        ({"policy": "snapkv", "window": 1.5}, "kv_eviction_window=1.5: choose a whole number of tokens, 1 or more"),
+        (
+            {"policy": "snapkv", "min_tokens": -1},
+            "kv_eviction_min_tokens=-1: choose a whole number of tokens, 1 or more",
+        ),
+        ({"policy": "snapkv", "audit": 7}, "kv_eviction_audit=7: name a folder"),
+        ({"policy": "snapkv", "shared": "both"}, "kv_eviction_shared=both: choose one of keep, evict"),
+        ({"policy": "none", "keep": 7}, "kv_eviction_keep=7: choose a value in (0, 1]"),
+    ],
+    ids=lambda x: x.partition(":")[0] if isinstance(x, str) else "",
+)
+def test_wrong_values_name_option_value_and_what_is_allowed(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        config.parse(raw)
+    assert str(error.value) == message
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"kv_eviction_kepp: unknown setting, choose from policy, keep, window"):
+        config.parse({"policy": "snapkv", "kepp": 0.3})
+
+
+def test_all_mistakes_are_named_at_once() -> None:
+    with pytest.raises(ValueError) as error:
+        config.parse({"policy": "snapkv", "keep": 2, "window": 0})
+    assert str(error.value).count(";") == 1 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("raw", ["snapkv", 0.2, ["snapkv"], True])
+def test_anything_but_an_object_is_refused(raw: Any) -> None:
+    with pytest.raises(ValueError, match=r"kv_eviction=.*: give an object such as"):
+        config.parse(raw)
+
+
+@pytest.mark.parametrize("raw", [None, {}, {"policy": "none"}, {"policy": "none", "keep": 0.5}])
+def test_none_means_off(raw: Any) -> None:
+    assert config.parse(raw) is None
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_policy_of_the_table_can_be_chosen(name: str) -> None:
+    settings = config.parse({"policy": name})
+    assert settings is not None and settings.policy == name
+    assert (name in config.allowed_policies()) == (not PRESETS[name].internal)
+
+
+def test_settings_are_frozen_and_survive_their_own_json() -> None:
+    settings = config.parse({"policy": "snapkv", "keep": "0.3", "window": "16"})
+    assert settings is not None and (settings.keep, settings.window) == (0.3, 16)
+    assert config.parse(settings.model_dump(exclude_none=True)) == settings
+    with pytest.raises(ValidationError):
+        settings.keep = 0.5
+
+
+def test_settings_are_found_in_a_vllm_config() -> None:
+    assert config.from_vllm_config(SimpleNamespace(additional_config={})) is None
+    assert config.from_vllm_config(SimpleNamespace()) is None
+    found = config.from_vllm_config(SimpleNamespace(additional_config={"kv_eviction": {"policy": "adakv"}}))
+    assert found is not None and found.policy == "adakv"
+
+
+def test_the_helper_returns_what_llm_takes() -> None:
+    arguments = vllm_defensive.engine_kwargs("layer-defensivekv", keep=0.4)
+    assert set(arguments) == {"additional_config"}
+    assert arguments["additional_config"]["kv_eviction"]["policy"] == "layer-defensivekv"
+    assert arguments["additional_config"]["kv_eviction"]["keep"] == 0.4
+    assert vllm_defensive.engine_kwargs("none") == {}
+    with pytest.raises(ValueError, match=r"kv_eviction_keep=0: choose a value in \(0, 1\]"):
+        vllm_defensive.engine_kwargs("snapkv", keep=0)
