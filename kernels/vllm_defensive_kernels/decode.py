@@ -18,6 +18,7 @@ BLOCK_T = 64  # keys a step: 32 KiB of K and V for a 128-wide bf16 head
 # A page's number has to be read before its keys can be; with fewer stages than this Triton keeps one step in shared
 # memory instead of two, and nothing is in flight while the tensor cores work.
 STAGES = 5
+WARPS = 4
 MIN_STEPS = 4  # a split shorter than 256 keys costs more to merge than it saves
 MAX_SPLITS = 64
 TARGET_PROGRAMS = 2048  # about four rounds on the 132 multiprocessors of an H200, four programs on each
@@ -51,12 +52,12 @@ def tile_rows(group: int, max_query_len: int) -> int:
 def choose_splits(rows: int, group: int, num_kv_heads: int, max_query_len: int) -> int:
     """Splits of a launch: a function of its shape only, never of the lengths, so that a captured grid stays right.
 
-    Decode rows always get 16 or more, because one head may hold most of a layer; long prompts that go on over packed
-    pages bring their own parallelism and get fewer.
+    Decode rows always get 16 or more, because one head may hold most of a layer; prompts that go on over packed pages
+    bring a program for each query tile of their own and get as few as keep the device busy.
     """
     q_tiles = -(-max_query_len // (tile_rows(group, max_query_len) // group))
     wanted = power_of_two(-(-TARGET_PROGRAMS // max(rows * q_tiles * num_kv_heads, 1)))
-    return min(max(wanted, 16 if q_tiles == 1 else 2), MAX_SPLITS)
+    return min(max(wanted, 16 if q_tiles == 1 else 1), MAX_SPLITS)
 
 
 def ragged_paged_decode(
@@ -121,9 +122,9 @@ def ragged_paged_decode(
         )  # fmt: skip
     if rows == 0 or tokens == 0:
         return out
+    partial_rows = tokens * num_heads * splits if splits > 1 else 0
     if workspace is None:
-        workspace = DecodeWorkspace.empty(tokens, num_heads, splits, head_size, query_TQD.device)
-    partial_rows = tokens * num_heads * splits
+        workspace = DecodeWorkspace.empty(tokens if splits > 1 else 0, num_heads, splits, head_size, query_TQD.device)
     if workspace.lse.numel() < partial_rows or workspace.part.numel() < partial_rows * head_size:
         refuse("workspace", workspace.lse.numel(), f"room for {partial_rows} partial rows of {head_size}")
 
@@ -141,7 +142,7 @@ def ragged_paged_decode(
         table_RB.stride(0), state.fresh_SK.stride(0), state.offset_SO.stride(0),
         pages.layer_pages or 0, pages.block_pages, pages.head_pages,
         LH=pages.num_layers * kv_heads, EVEN_LAYERS=pages.layer_pages is not None, **shape, **tiling,
-        num_warps=4, num_stages=STAGES,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(rows * max_query_len, num_heads)](

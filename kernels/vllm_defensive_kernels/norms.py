@@ -25,6 +25,8 @@ from vllm_defensive_kernels.pages import PagedKV, RaggedTokens
 
 BLOCK_T = 128
 BLOCK_C = 128
+WARPS = 8
+STAGES = 3
 
 
 @triton.jit(do_not_specialize=["layer", "out_head_stride"])
@@ -122,6 +124,6 @@ def value_norm(
         table_RB.stride(0), pages.block_pages, pages.head_pages,
         G=output_QDC.shape[0] // heads, N=pages.page_tokens, D=pages.head_size,
         BLOCK_D=power_of_two(pages.head_size, 16), BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, ORDER=order,
-        num_warps=8, num_stages=3,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out_HT

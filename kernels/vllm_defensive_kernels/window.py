@@ -33,6 +33,7 @@ BLOCK_M = 128  # query rows a tile: the 4 x 32 of a Llama-3 head at once
 BLOCK_T = 64  # keys a step of pass 1
 LINES = 64  # lines of pass 2's tile
 STAGES = 5  # a key's page is read first: three steps of keys in shared memory, two of them in flight
+SCORE_WARPS = 8
 MERGE_SPANS = 8
 BLOCK = 1024  # tokens a program of the kernels that touch only scores
 
@@ -135,7 +136,8 @@ def window_scores(
     score_kernel[(-(-tokens.longest // (LINES * run)) * chunks, layers * heads, rows)](
         *slabs, lse, gain, query_LRWQD, pages.key_PND, table_RB, tokens.count_R, tokens.start_R, pages.layer_page_L,
         scale_log2, chunks, score_LHT.numel(), tokens.total, *strides,
-        **shape, LINES=LINES, RUN=run, PEAK=peak, PARTS=2 if block_m > 64 else 1, num_warps=8, num_stages=STAGES,
+        **shape, LINES=LINES, RUN=run, PEAK=peak, PARTS=2 if block_m > 64 else 1,
+        num_warps=SCORE_WARPS, num_stages=STAGES,
     )  # fmt: skip
     grid = (-(-tokens.longest // BLOCK), layers * heads, rows)
     partial = torch.empty(rows, layers * heads, grid[0], dtype=torch.float32, device=device)

@@ -130,7 +130,7 @@ def test_launch_grid_does_not_depend_on_lengths() -> None:
 
     assert choose_splits(rows=1, group=4, num_kv_heads=8, max_query_len=1) == 64
     assert choose_splits(rows=256, group=4, num_kv_heads=8, max_query_len=1) == 16
-    assert choose_splits(rows=1, group=4, num_kv_heads=8, max_query_len=8192) == 2
+    assert choose_splits(rows=1, group=4, num_kv_heads=8, max_query_len=8192) == 1
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -1,0 +1,291 @@
+"""Inputs of each op at the sizes of a model, with what it moves and computes, its check, and its rivals.
+
+Bytes are those that must be moved (every input read once, or once a pass where two passes are inherent; every output
+written once), so that a share of the copy bandwidth below 1 is room for improvement, whatever the kernel really reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from vllm_defensive_kernels import (
+    DecodeWorkspace,
+    PackedState,
+    PagedKV,
+    RaggedTokens,
+    compact,
+    formulas,
+    gram_factor,
+    ragged_paged_decode,
+    reference,
+    select_pages,
+    value_norm,
+    window_scores,
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and its cache. layers: as many as the eviction ops work on at once."""
+
+    layers: int = 32
+    heads: int = 8
+    group: int = 4
+    head_size: int = 128
+    hidden: int = 4096
+    page_tokens: int = 16
+    window: int = 32
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cuda"
+
+    @property
+    def width(self) -> int:
+        """Bytes of one K or one V."""
+        return self.head_size * self.dtype.itemsize
+
+
+LLAMA_8B = Shape()
+TINY = Shape(2, 2, 2, 32, 64, 16, 8, torch.float32, "cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement. check raises when the op is wrong here. rivals: what else does the same, by name."""
+
+    op: str
+    size: str
+    run: Callable[[], object]
+    check: Callable[[], None]
+    bytes: int
+    flops: int
+    rivals: dict[str, Callable[[], object]] = field(default_factory=dict)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Raise AssertionError where two results differ by more than `tolerance` of the largest entry or are not finite."""
+    assert bool(actual.isfinite().all()), "an entry is not finite"
+    error = float((actual.float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-30))
+    assert error <= tolerance, f"off by {error:.1e} of the largest entry, allowed {tolerance:.0e}"
+
+
+def make_cache(shape: Shape, blocks: int, layers: int) -> PagedKV:
+    """Random pages in vLLM's CUDA layout, filled in place: at full size a temporary copy would not fit."""
+    size = (layers, blocks, shape.heads, shape.page_tokens, 2 * shape.head_size)
+    cache = torch.empty(size, dtype=shape.dtype, device=shape.device)
+    for layer in cache:
+        layer.normal_()
+    return PagedKV.from_layers(list(cache))
+
+
+def shuffled(count: int, shape: Shape) -> Tensor:
+    """Block ids 1 to count in no order, as after hours of serving; block 0 is vLLM's null block."""
+    return (torch.randperm(count, device=shape.device) + 1).int()
+
+
+def zipf_pages(heads: int, total: int, most: int) -> Tensor:
+    """Pages of each head falling as 1/rank in a shuffled order, at least 1 and at most `most`, summing to `total`."""
+    assert heads <= total <= heads * most, f"{total} pages do not fit {heads} heads of 1 to {most}"
+    rank = torch.arange(1, heads + 1, dtype=torch.float64)[torch.randperm(heads)]
+    low, high = 0.0, float(total * heads * most)  # bisection for the scale at which the clamped counts sum to total
+    for _ in range(100):
+        middle = (low + high) / 2
+        counts = (middle / rank).floor().clamp(1, most).long()
+        low, high = (middle, high) if int(counts.sum()) <= total else (low, middle)
+    counts = (low / rank).floor().clamp(1, most).long()
+    while missing := total - int(counts.sum()):
+        room = (counts < most).nonzero().flatten()[:missing]
+        counts[room] += 1
+    return counts
+
+
+def eviction_cases(shape: Shape, tokens: int, keep: float) -> Iterator[Case]:
+    """The ops that a prompt's eviction runs, all layers together (value_norm: one layer)."""
+    L, H, G, N, D, W = shape.layers, shape.heads, shape.group, shape.page_tokens, shape.head_size, shape.window
+    blocks = tokens // N
+    kept = max(round(keep * blocks), -(-W // N) + 1)
+    pages = make_cache(shape, blocks + kept + 1, L)
+    ids = shuffled(blocks + kept, shape)
+    table, fresh = ids[:blocks], ids[blocks:]
+    query = torch.randn(L, 1, W, H * G, D, dtype=shape.dtype, device=shape.device)
+    scored = RaggedTokens.of([tokens - W], shape.device)
+    size = f"{tokens} tokens, {L} layers"
+    one = replace(pages, layer_page_L=pages.layer_page_L[-1:])  # checks and rivals look at one layer
+
+    def dense(data_PND: Tensor) -> Tensor:
+        return torch.stack([reference.gather_head(data_PND, pages, L - 1, head, table, tokens) for head in range(H)])
+
+    key, value = dense(pages.key_PND), dense(pages.value_PND)
+    attend = torch.compile(formulas.window_attention) if shape.device == "cuda" else formulas.window_attention
+
+    def scores_in_torch() -> Tensor:
+        attention = attend(query[-1, 0], key, D**-0.5)[..., : tokens - W]
+        return formulas.aggregate_defensive(attention, 5)
+
+    def check_scores() -> None:
+        result = window_scores(query[-1:], one, table[None], scored)
+        options = {"aggregate": "defensive", "pool": 5, "clamp": True, "scale": D**-0.5, "key_scale": 1.0}
+        score, mean = reference.window_scores(query[-1:], one, table[None], scored, **options)
+        close(result.score_LHT, score, 1e-4)  # both in fp32, in different orders
+        close(result.mean_LHT, mean, 1e-4)
+
+    yield Case(
+        "window_scores",
+        size,
+        lambda: window_scores(query, pages, table[None], scored),
+        check_scores,
+        2 * L * H * tokens * shape.width + 2 * L * H * tokens * 4,
+        2 * 2 * W * G * H * tokens * D * L,
+        {"torch, compiled, dense K, 1 layer": scores_in_torch},
+    )
+
+    projection = torch.randn(shape.hidden, H * G * D, dtype=shape.dtype, device=shape.device)
+    slices = projection.view(shape.hidden, H * G, D).permute(1, 2, 0)
+    gram = formulas.output_gram(slices)
+    rivals: dict[str, dict[str, Callable[[], object]]] = {
+        "L1": {"torch, dense V": lambda: formulas.value_norm_l1(value, slices)},
+        "L2": {"torch, dense V": lambda: formulas.value_norm_l2_gram(value, gram)},
+    }
+    for name, weight, order in (("L1", slices, 1), ("L2", gram_factor(slices), 2)):
+
+        def run(weight: Tensor = weight, order: int = order) -> Tensor:
+            return value_norm(pages, L - 1, table[None], scored, weight, order=order)
+
+        def check(weight: Tensor = weight, order: int = order) -> None:
+            few = RaggedTokens.of([min(512, tokens - W)], shape.device)
+            expected = torch.empty(H, few.total, device=shape.device)
+            reference.value_norm(
+                pages, L - 1, table[None], few, weight.float(), order=order, value_scale=1.0, out_HT=expected
+            )
+            close(value_norm(pages, L - 1, table[None], few, weight, order=order), expected, 1e-4)
+
+        yield Case(
+            f"value_norm {name}",
+            f"{tokens} tokens, 1 layer",
+            run,
+            check,
+            H * tokens * shape.width + weight.numel() * weight.element_size() + H * tokens * 4,
+            2 * H * G * D * weight.shape[2] * tokens,
+            rivals[name],
+        )
+
+    score = torch.rand(L, H, blocks * N, device=shape.device)
+    offset, token = select_pages(score, kept, N, forced_tokens=W)
+
+    def check_selection() -> None:
+        forced = score.view(L * H, -1).clone()
+        forced[:, -W:] = float("inf")
+        ranked = forced.sort(dim=-1, descending=True).values
+        count = formulas.allocate_pages(formulas.page_gains(ranked, N).view(1, L * H, -1), kept * L * H)[0]
+        marks = formulas.keep_best(forced, count * N)
+        again = select_pages(score, kept, N, forced_tokens=W)
+        assert torch.equal(again.offset_O.diff().long(), count), "page counts differ"
+        positions = formulas.packed_positions(marks, count * N, token.numel(), 0)
+        assert torch.equal(again.token_T, positions), "tokens differ"
+
+    yield Case(
+        "select_pages",
+        size,
+        lambda: select_pages(score, kept, N, forced_tokens=W),
+        check_selection,
+        score.numel() * 4 + token.numel() * 4,
+        0,
+    )
+
+    copy = torch.compile(reference.compact) if shape.device == "cuda" else reference.compact
+
+    def check_copy() -> None:
+        compact(pages, table, offset, token, pages, fresh)
+        for row in (0, L * H // 2, L * H - 1):
+            flat = torch.arange(int(offset[row]), int(offset[row + 1]), device=shape.device)
+            inner = flat % (L * H)
+            target = pages.page_of(inner // H, inner % H, fresh[flat // (L * H)])
+            kept_tokens = token.view(-1, N)[flat].long()
+            origin = pages.page_of(row // H, row % H, table[kept_tokens // N])
+            for data in (pages.key_PND, pages.value_PND):
+                assert torch.equal(data[target], data[origin, kept_tokens % N]), "a page differs"
+
+    yield Case(
+        "compact",
+        f"{size}, keep {keep}",
+        lambda: compact(pages, table, offset, token, pages, fresh),
+        check_copy,
+        2 * 2 * token.numel() * shape.width + token.numel() * 4,
+        0,
+        {"torch, compiled": lambda: copy(pages, table, offset, token, pages, fresh, key_scale=1.0, value_scale=1.0)},
+    )
+
+
+def decode_case(shape: Shape, rows: int, tokens: int, keep: float) -> Case:
+    """One layer's decode step of `rows` requests whose heads keep uneven numbers of pages."""
+    H, G, N, D = shape.heads, shape.group, shape.page_tokens, shape.head_size
+    layers = 2  # pages of two layers share blocks, as those of all layers do in an engine
+    blocks = tokens // N
+    kept = max(round(keep * blocks), 1)
+    pages = make_cache(shape, rows * (kept + 1) + 1, layers)
+    ids = shuffled(rows * (kept + 1), shape)
+    state = PackedState.empty(rows, kept, layers, H, shape.device)
+    state.fresh_SK.copy_(ids[: rows * kept].view(rows, kept))
+    state.growth_S.fill_(blocks)
+    counts = torch.stack([zipf_pages(layers * H, kept * layers * H, blocks) for _ in range(rows)])
+    state.offset_SO[:, 1:].copy_(counts.cumsum(1))
+    table = torch.zeros(rows, blocks + 1, dtype=torch.int32, device=shape.device)
+    table[:, blocks] = ids[rows * kept :]
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=shape.device)
+    lens = torch.full((rows,), tokens + N // 2, dtype=torch.int32, device=shape.device)
+    slots = torch.randperm(rows, device=shape.device).int()
+    query = torch.randn(rows, H * G, D, dtype=shape.dtype, device=shape.device)
+    out = torch.empty_like(query)
+    space = DecodeWorkspace.empty(rows, H * G, 64, D, torch.device(shape.device))
+    arguments = (query, pages, 1, table, starts, lens, slots, state)
+    keys = int(counts[:, H:].sum()) * N + rows * H * (N // 2)
+
+    def check() -> None:
+        ragged_paged_decode(*arguments, out_TQD=out, workspace=space)
+        few = min(rows, 4)
+        expected = torch.empty_like(query[:few])
+        reference.ragged_paged_decode(
+            query[:few], pages, 1, table[:few], starts[: few + 1], lens[:few], slots[:few], state,
+            out_TQD=expected, scale=D**-0.5, key_scale=1.0, value_scale=1.0,
+        )  # fmt: skip
+        close(out[:few], expected, 1e-2 if shape.dtype != torch.float32 else 1e-5)  # 1e-2: a bf16 rounding step
+
+    return Case(
+        "ragged_paged_decode",
+        f"{rows} x {tokens} tokens, keep {keep}, 1 layer",
+        lambda: ragged_paged_decode(*arguments, out_TQD=out, workspace=space),
+        check,
+        2 * keys * shape.width + 2 * query.numel() * query.element_size(),
+        4 * keys * G * D,
+        rival_decodes(shape, rows, keys // (rows * H), query),
+    )
+
+
+def rival_decodes(shape: Shape, rows: int, mean_keys: int, query: Tensor) -> dict[str, Callable[[], object]]:
+    """Decode over the same number of bytes, spread evenly over heads: the easier problem."""
+    H, N, D = shape.heads, shape.page_tokens, shape.head_size
+    key = torch.randn(rows, H, mean_keys, D, dtype=shape.dtype, device=shape.device)
+    value = torch.randn_like(key)
+    query_RQ1D = query.unsqueeze(2)
+
+    def sdpa() -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(query_RQ1D, key, value, enable_gqa=True)
+
+    rivals: dict[str, Callable[[], object]] = {"SDPA, dense even heads": sdpa}
+    try:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+    except (ImportError, RuntimeError, AttributeError):
+        return rivals
+    blocks = -(-mean_keys // N)
+    paged = torch.randn(2, rows * blocks, N, H, D, dtype=shape.dtype, device=shape.device)
+    table = torch.randperm(rows * blocks, device=shape.device).int().view(rows, blocks)
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=shape.device)
+    lens = torch.full((rows,), mean_keys, dtype=torch.int32, device=shape.device)
+    rivals["FlashAttention (vLLM), paged even heads"] = lambda: flash_attn_varlen_func(
+        query, paged[0], paged[1], max_seqlen_q=1, cu_seqlens_q=starts, max_seqlen_k=mean_keys, seqused_k=lens,
+        block_table=table, softmax_scale=D**-0.5, causal=True,
+    )  # fmt: skip
+    return rivals
