@@ -226,15 +226,6 @@ class EvictionBlockManager(FullAttentionManager):
         blocks = super().pop_blocks_for_free(request_id)
         return blocks + state.packed if state is not None else blocks
 
-    # -- prefix cache -------------------------------------------------------------------------------------------------
-
-    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Hash full blocks, but never one that was filled after the eviction."""
-        state = self._states.get(request.request_id)
-        if state is not None and state.full_blocks:
-            num_tokens = min(num_tokens, state.full_blocks * self.block_size)
-        super().cache_blocks(request, num_tokens, *args, **kwargs)
-
     # -- for the scheduler --------------------------------------------------------------------------------------------
 
     def take_message(self, num_scheduled_tokens: Mapping[str, int]) -> StepMessage:
@@ -253,6 +244,13 @@ class EvictionBlockManager(FullAttentionManager):
             if end >= num_tokens:
                 self._prefilling.discard(request_id)
         return message
+
+    def cacheable_tokens(self, request_id: str, num_tokens: int) -> int:
+        """How many of the first `num_tokens` tokens may be hashed: none of a block filled after the eviction."""
+        state = self._states.get(request_id)
+        if state is None or not state.full_blocks:
+            return num_tokens
+        return min(num_tokens, state.full_blocks * self.block_size)
 
     def next_stop(self, request_id: str) -> int:
         """`T` of a request that is still to be evicted: no chunk may run past it. 0 for all others."""

@@ -30,15 +30,27 @@ class _EvictionMixin(Scheduler):
         for manager in self.eviction_managers:
             manager.requests = self.requests
         self._longest_hit: int | None = None
+        self._reported = metrics.Totals()
+        self._bound_prefix_cache()
+
+    def _bound_prefix_cache(self) -> None:
+        """Limit what the prefix cache hands out and takes in, for all KV cache groups alike.
+
+        The coordinator is chosen by vLLM among several classes, so its methods are replaced on the one object.
+        """
+        (manager,) = self.eviction_managers
         coordinator = self.kv_cache_manager.coordinator
-        find = coordinator.find_longest_cache_hit
+        find, cache = coordinator.find_longest_cache_hit, coordinator.cache_blocks
 
         def find_longest_cache_hit(block_hashes: Any, max_cache_hit_length: int) -> Any:
             limit = max_cache_hit_length if self._longest_hit is None else min(max_cache_hit_length, self._longest_hit)
             return find(block_hashes, limit)
 
+        def cache_blocks(request: Request, num_computed_tokens: int) -> None:
+            cache(request, manager.cacheable_tokens(request.request_id, num_computed_tokens))
+
         coordinator.find_longest_cache_hit = find_longest_cache_hit
-        self._reported = metrics.Totals()
+        coordinator.cache_blocks = cache_blocks
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         for manager in self.eviction_managers:
@@ -52,11 +64,16 @@ class _EvictionMixin(Scheduler):
         """A hit leaves at least the observation window to be computed, since nobody caches its queries."""
         (manager,) = self.eviction_managers
         stop = manager.next_stop(request.request_id)
-        self._longest_hit = max(0, stop - manager.eviction.window) if stop else None
-        try:
+        if not stop:
             return super()._get_local_prefix_cache_hit(request)
+        self._longest_hit = max(0, stop - manager.eviction.window)
+        try:
+            blocks, hit, resume_at, diverged = super()._get_local_prefix_cache_hit(request)
         finally:
             self._longest_hit = None
+        # Sliding-window groups cache only the blocks before positions at which a later request may resume. Ours resumes
+        # earlier than vLLM thinks, so we name that position, as vLLM itself does for shared prefixes.
+        return blocks, hit, resume_at or (stop - manager.eviction.window) // self.block_size * self.block_size, diverged
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM's last word on the length of a chunk; ours is that it ends where the request is evicted."""

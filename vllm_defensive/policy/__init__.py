@@ -4,9 +4,10 @@
 """
 
 from vllm_defensive.policy.budget import kept_fraction, reference_budget
-from vllm_defensive.policy.presets import PRESETS, Policy, get_policy, public_names
+from vllm_defensive.policy.presets import PRESETS, Policy, get_policy, public_names, register
 from vllm_defensive.policy.scoring import Attention, LayerScores, score_layer, settle
 from vllm_defensive.policy.selection import Selection, select, select_within
+from vllm_defensive.policy.third_party import load as _load_third_party
 
 __all__ = [
     "PRESETS",
@@ -18,8 +19,11 @@ __all__ = [
     "kept_fraction",
     "public_names",
     "reference_budget",
+    "register",
     "score_layer",
     "select",
     "select_within",
     "settle",
 ]
+
+_load_third_party()

@@ -1,13 +1,17 @@
 """The table of policies. A policy is a value: a new one is a row here and, if its mathematics is new, one function
 in scoring.py."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-Aggregate = Literal["recency", "mean", "defensive", "uniform", "random"]
+from torch import Tensor
+
+Aggregate = Literal["recency", "mean", "cake", "defensive", "custom", "uniform", "random"]
 ValueWeight = Literal["none", "l1", "l2-gram"]
 Scope = Literal["head", "layer", "model"]
+LayerBudget = Literal["even", "linear", "preference"]
 Stages = Literal["none", "half-budget", "mass"]
 WindowBias = Literal["reference", "true"]
 
@@ -26,6 +30,9 @@ class Policy:
     """Who shares a budget: each head has its own, the heads of a layer, or all heads of all layers."""
     value_weight: ValueWeight = "none"
     """Weight scores by || v Wo ||: exactly (l1), or through the Gram matrix (l2-gram)."""
+    layer_budget: LayerBudget = "even"
+    """Of scope "head": every layer keeps the same, or falling linearly from the first (PyramidKV), or in proportion to
+    how spread and how changing its attention is (CAKE). All heads of a layer keep the same count."""
     stages: Stages = "none"
     """Tokens kept for certain: half a head's budget (CriticalKV), or those that carry its attention (DefensiveKV)."""
     pool_kernel: int = 5
@@ -34,6 +41,9 @@ class Policy:
     """Mass that stage 1 takes off its threshold: that of the W keys before the window, or of the window itself."""
     guard: float = 0.0
     """Share of an even budget that no head may lose."""
+    score: Callable[..., Tensor] | None = None
+    """Of "custom": called for each layer with query_WQD, key_HSD, value_HSD, output_QDM and scale as keywords (see
+    `score_layer`); returns fp32 [H, T], T the tokens before the window, larger is kept."""
     internal: bool = False
     """For tests and measurements; not offered to users."""
     keep_all: bool = False
@@ -42,12 +52,17 @@ class Policy:
     @property
     def needs_queries(self) -> bool:
         """Whether scores read the window's queries and the keys."""
-        return self.aggregate in ("mean", "defensive")
+        return self.aggregate in ("mean", "cake", "defensive", "custom")
 
     @property
     def needs_values(self) -> bool:
         """Whether scores read the values and the output projection."""
-        return self.value_weight != "none"
+        return self.value_weight != "none" or self.aggregate == "custom"
+
+    @property
+    def layers_apart(self) -> bool:
+        """Whether a layer's choice does not depend on the other layers."""
+        return self.scope != "model" and self.layer_budget == "even"
 
 
 _ADAKV_GUARD = 0.2
@@ -67,6 +82,22 @@ _ROWS = (
         source="https://arxiv.org/abs/2404.14469",
         aggregate="mean",
         scope="head",
+    ),
+    Policy(
+        name="pyramidkv",
+        summary="snapkv's scores; the first layers keep most, the last ones least",
+        source="https://arxiv.org/abs/2406.02069",
+        aggregate="mean",
+        scope="head",
+        layer_budget="linear",
+    ),
+    Policy(
+        name="cake",
+        summary="attention and how it changes over the window; layers keep what their attention's spread asks for",
+        source="https://arxiv.org/abs/2503.12491",
+        aggregate="cake",
+        scope="head",
+        layer_budget="preference",
     ),
     Policy(
         name="adakv",
@@ -125,13 +156,25 @@ _ROWS = (
     ),
 )
 
-PRESETS: MappingProxyType[str, Policy] = MappingProxyType({policy.name: policy for policy in _ROWS})
-assert len(PRESETS) == len(_ROWS), "two policies share a name"
+_TABLE: dict[str, Policy] = {policy.name: policy for policy in _ROWS}
+assert len(_TABLE) == len(_ROWS), "two policies share a name"
+PRESETS: MappingProxyType[str, Policy] = MappingProxyType(_TABLE)
+
+
+def register(policy: Policy) -> None:
+    """Add a row to the table. ValueError if its name is taken by another row or the row contradicts itself."""
+    if _TABLE.get(policy.name, policy) != policy or policy.name == "none":
+        raise ValueError(f"KV eviction policy {policy.name!r} exists already: choose another name")
+    if (policy.score is not None) != (policy.aggregate == "custom"):
+        raise ValueError(f"KV eviction policy {policy.name!r}: `score` goes with aggregate='custom' and with no other")
+    if policy.layer_budget != "even" and policy.scope != "head":
+        raise ValueError(f"KV eviction policy {policy.name!r}: layer_budget={policy.layer_budget!r} needs scope='head'")
+    _TABLE[policy.name] = policy
 
 
 def public_names() -> tuple[str, ...]:
     """Names that are offered to users, in the table's order."""
-    return tuple(policy.name for policy in _ROWS if not policy.internal)
+    return tuple(policy.name for policy in _TABLE.values() if not policy.internal)
 
 
 def get_policy(name: str) -> Policy:

@@ -28,6 +28,8 @@ class LayerScores:
     """fp32: decides how much each head gets and, unless `rank_HE` is there, which of its tokens."""
     rank_HE: Tensor | None = None
     """fp32, of half-budget policies: decides the second half of a head's tokens."""
+    preference: Tensor | None = None
+    """fp32 scalar, of policies whose layers' budgets follow their attention: the layer's weight."""
 
 
 def score_layer(
@@ -65,6 +67,12 @@ def score_layer(
     assert scored > 0, f"a prompt of {tokens} tokens has none before its window of {window}"
     if policy.needs_queries:
         assert query_WQD is not None and query_WQD.shape[0] == window, f"{policy.name} needs the window's queries"
+        if policy.score is not None:
+            scores_HT = policy.score(
+                query_WQD=query_WQD, key_HSD=key_HSD, value_HSD=value_HSD, output_QDM=output_QDM, scale=scale
+            )
+            assert scores_HT.shape == (key_HSD.shape[0], scored), f"{policy.name} returned {tuple(scores_HT.shape)}"
+            return LayerScores(_cut_and_force(scores_HT.float(), start, stop))
         attention = _observe(policy, query_WQD, key_HSD, scale)
         norm_HT = _value_norm(policy, value_HSD[:, :scored], output_QDM, gram_QDD)
         return settle(
@@ -89,6 +97,8 @@ class Attention:
     """Mean attention over window and group, not pooled."""
     bias_H: Tensor
     """Mean mass of a row on the window, or on the W keys before it (see Policy.window_bias)."""
+    preference: Tensor | None = None
+    """See `LayerScores`."""
 
     @classmethod
     def of(cls, policy: Policy, scores_HT: Tensor, mean_HT: Tensor, window: int) -> "Attention":
@@ -110,12 +120,12 @@ def settle(
 ) -> LayerScores:
     """The second half of `score_layer`, for attention and value norms that a kernel has computed."""
     scores_HT, rank_HT = attention.scores_HT, None
-    if policy.stages == "mass":
-        cap = stage_one_cap(scores_HT.shape[1], keep_ratio, window)
+    if policy.aggregate == "defensive":
+        cap = stage_one_cap(scores_HT.shape[1], keep_ratio, window) if policy.stages == "mass" else 0
         scores_HT = _weigh_and_settle(attention, norm_HT, cap, reduce_heads)
     elif policy.stages == "half-budget" and norm_HT is not None:
         rank_HT = _cut_and_force((scores_HT + formulas.HALF_BUDGET_EPSILON) * norm_HT, *evictable)
-    return LayerScores(_cut_and_force(scores_HT, *evictable), rank_HT)
+    return LayerScores(_cut_and_force(scores_HT, *evictable), rank_HT, attention.preference)
 
 
 def _observe(policy: Policy, query_WQD: Tensor, key_HSD: Tensor, scale: float) -> Attention:
@@ -129,10 +139,12 @@ def _observe(policy: Policy, query_WQD: Tensor, key_HSD: Tensor, scale: float) -
     query_WHGD = query_WQD.unflatten(1, (heads, group))
     some_heads = zip(query_WHGD.split(head_step, dim=1), key_HSD.split(head_step), strict=True)
     parts = [_observe_heads(policy, query, key.float(), scale, group_step) for query, key in some_heads]
+    spreads = [part.preference for part in parts if part.preference is not None]
     return Attention(
         torch.cat([part.scores_HT for part in parts]),
         torch.cat([part.mean_HT for part in parts]),
         torch.cat([part.bias_H for part in parts]),
+        formulas.layer_preference(torch.stack(spreads).sum(dim=0)) if spreads else None,
     )
 
 
@@ -140,7 +152,7 @@ def _observe_heads(policy: Policy, query_WHGD: Tensor, key_HSD: Tensor, scale: f
     """`_observe` for some heads. Means add up over parts of a group, and the peak is the largest of their peaks."""
     window, _, group, _ = query_WHGD.shape
     scored = key_HSD.shape[1] - window
-    means, biases, peaks = [], [], []
+    means, biases, peaks, variances, spreads = [], [], [], [], []
     for query in query_WHGD.split(group_step, dim=2):
         share = query.shape[2] / group
         rows_HGWS = formulas.window_attention(query.flatten(1, 2), key_HSD, scale)
@@ -152,12 +164,20 @@ def _observe_heads(policy: Policy, query_WHGD: Tensor, key_HSD: Tensor, scale: f
             biases.append(means[-1][:, max(scored - window, 0) :].sum(dim=-1))
         if policy.aggregate == "defensive":
             peaks.append(formulas.aggregate_peak(attention_HGWT, policy.pool_kernel))
+        elif policy.aggregate == "cake":
+            variance_HGT = attention_HGWT.var(dim=2)
+            variances.append(share * variance_HGT.mean(dim=1))
+            spreads.append(torch.stack([formulas.entropy(attention_HGWT), variance_HGT.sum()]))
     mean_HT = torch.stack(means).sum(dim=0)
     if policy.aggregate == "defensive":
         scores_HT = formulas.clamp_to_mean(torch.stack(peaks).amax(dim=0))
+    elif policy.aggregate == "cake":
+        changing_HT = mean_HT + formulas.CAKE_GAMMA * torch.stack(variances).sum(dim=0)
+        scores_HT = formulas.pool_tokens(changing_HT, policy.pool_kernel)
     else:
         scores_HT = formulas.pool_tokens(mean_HT, policy.pool_kernel)
-    return Attention(scores_HT, mean_HT, torch.stack(biases).sum(dim=0))
+    spread = torch.stack(spreads).sum(dim=0) if spreads else None  # turned into a preference by the caller
+    return Attention(scores_HT, mean_HT, torch.stack(biases).sum(dim=0), spread)
 
 
 def _value_norm(policy: Policy, value_HTD: Tensor, output_QDM: Tensor | None, gram_QDD: Tensor | None) -> Tensor | None:
@@ -173,7 +193,8 @@ def _value_norm(policy: Policy, value_HTD: Tensor, output_QDM: Tensor | None, gr
 def _weigh_and_settle(
     attention: Attention, norm_HT: Tensor | None, cap: int, reduce_heads: ReduceHeads | None
 ) -> Tensor:
-    """DefensiveKV's two stages: weigh by the value norm, then lift what is certain to the layer's maximum.
+    """DefensiveKV's two stages: weigh by the value norm, then lift what is certain (at most `cap` tokens of a head) to
+    the layer's maximum.
 
     The norm is divided by its sum over *heads*, token by token: it looks like a slip of the axis in the reference,
     but dividing over tokens costs quality. Both that sum and the mean bias run over the heads of all ranks; the
@@ -189,6 +210,8 @@ def _weigh_and_settle(
     if norm_HT is not None:
         # The quotient first: with a single head it is exactly 1, and equal scores stay equal.
         scores_HT = scores_HT * (norm_HT / sums[2:].clamp_min(torch.finfo(sums.dtype).tiny))
+    if cap == 0:
+        return scores_HT
     mass = formulas.STAGE_ONE_MASS - sums[0] / sums[1]
     certain_HT = formulas.certain_by_mass(attention.mean_HT, mass, cap)
     return torch.where(certain_HT, scores_HT.max(), scores_HT)

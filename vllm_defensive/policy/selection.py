@@ -74,7 +74,12 @@ def select_within(
         lasts.append(sorted_RE[:, page_size - 1 :: page_size].clone())  # a copy: the sorted scores may go
     gains_RJ, last_RJ = torch.cat(gains), torch.cat(lasts)
     gains_RJ[:, :guard_pages] = float("inf")
-    pages_R = formulas.allocate_pages(gains_RJ.view(units, -1, head_pages), budget_pages).flatten()
+    if policy.layer_budget == "even":
+        pages_R = formulas.allocate_pages(gains_RJ.view(units, -1, head_pages), budget_pages).flatten()
+    else:
+        forced_J = gains_RJ[0].isinf()  # the same in all heads
+        pages_L = formulas.proportional_pages(_layer_weights(policy, scores), forced_J, budget_pages * layers)
+        pages_R = pages_L.repeat_interleave(heads)
     last_R1 = formulas.last_value(last_RJ, pages_R)
 
     if policy.stages == "half-budget" and scores[0].rank_HE is not None:
@@ -84,6 +89,13 @@ def select_within(
     total_pages = budget_pages * units
     tokens_X = formulas.packed_positions(keep_RE, pages_R * page_size, total_pages * page_size, start)
     return Selection(pages_R.view(layers, heads).int(), tokens_X.view(total_pages, page_size))
+
+
+def _layer_weights(policy: Policy, scores: Sequence[LayerScores]) -> Tensor:
+    """What each layer's budget is proportional to. fp32 [L]"""
+    if policy.layer_budget == "linear":
+        return formulas.linear_weights(len(scores), scores[0].scores_HE.device)
+    return torch.stack([layer.preference for layer in scores if layer.preference is not None])
 
 
 def _chunks(layers_HE: Sequence[Tensor]) -> Iterator[Tensor]:

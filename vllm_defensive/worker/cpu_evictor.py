@@ -51,6 +51,8 @@ class CPUEvictor:
 
     def evict(self, evictions: Sequence[Eviction]) -> None:
         """Evict each request of the list; afterwards nothing reads their blocks `[s, g)` any more."""
+        if not evictions:
+            return
         started = time.perf_counter()
         for eviction in evictions:
             self._evict(eviction)
@@ -60,7 +62,7 @@ class CPUEvictor:
         pages_LHB = self._view.of_blocks(torch.tensor(eviction.source_blocks))
         target = self._view.of_packed(torch.tensor(eviction.packed_blocks))
         window_LWQD = self._runtime.windows.pop(eviction.request_id)
-        choose = self._across_layers if PRESETS[eviction.policy].scope == "model" else self._layer_by_layer
+        choose = self._layer_by_layer if PRESETS[eviction.policy].layers_apart else self._across_layers
         selection = choose(eviction, window_LWQD, pages_LHB, target)
         self._runtime.tables[eviction.request_id] = RequestTable(self._view, eviction, selection.pages_LH)
         if self._writes_audit:
@@ -68,7 +70,7 @@ class CPUEvictor:
             audit.write(self._config.audit, eviction, selection, self._config, self._view.page_tokens)
 
     def _across_layers(self, eviction: Eviction, window_LWQD: Tensor, pages_LHB: Tensor, target: Tensor) -> Selection:
-        """All layers compete for one budget: every one is scored before the first is packed, and so read twice."""
+        """Layers share one budget: every one is scored before the first is packed, and so read twice."""
         scores = [
             self._score(layer, window_LWQD[layer], self._read(pages_HB), eviction)
             for layer, pages_HB in enumerate(pages_LHB)
@@ -99,14 +101,15 @@ class CPUEvictor:
     def _score(self, layer: int, query_WQD: Tensor, tokens: tuple[Tensor, Tensor], eviction: Eviction) -> LayerScores:
         key_HTD, value_HTD = tokens
         policy = PRESETS[eviction.policy]
+        gram = policy.value_weight == "l2-gram"
         return score_layer(
             policy,
             layer=layer,
             query_WQD=query_WQD,
             key_HSD=key_HTD[:, : eviction.num_tokens],
             value_HSD=value_HTD[:, : eviction.num_tokens],
-            output_QDM=self._projections.slices(layer) if policy.value_weight == "l1" else None,
-            gram_QDD=self._projections.gram(layer) if policy.value_weight == "l2-gram" else None,
+            output_QDM=self._projections.slices(layer) if policy.needs_values and not gram else None,
+            gram_QDD=self._projections.gram(layer) if gram else None,
             scale=self._scale,
             keep_ratio=eviction.keep,
             evictable=self._evictable(eviction),

@@ -23,6 +23,7 @@ from vllm_defensive.worker.cuda_runtime import CUDARuntime
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive_kernels import RaggedTokens, compact, select_pages, value_norm, window_scores
 
+KERNEL_AGGREGATES = ("mean", "defensive")
 KERNEL_POOLS = (1, 3, 5)
 SCORES_AT_A_TIME = 2**25  # of all layers in one launch: 128 MB of fp32, 32K tokens of a Llama-3.1-8B four times over
 
@@ -115,7 +116,8 @@ class CUDAEvictor:
     def _scores(self, prompt: _Prompt) -> list[LayerScores]:
         """Of every layer, by the kernels where they know the formula."""
         layers = range(self._pages.num_layers)
-        if not prompt.policy.needs_queries or prompt.policy.pool_kernel not in KERNEL_POOLS:
+        known = prompt.policy.aggregate in KERNEL_AGGREGATES and prompt.policy.pool_kernel in KERNEL_POOLS
+        if not known:
             return [self._score_in_torch(prompt, layer) for layer in layers]
         step = max(1, SCORES_AT_A_TIME // (self._pages.num_kv_heads * prompt.tokens.total))
         if any(scales.key != self._scales[0].key for scales in self._scales):
@@ -195,7 +197,7 @@ class CUDAEvictor:
         """(offset_O, token_T) as `compact` takes them."""
         policy, budget = prompt.policy, len(prompt.eviction.packed_blocks)
         page_tokens = self._pages.page_tokens
-        if scores[0].rank_HE is not None:
+        if scores[0].rank_HE is not None or policy.layer_budget != "even":
             chosen = select(policy, scores, page_size=page_tokens, packed_blocks=budget, evictable=prompt.evictable)
             return _offsets(chosen.pages_LH), chosen.tokens_PN.flatten()
         score_LHE = torch.stack([layer.scores_HE for layer in scores])
