@@ -21,6 +21,9 @@ SORT_ELEMENTS = 2**22
 
 STAGE_ONE_MASS = 0.9
 HALF_BUDGET_EPSILON = 1e-4
+CAKE_GAMMA = 200.0
+CAKE_SPREAD, CAKE_CHANGE = 1 / 1.6, 1 / 0.6
+PYRAMID_STEEPNESS = 20  # the last layer's budget is the mean divided by this
 
 
 def temporary_elements(tensor: Tensor) -> int:
@@ -141,6 +144,17 @@ def aggregate_defensive(attention_HGWT: Tensor, kernel: int) -> Tensor:
     fp32 [H, G, W, T] -> fp32 [H, T].
     """
     return clamp_to_mean(aggregate_peak(attention_HGWT, kernel))
+
+
+def entropy(attention_X: Tensor) -> Tensor:
+    """- sum A log A over all entries, zeros included. -> scalar."""
+    return -torch.special.xlogy(attention_X, attention_X).sum()
+
+
+def layer_preference(spread_2: Tensor) -> Tensor:
+    """How much of the budget a layer wants, from (entropy, variance over the window) of its attention (CAKE,
+    arXiv 2503.12491). -> scalar."""
+    return spread_2[0].clamp_min(0) ** CAKE_SPREAD * spread_2[1] ** CAKE_CHANGE
 
 
 # ---------------------------------------------------------------------------------------------------------- value norms
@@ -270,6 +284,23 @@ def allocate_pages(gains_UHJ: Tensor, budget_pages: int) -> Tensor:
     budget_U = torch.full((units,), budget_pages, device=gains_UHJ.device)
     keep_UX = keep_best(gains_UX, budget_U)
     return keep_UX.view(units, heads, pages).sum(dim=-1)
+
+
+def linear_weights(layers: int, device: torch.device) -> Tensor:
+    """Weights that fall linearly from the first layer to the last, their mean 1 (PyramidKV, arXiv 2406.02069). -> [L]"""
+    last = 1 / PYRAMID_STEEPNESS
+    return torch.linspace(2 - last, last, layers, device=device) if layers > 1 else torch.ones(1, device=device)
+
+
+def proportional_pages(weight_L: Tensor, forced_J: Tensor, budget_pages: int) -> Tensor:
+    """Split `budget_pages` over layers in proportion to their weights, at most J and at least the forced ones each.
+
+    Page j of a layer bids weight / (j + 1/2): handing pages to the highest bids rounds proportions to the nearest
+    whole numbers (Sainte-Laguë), and a larger budget takes no page away. fp32 [L], bool [J] -> int64 [L].
+    """
+    page_J = torch.arange(forced_J.shape[0], device=weight_L.device) + 0.5
+    bids_LJ = torch.where(forced_J, float("inf"), weight_L.nan_to_num(nan=0.0).unsqueeze(-1) / page_J)
+    return allocate_pages(bids_LJ.unsqueeze(0), budget_pages).flatten()
 
 
 def packed_positions(keep_RE: Tensor, count_R: Tensor, total: int, first_position: int) -> Tensor:

@@ -76,6 +76,32 @@ def defensive_scores(rows: Rows, kernel: int) -> np.ndarray:
     return scores
 
 
+def cake_scores(rows: Rows, kernel: int) -> np.ndarray:
+    heads, group, _, _ = rows.shape
+    return np.array(
+        [sum(pool(r.mean(axis=0) + 200 * r.var(axis=0, ddof=1), kernel) for r in rows[h]) / group for h in range(heads)]
+    )
+
+
+def cake_preference(rows: Rows) -> float:
+    """How much of the budget a layer wants: its attention's entropy, and its variance over the window."""
+    entropy = -sum(a * math.log(a) for a in rows.flatten() if a > 0)
+    return entropy ** (1 / 1.6) * rows.var(axis=2, ddof=1).sum() ** (1 / 0.6)
+
+
+def layer_budgets(policy, weights: list[float], *, total: int, forced: int, most: int) -> list[int]:
+    """`total` tokens split over layers, one after the other to the layer that is furthest below its proportion."""
+    layers = len(weights)
+    if policy.layer_budget == "linear":
+        weights = [2 - 1 / 20 - (2 - 2 / 20) * i / (layers - 1) if layers > 1 else 1.0 for i in range(layers)]
+    budgets = [forced] * layers
+    for _ in range(total - forced * layers):
+        open_layers = [i for i in range(layers) if budgets[i] < most]
+        best = max(open_layers, key=lambda i: (weights[i] / (budgets[i] + 0.5), -i))
+        budgets[best] += 1
+    return budgets
+
+
 def certain_tokens(rows: Rows, full_rows: Rows, keep_ratio: float, window_bias: str) -> list[set[int]]:
     """Stage 1 of DefensiveKV: for each head the tokens that are kept for certain."""
     heads, _, window, n = rows.shape
@@ -114,9 +140,13 @@ def scores(
     if policy.aggregate == "mean":
         plain = mean_scores(rows, policy.pool_kernel)
         return plain, None if norm is None else (plain + 1e-4) * norm
+    if policy.aggregate == "cake":
+        return cake_scores(rows, policy.pool_kernel), None
     risk = defensive_scores(rows, policy.pool_kernel)
     if norm is not None:
         risk = risk * (norm / norm.sum(axis=0))
+    if policy.stages == "none":
+        return risk, None
     certain = certain_tokens(rows, full_rows, keep_ratio, policy.window_bias)
     best = risk.max()
     for h in range(heads):
@@ -126,14 +156,27 @@ def scores(
 
 
 def kept_sets(
-    policy, layers: list[tuple[np.ndarray, np.ndarray | None]], *, tokens: int, window: int, keep_ratio: float
+    policy,
+    layers: list[tuple[np.ndarray, np.ndarray | None]],
+    *,
+    tokens: int,
+    window: int,
+    keep_ratio: float,
+    weights: list[float] | None = None,
 ) -> dict[tuple[int, int], set[int]]:
-    """Token by token, with the reference's budgets, window included. {(layer, head): positions}."""
+    """Token by token, with the reference's budgets, window included. weights: of the layers, where a policy has any.
+
+    -> {(layer, head): positions}.
+    """
     heads, n = layers[0][0].shape
     forced = set(range(n, tokens))
     fraction = 1 - (1 - keep_ratio)
     everyone = [(i, h) for i in range(len(layers)) for h in range(heads)]
     best = {(i, h): sorted(range(n), key=lambda t, s=layers[i][0][h]: (-s[t], t)) for i, h in everyone}
+    if policy.layer_budget != "even":
+        total = int(tokens * fraction) * len(layers)
+        budgets = layer_budgets(policy, weights or [0.0] * len(layers), total=total, forced=window, most=tokens)
+        return {at: forced | set(best[at][: budgets[at[0]] - window]) for at in everyone}
     if policy.scope == "head":
         return {at: forced | set(best[at][: int(tokens * fraction) - window]) for at in everyone}
     units = (

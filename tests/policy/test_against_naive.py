@@ -23,6 +23,7 @@ VARIANTS = {
     **{name: policy for name, policy in PRESETS.items() if name != "random"},
     "defensivekv-true-bias": replace(PRESETS["defensivekv"], window_bias="true"),
     "defensivekv-no-pool": replace(PRESETS["defensivekv"], pool_kernel=1),
+    "defensivekv-no-stage-1": replace(PRESETS["defensivekv"], stages="none"),
     "layer-defensivekv-gram": replace(PRESETS["layer-defensivekv"], value_weight="l2-gram"),
     "layer-defensivekv-no-norm": replace(PRESETS["layer-defensivekv"], value_weight="none"),
     "criticalkv-gram-kernel-3": replace(PRESETS["criticalkv"], value_weight="l2-gram", pool_kernel=3),
@@ -69,6 +70,10 @@ def test_kept_tokens_are_the_same(policy: Policy, shape: Shape, keep_ratio: floa
         tokens=shape.tokens,
         window=shape.window,
         keep_ratio=keep_ratio,
+        weights=[
+            naive.cake_preference(naive.attention(naive_layer(x), scale_of(shape))[..., : -shape.window])
+            for x in layers
+        ],
     )
     assert kept_by_head(ours) == {at: sorted(tokens) for at, tokens in expected.items()}
 

@@ -11,7 +11,7 @@ from vllm_defensive.policy.budget import guarded, stage_one_cap
 
 def test_public_names_are_frozen() -> None:
     """Users write these names; removing or renaming one breaks their command lines."""
-    names = ("streamingllm", "snapkv", "adakv", "criticalkv", "defensivekv", "layer-defensivekv")
+    names = ("streamingllm", "snapkv", "pyramidkv", "cake", "adakv", "criticalkv", "defensivekv", "layer-defensivekv")
     assert public_names() == names
     assert set(PRESETS) - set(names) == {"keep-all", "random"}
 

@@ -22,8 +22,10 @@ def by_name(policy: Policy) -> str:
 
 
 def layers_of(scores_LHE: Tensor, ranks_LHE: Tensor | None = None) -> list[LayerScores]:
+    """Every layer with a weight of its own: policies that have no use for it do not look."""
     ranks = [None] * len(scores_LHE) if ranks_LHE is None else list(ranks_LHE)
-    return [LayerScores(scores, rank) for scores, rank in zip(scores_LHE, ranks, strict=True)]
+    weights = [torch.tensor(1.0 + layer) for layer in range(len(scores_LHE))]
+    return [LayerScores(*each) for each in zip(scores_LHE, ranks, weights, strict=True)]
 
 
 @st.composite
@@ -58,7 +60,8 @@ def test_budgets_are_spent_to_the_page_inside_the_range(problem: tuple) -> None:
     if policy.scope == "layer":
         assert (selection.pages_LH.sum(dim=1) == blocks * heads).all()
     if policy.scope == "head":
-        assert (selection.pages_LH == blocks).all()
+        assert (selection.pages_LH == selection.pages_LH[:, :1]).all()
+        assert policy.layer_budget != "even" or (selection.pages_LH == blocks).all()
     for kept in kept_by_head(selection).values():
         assert kept == sorted(set(kept)), "positions ascend and none comes twice"
         assert not kept or (kept[0] >= start and kept[-1] < stop)
@@ -80,7 +83,7 @@ def test_a_larger_budget_keeps_all_that_a_smaller_one_kept(problem: tuple, data:
     of "mass" (its cap, so its scores, moves with them)."""
     policy, scores, arguments, _ = problem
     if policy.stages == "half-budget":
-        scores = [LayerScores(layer.scores_HE) for layer in scores]
+        scores = [LayerScores(layer.scores_HE, preference=layer.preference) for layer in scores]
     start, stop = arguments["evictable"]
     more = data.draw(st.integers(arguments["packed_blocks"], (stop - start) // arguments["page_size"]))
     small = kept_by_head(select(policy, scores, **arguments))
