@@ -23,7 +23,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     add = parser.add_argument
     add("--model", type=Path, help="model folder; default: SmolLM2-135M-Instruct, made if it is missing")
-    add("--policies", type=_names, default=None, help="default: all that users can choose")
+    add(
+        "--policies",
+        type=_names,
+        default=None,
+        help="also variants, as NAME@OPTION=VALUE+OPTION=VALUE; default: all that users can choose",
+    )
     add("--keep", type=_floats, default=[0.5, 0.2, 0.1], help="nominal ratios; default: 0.5,0.2,0.1")
     add("--contexts", type=_ints, default=[1024, 2048, 4096], help="prompt sizes in tokens; default: 1024,2048,4096")
     add("--samples", type=_ints, default=[10, 10, 3], help="documents for each context; one number holds for all")
@@ -67,10 +72,12 @@ def measure(chosen: argparse.Namespace, store: records.Records) -> None:
     engine = Engine(
         chosen.model or ensure_model(), dtype=chosen.dtype, page_tokens=chosen.page_tokens, cache_gib=chosen.cache_gib
     )
+    from benchmarks.quality import variants
     from benchmarks.quality.protocols import Runner
     from vllm_defensive.policy import public_names
 
-    runner, policies, started = Runner(engine), chosen.policies or list(public_names()), time.perf_counter()
+    runner, started = Runner(engine), time.perf_counter()
+    policies = [variants.resolve(name) for name in chosen.policies or public_names()]
     todo = []
     for item in plan.items(chosen.suites, chosen.contexts, chosen.samples, chosen.seed, chosen.tasks):
         choices = records.choices_for(item, policies, chosen.keep, chosen.protocols)

@@ -77,8 +77,8 @@ def markdown(table: list[Row], runs: list[Row]) -> str:
     parts = [
         "# Quality: measured through the engine\n",
         "Cells are means over questions; in brackets the 95 % bootstrap interval over documents. KL is "
-        "KL(full || evicted) in nats a token, on the tokens of the right answer, the first one left out. `kept` is what is really held "
-        "of the prompt's KV cache, whole pages and the tail included.\n",
+        "KL(full || evicted) in nats a token, on the tokens of the right answer, the first one left out. `kept` is "
+        "what is really held of the prompt's KV cache, whole pages and the tail included.\n",
     ]
     for suite, task, context in sorted({(c["suite"], c["task"], c["context"]) for c in table}):
         cells = [c for c in table if (c["suite"], c["task"], c["context"]) == (suite, task, context)]

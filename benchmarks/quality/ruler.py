@@ -89,8 +89,8 @@ def _needle(rng: random.Random, tokens: int, count: CountTokens, **kind: object)
         names = ", ".join(name for name, _ in asked[:-1]) + f" and {asked[-1][0]}"
         gold = ", ".join(values[0] for _, values in asked)
         question = Question(
-            f"What are the secret {noun}s of {names}, in this order?",
-            f"The secret {noun}s of {names} are",
+            f"What are the secret {noun}s of {names} that the text above mentions?",
+            f"The secret {noun}s of {names} that the text above mentions are",
             f" {gold}",
             tuple(values[0] for _, values in asked),
         )
@@ -99,8 +99,8 @@ def _needle(rng: random.Random, tokens: int, count: CountTokens, **kind: object)
     verb, ask = ("are", "What are all") if int(str(num_values)) > 1 else ("is", "What is")
     return intro + text, [
         Question(
-            f"{ask} the secret {plural} of {name}?",
-            f"The secret {plural} of {name} {verb}",
+            f"{ask} the secret {plural} of {name} that the text above mentions?",
+            f"The secret {plural} of {name} that the text above mentions {verb}",
             f" {', '.join(values)}",
             values,
         )

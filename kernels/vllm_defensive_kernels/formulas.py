@@ -287,7 +287,7 @@ def allocate_pages(gains_UHJ: Tensor, budget_pages: int) -> Tensor:
 
 
 def linear_weights(layers: int, device: torch.device) -> Tensor:
-    """Weights that fall linearly from the first layer to the last, their mean 1 (PyramidKV, arXiv 2406.02069). -> [L]"""
+    """Weights that fall linearly from the first layer to the last, with mean 1 (PyramidKV, arXiv 2406.02069). [L]"""
     last = 1 / PYRAMID_STEEPNESS
     return torch.linspace(2 - last, last, layers, device=device) if layers > 1 else torch.ones(1, device=device)
 

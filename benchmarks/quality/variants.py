@@ -1,0 +1,35 @@
+"""Rows of the policy table with other options: `layer-defensivekv@pool_kernel=1+window_bias=true`."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+from vllm_defensive.policy import PRESETS, Policy, get_policy, register
+
+_OPTIONS = ("value_weight", "scope", "layer_budget", "stages", "pool_kernel", "window_bias", "guard")
+
+
+def resolve(name: str) -> str:
+    """`name`, its variant registered if it is one. Only in this process: the engine must be in it.
+
+    Raises ValueError for unknown policies, options and values.
+    """
+    base, _, changes = name.partition("@")
+    policy = get_policy(base)
+    if changes and name not in PRESETS:
+        options = dict(_option(policy, change) for change in changes.split("+"))
+        register(replace(policy, name=name, internal=True, **options))
+    return name
+
+
+def _option(policy: Policy, change: str) -> tuple[str, Any]:
+    option, _, text = change.partition("=")
+    if option not in _OPTIONS:
+        raise ValueError(f"variant option {change!r}: choose from {', '.join(_OPTIONS)}")
+    kind = type(getattr(policy, option))
+    allowed = getattr(next(f for f in fields(Policy) if f.name == option), "type", None)
+    value = kind(text)
+    if kind is str and value not in getattr(allowed, "__args__", (value,)):
+        raise ValueError(f"variant option {change!r}: choose from {', '.join(allowed.__args__)}")
+    return option, value

@@ -1,0 +1,133 @@
+"""The quality benchmark without a model: documents, scores, metrics, records, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.quality import metrics, plan, report, ruler, texts
+from benchmarks.quality.__main__ import parse
+from benchmarks.quality.protocols import Choice
+from benchmarks.quality.records import Records, choices_for
+
+
+def count_words(text: str) -> int:
+    """A tokenizer that knows words only: quick, and additive like the real one."""
+    return len(text.split())
+
+
+@pytest.mark.parametrize("task", ruler.TASKS)
+def test_documents_fit_their_size_and_hold_their_answers(task: str) -> None:
+    document = ruler.generate(task, 700, 3, count_words)
+    assert 0.6 * 700 < count_words(document.text) <= 710
+    assert document.questions
+    for question in document.questions:
+        assert ruler.score(question, question.prefix + question.gold) == 1.0
+        assert ruler.score(question, "I do not know.") == 0.0
+        assert all(answer in document.text for answer in question.answers)
+
+
+@pytest.mark.parametrize("task", ruler.TASKS)
+def test_a_seed_names_one_document(task: str) -> None:
+    first, again, other = (ruler.generate(task, 500, seed, count_words) for seed in (1, 1, 2))
+    assert first == again
+    assert first.text != other.text
+
+
+def test_every_needle_can_be_asked_for() -> None:
+    document = ruler.generate("niah_multikey_1", 600, 0, count_words)
+    assert len(document.questions) == 4
+    assert len({q.answers for q in document.questions}) == 4
+
+
+def test_all_counts_shares_and_any_counts_one() -> None:
+    every = ruler.Question("?", "", "", ("12", "Ab"))
+    assert ruler.score(every, "it is aB") == 0.5
+    assert ruler.score(ruler.Question("?", "", "", ("12", "Ab"), "any"), "it is aB") == 1.0
+
+
+def test_haystacks_come_with_python() -> None:
+    assert len(texts.paragraphs()) > 200
+    assert len(texts.fingerprint()) == 32
+    assert "PSF" in texts.SOURCE
+
+
+def test_an_unknown_task_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'haystack'.*niah_single_1"):
+        ruler.generate("haystack", 100, 0, count_words)
+
+
+def test_divergence_is_zero_for_equals_and_the_formula_for_others() -> None:
+    p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    assert metrics.divergence(p, p).item() == 0
+    expected = 0.5 * torch.log(torch.tensor(0.5 / 0.25)) + 0.5 * torch.log(torch.tensor(0.5 / 0.75))
+    torch.testing.assert_close(metrics.divergence(p, q)[0], expected)
+
+
+def test_the_interval_draws_whole_documents() -> None:
+    """Ten copies of each question tell nothing new: the interval stays as wide as that of the documents."""
+    means = [0.0, 1.0, 2.0, 3.0]
+    single = metrics.interval(means, range(4))
+    copied = metrics.interval([m for m in means for _ in range(10)], [g for g in range(4) for _ in range(10)])
+    assert copied == single
+    assert single[0] < 1.5 < single[1]
+    assert metrics.interval([2.0] * 6, range(6)) == (2.0, 2.0)
+
+
+def test_the_worst_share_is_at_least_one() -> None:
+    assert metrics.worst([1.0, 5.0, 2.0]) == 5.0
+    assert metrics.worst([float(n) for n in range(100)]) == 97.0
+
+
+def row(item: plan.Item, choice: Choice, **values: float) -> dict:
+    return {
+        "item": item.name,
+        "probe": 0,
+        "policy": choice.policy,
+        "keep": choice.keep,
+        "protocol": choice.protocol,
+        "prompt_tokens": 100,
+        "retention": 0.25,
+        **values,
+    }
+
+
+def test_an_interrupted_run_measures_only_what_is_missing(tmp_path: Path) -> None:
+    (item,) = plan.items(["text"], [64], [1], seed=0)
+    choices = choices_for(item, ["snapkv", "adakv"], [0.5], [plan.WINDOW, plan.AFTER])
+    assert {c.protocol for c in choices} == {plan.WINDOW}, "nothing is asked of running text"
+    records = Records(tmp_path)
+    records.add([row(item, choices[0], kl=0.1)])
+    again = Records(tmp_path)
+    assert again.missing(item, choices) == choices[1:]
+    again.add([row(item, choices[0], kl=9.0), row(item, choices[1], kl=0.2)])
+    assert [r["kl"] for r in Records(tmp_path).rows] == [0.1, 0.2]
+
+
+def test_samples_come_round_by_round() -> None:
+    found = list(plan.items(["forced"], [64, 128], [2, 1], seed=5, tasks=[plan.YARDSTICK]))
+    assert [(i.context, i.seed) for i in found] == [(64, 5), (128, 5), (64, 6)]
+
+
+def test_the_report_names_every_policy(tmp_path: Path) -> None:
+    (item,) = plan.items(["forced"], [64], [1], seed=0, tasks=[plan.YARDSTICK])
+    full, ours = Choice("none", 1.0, plan.WINDOW), Choice("snapkv", 0.2, plan.WINDOW)
+    rows = [row(item, full, kl=0.0, nll=0.3, exact=1.0), row(item, ours, kl=0.5, nll=0.9, exact=0.0)]
+    free = plan.Item("ruler", "vt", 64, 0)
+    rows += [row(free, full, score=1.0), row(free, ours, score=0.5)]
+    report.write(rows, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| snapkv | 0.50 [0.50, 0.50] | 0.50 | 0.00 |" in text
+    assert "| full cache | 1 |  | 1.00 |" in text
+    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+    assert {c["policy"] for c in cells} == {"none", "snapkv"}
+
+
+def test_one_number_of_samples_holds_for_all_contexts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(["--contexts", "64,128", "--samples", "3"]).samples == [3, 3]
+    with pytest.raises(SystemExit):
+        parse(["--contexts", "64,128", "--samples", "3,2,1"])
+    assert "--samples" in capsys.readouterr().err

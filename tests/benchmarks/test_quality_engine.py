@@ -1,0 +1,96 @@
+"""The quality benchmark on a real engine with the tiny model: what it records is what vLLM computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality import plan
+from benchmarks.quality.protocols import Choice, Runner
+from benchmarks.quality.variants import resolve
+
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+
+CONTEXT = 700
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Iterator:
+    from benchmarks.quality.engine import Engine
+
+    yield Engine(tiny_model, dtype="float32", cache_gib=0.5, max_model_len=2048)
+
+
+@pytest.fixture(scope="module")
+def runner(engine) -> Runner:
+    return Runner(engine)
+
+
+def prompt_of(engine) -> list[int]:
+    return [2 + (7 * i * i + i) % 500 for i in range(CONTEXT)]
+
+
+def test_forced_probabilities_are_those_that_vllm_reports(engine) -> None:
+    from vllm import SamplingParams
+
+    from benchmarks.quality.engine import Setting
+    from benchmarks.quality.forced import Forced
+
+    prompt, answer = prompt_of(engine), [11, 5, 300, 42]
+    forced = Forced(answer)
+    (output,) = engine.forced([(prompt, forced, Setting())])
+    assert list(output.outputs[0].token_ids) == answer
+    # The same, asked of vLLM as the log-probabilities of a longer prompt's own tokens.
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, extra_args={"kv_eviction": "none"})
+    (longer,) = engine.llm.generate([{"prompt_token_ids": prompt + answer}], params, use_tqdm=False)
+    expected = [-longer.prompt_logprobs[len(prompt) + i][token].logprob for i, token in enumerate(answer)]
+    assert forced.nll == pytest.approx(expected, abs=1e-4)  # one token at a time and all at once round differently
+
+
+def test_keeping_everything_costs_nothing_and_losing_most_costs_something(runner: Runner) -> None:
+    (item,) = plan.items(["text"], [CONTEXT], [1], seed=0)
+    choices = [Choice("keep-all", 0.5, plan.WINDOW), Choice("streamingllm", 0.1, plan.WINDOW)]
+    full, same, less = runner.run(item, choices)
+    assert full["policy"] == "none" and full["kl"] == 0 and full["retention"] == 1
+    assert abs(same["kl"]) < 1e-6 and same["nll"] == pytest.approx(full["nll"], abs=1e-4)
+    assert less["kl"] > 1e-3
+
+
+@pytest.mark.parametrize("suite", plan.SUITES)
+def test_every_suite_runs_both_protocols_it_has(runner: Runner, suite: str) -> None:
+    item = next(plan.items([suite], [CONTEXT], [1], seed=0))
+    choices = [Choice("snapkv", 0.3, p) for p in (plan.WINDOW, plan.AFTER, plan.NO_PREFIX_CACHE)]
+    rows = runner.run(item, choices)
+    assert {r["protocol"] for r in rows} == {plan.WINDOW, plan.AFTER, plan.NO_PREFIX_CACHE}
+    assert all(0.2 < r["retention"] < 0.6 for r in rows if r["policy"] == "snapkv")
+    with_cache, without = ([r for r in rows if r["protocol"] == p] for p in (plan.WINDOW, plan.NO_PREFIX_CACHE))
+    if "kl" in rows[0]:
+        kl = [[r["kl"] for r in some if r["policy"] == "snapkv"] for some in (with_cache, without)]
+        assert kl[0] == pytest.approx(kl[1], abs=1e-4), "the prefix cache changes no result"
+
+
+def test_retention_is_what_the_engine_counts(engine) -> None:
+    from benchmarks.quality.engine import Setting
+    from benchmarks.quality.forced import Forced
+
+    prompt, before = prompt_of(engine), engine.totals()
+    setting = Setting("adakv", 0.25)
+    engine.forced([(prompt, Forced([3, 4]), setting)])
+    after = engine.totals()
+    kept, tokens = (
+        after[f"vllm:kv_eviction_{n}"] - before.get(f"vllm:kv_eviction_{n}", 0)
+        for n in ("kept_tokens", "prompt_tokens")
+    )
+    assert tokens == CONTEXT
+    assert kept / tokens == pytest.approx(engine.retention(setting, CONTEXT))
+
+
+def test_a_variant_is_a_row_of_its_own(runner: Runner) -> None:
+    name = resolve("defensivekv@pool_kernel=1+window_bias=true")
+    (item,) = plan.items(["text"], [CONTEXT], [1], seed=1)
+    rows = runner.run(item, [Choice("defensivekv", 0.2, plan.WINDOW), Choice(name, 0.2, plan.WINDOW)])
+    assert [r["policy"] for r in rows] == ["none", "defensivekv", name]
+    with pytest.raises(ValueError, match="colour"):
+        resolve("snapkv@colour=red")
