@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-POLICIES = "none, streamingllm, snapkv, adakv, criticalkv, defensivekv, layer-defensivekv"
+from vllm_defensive import config
+
+POLICIES = ", ".join(config.allowed_policies())
 # flag -> (default as --help states it, a value other than that, what it becomes)
 FLAGS: dict[str, tuple[str, str | None, Any]] = {
     "--kv-eviction": ("none", "adakv", "adakv"),

@@ -12,7 +12,7 @@ import vllm_defensive
 from vllm_defensive import config
 from vllm_defensive.policy import PRESETS
 
-POLICIES = "none, streamingllm, snapkv, adakv, criticalkv, defensivekv, layer-defensivekv"
+POLICIES = ", ".join(config.allowed_policies())
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,13 @@ def test_anything_but_an_object_is_refused(raw: Any) -> None:
 @pytest.mark.parametrize("raw", [None, {}, {"policy": "none"}, {"policy": "none", "keep": 0.5}])
 def test_none_means_off(raw: Any) -> None:
     assert config.parse(raw) is None
+
+
+def test_the_first_policies_keep_their_names_and_order() -> None:
+    names = config.allowed_policies()
+    first = ["none", "streamingllm", "snapkv", "adakv", "criticalkv", "defensivekv", "layer-defensivekv"]
+    assert [name for name in names if name in first] == first
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("name", PRESETS)

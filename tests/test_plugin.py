@@ -4,30 +4,12 @@ from __future__ import annotations
 
 import ast
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-
-
-def run_python(code: str, **environment: str) -> str:
-    """Output of a fresh interpreter."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
+from tests.processes import ROOT, run_python
 
 SHOW = "print(*sorted(m for m in sys.modules if m.split('.')[0] in {roots}))\n"
 

@@ -32,13 +32,8 @@ class Answer:
     cached_tokens: int
 
 
-@contextmanager
-def engine(model: Path, policy: str | None = None, *, asynchronous: bool = False, **arguments: Any) -> Iterator[Any]:
-    """An `LLM` in this process with 512-token chunks; settings of eviction among the arguments are sorted out.
-
-    It is gone at the end: vLLM keeps its process groups in globals, so an engine that is collected later would take
-    those of the next one with it.
-    """
+def make_llm(model: Path, policy: str | None = None, *, asynchronous: bool = False, **arguments: Any) -> Any:
+    """An `LLM` with 512-token chunks; settings of eviction among the arguments are sorted out."""
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
@@ -55,7 +50,16 @@ def engine(model: Path, policy: str | None = None, *, asynchronous: bool = False
         **arguments,
     }
     with _asynchronous(EngineArgs) if asynchronous else nullcontext():
-        llm = LLM(str(model), **arguments)
+        return LLM(str(model), **arguments)
+
+
+@contextmanager
+def engine(model: Path, policy: str | None = None, **arguments: Any) -> Iterator[Any]:
+    """`make_llm`'s engine, which is gone at the end.
+
+    vLLM keeps its process groups in globals: an engine that is collected later would take those of the next one.
+    """
+    llm = make_llm(model, policy, **arguments)
     try:
         yield llm
     finally:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.e2e.engines import (
     BF16_STEP,
@@ -21,6 +24,7 @@ from tests.e2e.engines import (
     random_prompts,
     scheduler_of,
 )
+from tests.processes import environment
 
 pytestmark = pytest.mark.e2e
 
@@ -75,3 +79,29 @@ def test_keep_all_equals_stock_when_requests_are_thrown_out(tiny_model: Path, as
         assert metrics_of(llm)["vllm:num_preemptions"] > 0
         assert largest_difference(answers, expected) <= 1e-4  # a few hundred float32 roundings of logits up to 16
         assert_all_returned(llm)
+
+
+OWN_PROCESS = """
+import sys, torch
+from pathlib import Path
+from tests.e2e.engines import MIXED, generate, make_llm, random_prompts
+if __name__ == "__main__":
+    llm = make_llm(Path(sys.argv[1]), sys.argv[2] or None)
+    answers = [generate(llm, random_prompts(MIXED)) for _ in range(2)]
+    torch.save([[(a.tokens, a.logprobs, a.cached_tokens) for a in turn] for turn in answers], sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_keep_all_equals_stock_with_the_engine_in_its_own_process(tiny_model: Path, stock: Any, tmp_path: Path) -> None:
+    script, result = tmp_path / "run.py", tmp_path / "answers.pt"
+    script.write_text(OWN_PROCESS)
+    subprocess.run(
+        [sys.executable, str(script), str(tiny_model), "keep-all", str(result)],
+        env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="1"),
+        check=True,
+        timeout=280,
+    )
+    for turn in torch.load(result):
+        answers = [Answer(tokens, logprobs, "", cached) for tokens, logprobs, cached in turn]
+        assert largest_difference(answers, stock(32)) <= BF16_STEP

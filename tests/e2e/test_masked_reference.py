@@ -14,10 +14,11 @@ from torch import Tensor
 from tests.e2e.engines import Answer, assert_all_returned, audit_of, engine, generate, random_prompts
 from tests.reference_model import ReferenceLlama, decode_logprobs
 from vllm_defensive.audit import Audit
+from vllm_defensive.policy import public_names
 
 pytestmark = pytest.mark.e2e
 
-POLICIES = ("streamingllm", "snapkv", "adakv", "criticalkv", "defensivekv", "layer-defensivekv", "random")
+POLICIES = (*public_names(), "random")
 LENGTHS = (300, 601, 96, 512)  # within and over one chunk, with and without a tail block
 KEEP = 0.3
 

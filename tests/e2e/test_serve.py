@@ -1,0 +1,142 @@
+"""`vllm serve` with the flags: it answers, counts and writes what it kept."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.engines import random_prompts
+from tests.processes import ROOT, environment
+from vllm_defensive import audit
+
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+
+FLAGS = ("--kv-eviction", "layer-defensivekv", "--kv-eviction-keep", "0.25", "--kv-eviction-min-tokens", "100")
+
+
+def vllm(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, folder: Path) -> Iterator[str]:
+    """Address of a server on the tiny model."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = (folder / "log").open("w")
+    command = vllm("serve", str(tiny_model), "--port", str(port), "--host", "127.0.0.1", "--dtype", "bfloat16")
+    command += ["--enforce-eager", "--max-model-len", "2048", *FLAGS, "--kv-eviction-audit", str(folder / "audit")]
+    process = subprocess.Popen(
+        command, env=environment(VLLM_LOGGING_LEVEL="INFO"), stdout=log, stderr=subprocess.STDOUT, cwd=ROOT
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 240
+        while not answers(f"{address}/health"):
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
+            time.sleep(1)
+        yield address
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        log.close()
+
+
+def answers(url: str) -> bool:
+    try:
+        return bool(urllib.request.urlopen(url, timeout=5).status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def post(server: str, tiny_model: Path, **fields: Any) -> dict[str, Any]:
+    body = {"model": str(tiny_model), "max_tokens": 8, "temperature": 0, "ignore_eos": True, **fields}
+    request = urllib.request.Request(
+        f"{server}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
+
+
+def counter(server: str, name: str) -> float:
+    with urllib.request.urlopen(f"{server}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+
+def test_a_completion_is_evicted_counted_and_audited(server: str, tiny_model: Path, folder: Path) -> None:
+    prompts = random_prompts((700, 40))
+    before = counter(server, "vllm:kv_eviction_requests_total")
+    for prompt in prompts:
+        reply = post(server, tiny_model, prompt=prompt)
+        assert reply["usage"]["completion_tokens"] == 8
+    deadline = time.monotonic() + 20  # counters follow the engine's outputs
+    while counter(server, "vllm:kv_eviction_requests_total") == before and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert counter(server, "vllm:kv_eviction_requests_total") == before + 1
+    assert counter(server, "vllm:kv_eviction_prompt_tokens_total") >= 700
+    assert (
+        0
+        < counter(server, "vllm:kv_eviction_kept_tokens_total")
+        < counter(server, "vllm:kv_eviction_prompt_tokens_total")
+    )
+    assert counter(server, "vllm:kv_eviction_freed_blocks_total") > 0
+    assert counter(server, "vllm:kv_eviction_seconds_sum") > 0
+    kept = [audit.load(path) for path in (folder / "audit").iterdir()]
+    (found,) = (a for a in kept if a.token_ids.tolist() == prompts[0])
+    assert (found.policy, found.keep_ratio, found.block_size) == ("layer-defensivekv", 0.25, 32)
+
+
+def test_wrong_request_fields_are_answered_with_400(server: str, tiny_model: Path) -> None:
+    with pytest.raises(urllib.error.HTTPError) as error:
+        post(server, tiny_model, prompt=[5] * 200, vllm_xargs={"kv_eviction_keep": 7})
+    assert error.value.code == 400
+    assert "kv_eviction_keep=7" in error.value.read().decode()
+    assert answers(f"{server}/health"), "and the engine lives on"
+
+
+def test_the_start_up_line_states_policy_ratio_and_pages(server: str, folder: Path) -> None:
+    (line,) = (x for x in (folder / "log").read_text().splitlines() if "KV eviction is on" in x)
+    assert "layer-defensivekv" in line and "0.25" in line
+    assert "pages of 32 tokens" in line and "3 layers x 2 KV heads = 6 pages a block" in line
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--kv-eviction", "snapkb"], "--kv-eviction=snapkb: choose one of none, streamingllm"),
+        (["--kv-eviction", "snapkv", "--tensor-parallel-size", "2"], "tensor_parallel_size=2: not supported"),
+    ],
+)
+def test_what_does_not_work_ends_with_exit_code_2_and_one_line(
+    tiny_model: Path, flags: list[str], message: str
+) -> None:
+    done = subprocess.run(
+        vllm("serve", str(tiny_model), *flags),
+        env=environment(VLLM_LOGGING_LEVEL="ERROR"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1 and message in lines[0]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,69 @@
+"""A real model: what holds on random weights holds there too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.engines import (
+    Answer,
+    assert_all_returned,
+    audit_of,
+    engine,
+    generate,
+    largest_difference,
+)
+from tests.reference_model import ReferenceLlama, decode_logprobs
+
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+
+FACTS = ("The harbour office opens at seven.", "Marta keeps the keys in the blue tin.", "Ferries leave on even days.")
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2: Path) -> list[list[int]]:
+    """Three documents of about 1,500, 600 and 100 tokens, each with a question."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    filler = [f"On page {i} the clerk wrote that the {i % 7}th crate of oranges was counted twice. " for i in range(70)]
+    texts = [
+        "".join(filler[:count]) + FACTS[i] + "".join(filler[count:end])
+        for i, (count, end) in enumerate(((30, 66), (10, 26), (1, 3)))
+    ]
+    conversations = [[{"role": "user", "content": f"{text}\n\nWho keeps the keys, and where?"}] for text in texts]
+    return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in conversations]
+
+
+def run(
+    smollm2: Path, prompts: list[list[int]], policy: str | None, num_tokens: int, **arguments: object
+) -> list[Answer]:
+    with engine(smollm2, policy, max_model_len=4096, **arguments) as llm:
+        answers = generate(llm, prompts, num_tokens)
+        assert_all_returned(llm)
+    return answers
+
+
+def test_keep_all_equals_stock(smollm2: Path, prompts: list[list[int]]) -> None:
+    stock = run(smollm2, prompts, None, 48)
+    ours = run(smollm2, prompts, "keep-all", 48)
+    difference = largest_difference(ours, stock)
+    print(f"largest difference {difference:.2e}")
+    assert difference <= 2**-3  # one bf16 step of a logit between 16 and 32
+
+
+def test_answers_equal_the_masked_reference(smollm2: Path, prompts: list[list[int]], tmp_path: Path) -> None:
+    assert 1300 < len(prompts[0]) < 1900
+    reference = ReferenceLlama(smollm2)
+    arguments = {"dtype": "float32", "min_tokens": 200}
+    unevicted = run(smollm2, prompts[:1], None, 24, **{"dtype": "float32"})
+    evicted = run(smollm2, prompts, "layer-defensivekv", 24, keep=0.2, audit=str(tmp_path), **arguments)
+    allowed = (unevicted[0].logprobs - decode_logprobs(reference, prompts[0], unevicted[0].tokens, None)).abs().max()
+    for prompt, answer in zip(prompts, evicted, strict=True):
+        kept = audit_of(tmp_path, answer.request_id).mask() if len(prompt) >= 200 else None
+        error = (answer.logprobs - decode_logprobs(reference, prompt, answer.tokens, kept)).abs().max()
+        full = (answer.logprobs - decode_logprobs(reference, prompt, answer.tokens, None)).abs().max()
+        print(f"{len(prompt)} tokens: {error:.1e}, un-evicted {allowed:.1e}, against full attention {full:.1e}")
+        assert error <= 4 * allowed  # both are noise of float32; maxima of few samples vary
+        assert kept is None or full > 100 * error

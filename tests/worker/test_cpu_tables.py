@@ -1,0 +1,102 @@
+"""Tables of evicted requests: every head reads its shared, packed and growing pages in this order, and no other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_defensive.plan import Eviction
+from vllm_defensive.worker.cpu_pages import PageView
+from vllm_defensive.worker.cpu_tables import BatchTable, RequestTable
+
+L, BLOCKS, H, N, D = 2, 200, 2, 4, 2
+
+
+@pytest.fixture(scope="module")
+def view() -> PageView:
+    return PageView(list(torch.zeros(L, BLOCKS, H, N, 2 * D)))
+
+
+def eviction(num_tokens: int, shared: int, packed: tuple[int, ...], first_block: int = 10) -> Eviction:
+    source = tuple(range(first_block, first_block + -(-num_tokens // N)))
+    return Eviction("r", "snapkv", 0.2, num_tokens, shared, source, packed)
+
+
+def expected_pages(view: PageView, plan: Eviction, pages_LH: Tensor, growth: list[int], layer: int, head: int) -> list:
+    """Pages that a head reads: shared blocks, its own of the packed ones, then blocks of later tokens."""
+    flat = view.of_packed(torch.tensor(plan.packed_blocks)).tolist()
+    before = int(pages_LH.flatten()[: layer * H + head].sum())
+    own = flat[before : before + int(pages_LH[layer, head])]
+
+    def positional(blocks: list[int]) -> list[int]:
+        return [int(view.of_blocks(torch.tensor([b]))[layer, head, 0]) for b in blocks]
+
+    return [*positional(list(plan.source_blocks[: plan.shared_blocks])), *own, *positional(growth)]
+
+
+PLAN = eviction(num_tokens=30, shared=1, packed=(100, 101, 102))
+PAGES_LH = torch.tensor([[1, 5], [2, 4]], dtype=torch.int32)  # 3 blocks of 4 pages
+
+
+@pytest.mark.parametrize("growth", [1, 2, 31, 33, 90])
+def test_a_table_grows_one_page_a_head_and_block(view: PageView, growth: int) -> None:
+    table = RequestTable(view, PLAN, PAGES_LH)
+    blocks = list(range(17, 17 + growth))
+    for some in (blocks[: growth // 2], blocks[growth // 2 :]):
+        if some:
+            table.grow(torch.tensor(some))
+    assert table.growth_blocks == growth
+    for layer in range(L):
+        for head in range(H):
+            expected = expected_pages(view, PLAN, PAGES_LH, blocks, layer, head)
+            assert table.pages_LHP[layer, head, : len(expected)].tolist() == expected
+
+
+def test_lengths_follow_from_vllms_own(view: PageView) -> None:
+    table = RequestTable(view, PLAN, PAGES_LH)
+    batch = BatchTable()
+    batch.update([table], [None])
+    for seq_len in (31, 32, 33, 77):
+        lengths = batch.lengths(torch.tensor([seq_len], dtype=torch.int32))
+        for layer in range(L):
+            for head in range(H):
+                # one shared block, the head's pages, and everything after the seven full blocks of the prompt
+                assert lengths[layer, head] == (1 + PAGES_LH[layer, head]) * N + seq_len - 28
+
+
+def test_rows_come_grow_and_go_in_any_order(view: PageView) -> None:
+    plans = [PLAN, eviction(41, 0, (110, 111), 40), eviction(64, 2, (120,), 60)]
+    pages = [PAGES_LH, torch.tensor([[2, 2], [3, 1]]), torch.tensor([[1, 1], [1, 1]])]
+    rows = [RequestTable(view, plan, p) for plan, p in zip(plans, pages, strict=True)]
+    growth: list[list[int]] = [[], [], []]
+    batch = BatchTable()
+    next_block = 130
+    for step, present in enumerate([[0], [0, 1], [0, 1], [1, 0], [1, 0], [1, 0, 2], [2], [2], [0, 2], [0, 2]] * 5):
+        new: list[Tensor | None] = []
+        for e in present:
+            if (step + e) % 2 or not growth[e]:
+                growth[e].append(next_block % BLOCKS)
+                new.append(torch.tensor([next_block % BLOCKS]))
+                next_block += 1
+            else:
+                new.append(None)
+        batch.update([rows[e] for e in present], new)
+        lengths = batch.lengths(torch.tensor([plans[e].num_tokens for e in present], dtype=torch.int32))
+        for position, e in enumerate(present):
+            for layer in range(L):
+                for head in range(H):
+                    expected = expected_pages(view, plans[e], pages[e], growth[e], layer, head)
+                    found = batch.pages_LEHP[layer, position, head, : len(expected)].tolist()
+                    assert found == expected, (step, e)
+                    assert lengths[layer, position * H + head] <= len(expected) * N
+
+
+def test_a_batch_that_stays_the_same_keeps_its_tables(view: PageView) -> None:
+    rows = [RequestTable(view, PLAN, PAGES_LH) for _ in range(2)]
+    batch = BatchTable()
+    batch.update(rows, [torch.tensor([17]), torch.tensor([18])])
+    memory = batch.pages_LEHP.data_ptr()
+    for block in range(19, 30):
+        batch.update(rows, [torch.tensor([block]), None])
+    assert batch.pages_LEHP.data_ptr() == memory

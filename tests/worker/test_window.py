@@ -1,0 +1,63 @@
+"""The window's queries are complete and in order, however chunks and other requests cut them up."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_defensive.worker.window import WindowQueries
+
+L, W, Q, D = 2, 8, 3, 2
+
+
+def queries_of(position: int, layer: int) -> torch.Tensor:
+    return torch.full((Q, D), float(position * 10 + layer))
+
+
+@given(
+    num_tokens=st.integers(W, 60),
+    cuts=st.lists(st.integers(1, 59), max_size=6),
+    row_start=st.integers(0, 5),
+)
+def test_any_chunks_give_the_last_queries_in_order(num_tokens: int, cuts: list[int], row_start: int) -> None:
+    windows = WindowQueries(L, W, Q, D, torch.float32)
+    borders = sorted({0, num_tokens, *(c for c in cuts if c < num_tokens)})
+    for start, end in pairwise(borders):
+        capture = windows.plan("a", num_tokens, (start, end), row_start)
+        if end <= num_tokens - W:
+            assert capture is None
+            continue
+        assert capture is not None
+        for layer in range(L):
+            others = [torch.full((Q, D), -1.0)] * row_start
+            capture.take(layer, torch.stack(others + [queries_of(p, layer) for p in range(start, end)]))
+    window = windows.pop("a")
+    for layer in range(L):
+        expected = torch.stack([queries_of(p, layer) for p in range(num_tokens - W, num_tokens)])
+        assert torch.equal(window[layer], expected)
+
+
+def test_tokens_after_the_boundary_are_not_part_of_it() -> None:
+    windows = WindowQueries(L, W, Q, D, torch.float32)
+    capture = windows.plan("a", 20, (10, 30), 0)
+    assert capture is not None and (capture.source, capture.target, capture.count) == (2, 0, 8)
+
+
+def test_an_incomplete_window_is_a_bug() -> None:
+    windows = WindowQueries(L, W, Q, D, torch.float32)
+    windows.plan("a", 20, (15, 20), 0)
+    with pytest.raises(AssertionError, match="a: 5 of 8 window queries were seen"):
+        windows.pop("a")
+
+
+def test_a_dropped_request_starts_anew() -> None:
+    windows = WindowQueries(L, W, Q, D, torch.float32)
+    windows.plan("a", 20, (10, 18), 0)
+    windows.drop("a")
+    windows.drop("unknown")
+    windows.plan("a", 20, (12, 20), 0)
+    assert windows.pop("a").shape == (L, W, Q, D)
