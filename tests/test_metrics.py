@@ -1,0 +1,88 @@
+"""Counts travel on vLLM's stats, are taken off again before others see them, and add up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+
+from vllm_defensive import metrics
+from vllm_defensive.metrics import EvictionStatLogger, Totals
+
+
+def engine_config(policy: str | None) -> Any:
+    additional = {} if policy is None else {"kv_eviction": {"policy": policy}}
+    return SimpleNamespace(additional_config=additional, model_config=SimpleNamespace(served_model_name="m"))
+
+
+@pytest.fixture
+def logger() -> Iterator[EvictionStatLogger]:
+    """A logger for two engines; its metrics are taken out of the registry again."""
+    forget()
+    made = metrics.make_logger(engine_config("snapkv"), [0, 1])
+    assert made is not None
+    yield made
+    forget()
+
+
+def forget() -> None:
+    for collector in {c for c in REGISTRY._collector_to_names if "kv_eviction" in getattr(c, "_name", "")}:
+        REGISTRY.unregister(collector)
+
+
+def stats_with(increase: Totals, **others: int) -> Any:
+    stats = SimpleNamespace(waiting_lora_adapters=dict(others))
+    metrics.attach(stats, increase)
+    return stats
+
+
+def value(name: str, engine: int = 0) -> float | None:
+    return REGISTRY.get_sample_value(name, {"model_name": "m", "engine": str(engine)})
+
+
+def test_increases_add_up_engine_by_engine(logger: EvictionStatLogger) -> None:
+    for engine, requests in ((0, 1), (1, 5), (0, 2)):
+        logger.record(stats_with(Totals(requests, 100, 30, 4, 1500)), None, engine_idx=engine)
+    assert value("vllm:kv_eviction_requests_total") == 3 and value("vllm:kv_eviction_requests_total", 1) == 5
+    assert value("vllm:kv_eviction_prompt_tokens_total") == 200
+    assert value("vllm:kv_eviction_kept_tokens_total") == 60
+    assert value("vllm:kv_eviction_freed_blocks_total") == 8
+    assert value("vllm:kv_eviction_seconds_sum") == pytest.approx(0.003)
+    assert value("vllm:kv_eviction_seconds_count") == 2
+
+
+def test_what_is_not_ours_stays_on_the_stats(logger: EvictionStatLogger) -> None:
+    stats = stats_with(Totals(requests=1), some_adapter=3)
+    assert len(stats.waiting_lora_adapters) == 2
+    logger.record(stats, None)
+    assert stats.waiting_lora_adapters == {"some_adapter": 3}
+
+
+def test_steps_without_an_eviction_carry_nothing(logger: EvictionStatLogger) -> None:
+    stats = stats_with(Totals())
+    assert stats.waiting_lora_adapters == {}
+    logger.record(stats, None)
+    logger.record(None, None)
+    assert value("vllm:kv_eviction_requests_total") == 0
+    assert value("vllm:kv_eviction_seconds_count") == 0
+
+
+def test_every_total_is_published(logger: EvictionStatLogger) -> None:
+    """A field that is added to Totals must not be lost on the way."""
+    ones = Totals(*(1 for _ in vars(Totals())))
+    stats = stats_with(ones)
+    assert len(stats.waiting_lora_adapters) == len(vars(ones))
+    logger.record(stats, None)
+    assert stats.waiting_lora_adapters == {}
+
+
+def test_an_engine_without_eviction_gets_no_logger() -> None:
+    assert metrics.make_logger(engine_config(None), [0]) is None
+
+
+def test_totals_subtract_field_by_field() -> None:
+    assert Totals(5, 4, 3, 2, 1) - Totals(1, 1, 1, 1, 1) == Totals(4, 3, 2, 1, 0)
+    assert not Totals() and Totals(microseconds=1)

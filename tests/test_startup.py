@@ -1,0 +1,139 @@
+"""What is refused before any process is started: each combination names its option and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_defensive import config, startup
+
+SETTINGS = config.parse({"policy": "snapkv", "window": 32, "min_tokens": 256})
+assert SETTINGS is not None
+
+
+def vllm_config(**changes: Any) -> Any:
+    """A config that is accepted, with changes such as `parallel_config__tensor_parallel_size=2`."""
+    made = SimpleNamespace(
+        model_config=SimpleNamespace(
+            runner_type="generate", is_encoder_decoder=False, use_mla=False, model="some/model"
+        ),
+        parallel_config=SimpleNamespace(
+            worker_cls=startup.PLATFORMS["cpu"][0],
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            use_ubatching=False,
+        ),
+        cache_config=SimpleNamespace(cache_dtype="auto", kv_cache_dtype_skip_layers=[]),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=512),
+        speculative_config=None,
+        kv_transfer_config=None,
+        ec_transfer_config=None,
+    )
+    for name, value in changes.items():
+        part, _, attribute = name.rpartition("__")
+        setattr(getattr(made, part) if part else made, attribute, value)
+    return made
+
+
+REFUSED = [
+    ({"parallel_config__pipeline_parallel_size": 2}, "pipeline_parallel_size=2", "use 1"),
+    ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size=", "use 1"),
+    ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size=", "use 1"),
+    ({"parallel_config__use_ubatching": True}, "enable_dbo=True", "turn micro-batching off"),
+    ({"kv_transfer_config": object()}, "kv_transfer_config=set", "drop it"),
+    ({"ec_transfer_config": object()}, "ec_transfer_config=set", "drop it"),
+    ({"model_config__runner_type": "pooling"}, "runner=pooling", "use a model that generates text"),
+    ({"model_config__is_encoder_decoder": True}, "model=some/model", "use a decoder-only model"),
+    ({"model_config__use_mla": True}, "model=some/model (multi-head latent attention)", "use a model with KV heads"),
+    ({"cache_config__cache_dtype": "nvfp4"}, "kv_cache_dtype=nvfp4", "use auto"),
+    ({"cache_config__kv_cache_dtype_skip_layers": ["0"]}, "kv_cache_dtype_skip_layers=['0']", "drop it"),
+    ({"scheduler_config__max_num_batched_tokens": 31}, "kv_eviction_window=32", "max_num_batched_tokens=31"),
+]
+
+
+@pytest.mark.parametrize("changes, option, way_out", REFUSED, ids=[next(iter(changes)) for changes, _, _ in REFUSED])
+def test_unsupported_combinations_name_the_option_and_the_way_out(
+    changes: dict[str, Any], option: str, way_out: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        startup.check(vllm_config(**changes), SETTINGS)
+    message = str(error.value)
+    assert message.startswith(option) and way_out in message and "--kv-eviction none" in message
+    assert "\n" not in message
+
+
+def test_a_plain_config_is_accepted() -> None:
+    startup.check(vllm_config(), SETTINGS)
+
+
+def test_a_window_longer_than_the_shortest_prompt_is_refused() -> None:
+    settings = config.parse({"policy": "snapkv", "window": 32, "min_tokens": 31})
+    assert settings is not None
+    with pytest.raises(ValueError, match=r"kv_eviction_window=32: choose at most kv_eviction_min_tokens=31"):
+        startup.check(vllm_config(), settings)
+
+
+def arguments(**changes: Any) -> Any:
+    """Engine arguments as they are before vLLM settles them."""
+    defaults = {"scheduler_cls": None, "worker_cls": "auto", "block_size": None}
+    return SimpleNamespace(**{**defaults, "additional_config": {"kv_eviction": {"policy": "snapkv"}}, **changes})
+
+
+def test_our_classes_and_the_smallest_block_are_chosen() -> None:
+    chosen = arguments()
+    assert startup.prepare(chosen) is not None
+    assert chosen.scheduler_cls == startup.SCHEDULER
+    assert (chosen.worker_cls, chosen.block_size) == startup.PLATFORMS["cpu"]
+    again = arguments(**{k: v for k, v in vars(chosen).items() if k != "additional_config"})
+    assert startup.prepare(again) is not None, "arguments that went through once may go through again"
+
+
+def test_a_block_size_of_the_users_is_kept() -> None:
+    chosen = arguments(block_size=128)
+    startup.prepare(chosen)
+    assert chosen.block_size == 128
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"scheduler_cls": "a.B"}, "scheduler_cls=a.B: .* drop --scheduler-cls"),
+        ({"worker_cls": "a.B"}, "worker_cls=a.B: .* drop --worker-cls"),
+        ({"block_size": 48}, "block_size=48: .* choose a multiple of 32"),
+        ({"additional_config": {"kv_eviction": {"policy": "snapkb"}}}, "kv_eviction=snapkb: choose one of"),
+        ({"additional_config": {"kv_eviction": "snapkv"}}, "kv_eviction='snapkv': give an object"),
+    ],
+)
+def test_options_that_contradict_it_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        startup.prepare(arguments(**changes))
+
+
+@pytest.mark.parametrize("additional", [None, {}, {"other": 1}, {"kv_eviction": {"policy": "none"}, "other": 1}])
+def test_without_a_policy_nothing_is_set(additional: dict[str, Any] | None) -> None:
+    chosen = arguments(additional_config=additional)
+    assert startup.prepare(chosen) is None
+    assert (chosen.scheduler_cls, chosen.worker_cls, chosen.block_size) == (None, "auto", None)
+    assert not chosen.additional_config or chosen.additional_config == {"other": 1}
+
+
+def test_vllms_own_classes_get_through_the_check(tiny_model: Path) -> None:
+    """`check` reads attributes that vLLM's real config has; a renamed one must not pass unseen."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    import vllm_defensive
+    from vllm_defensive.plugin import register
+
+    register()
+    extra = vllm_defensive.engine_kwargs("snapkv")
+    real = EngineArgs(model=str(tiny_model), max_model_len=512, **extra).create_engine_config()
+    for name in vars(vllm_config()):
+        assert hasattr(real, name), name
+        part = getattr(vllm_config(), name)
+        for attribute in vars(part) if isinstance(part, SimpleNamespace) else ():
+            assert hasattr(getattr(real, name), attribute), f"{name}.{attribute}"
