@@ -98,3 +98,32 @@ def tiny_tokenizer(vocab_size: int):
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def write_tiny_gemma3(folder: Path, seed: int = 0) -> Path:
+    """Write a random bf16 Gemma 3: two global layers among four with a sliding window of 128 tokens. Return it."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
+
+    tokenizer = tiny_tokenizer(512)
+    special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = Gemma3TextConfig(
+        num_hidden_layers=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        sliding_window=128,
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        vocab_size=512,
+        max_position_embeddings=4096,
+        **special_ids,
+    )
+    model = Gemma3ForCausalLM(config)
+    random_weights(model, seed)
+    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
