@@ -25,6 +25,7 @@ DECODE_STEPS = 24
 # Read when vLLM is imported, which happens in `make_engine`.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # one process, one thread: what is compared is work, not scheduling
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
