@@ -40,6 +40,7 @@ setup(
         "dev": [
             "gguf>=0.19",  # the small model is converted from a GGUF file
             "hypothesis>=6.100",
+            "matplotlib>=3.9",  # plots of the quality benchmark; without it the report has tables only
             "mypy==2.4.1",  # pinned like ruff: a new release must not turn `make lint` red
             "openai>=2.25",
             "pytest>=9",
