@@ -25,6 +25,7 @@ from vllm_defensive_kernels.pages import PagedKV, RaggedTokens
 
 BLOCK_T = 128
 BLOCK_C = 128
+FP32_BLOCK = 32  # without tensor cores a thread holds whole rows of both factors; larger tiles spill
 WARPS = 8
 STAGES = 3
 
@@ -117,13 +118,15 @@ def value_norm(
         )
     if tokens.longest == 0:
         return out_HT
-    _value_norm_kernel[(-(-tokens.longest // BLOCK_T), heads, rows)](
+    fp32 = output_QDC.dtype == torch.float32
+    block_t, block_c = (FP32_BLOCK, FP32_BLOCK) if fp32 else (BLOCK_T, BLOCK_C)
+    _value_norm_kernel[(-(-tokens.longest // block_t), heads, rows)](
         out_HT, pages.value_PND, output_QDC, table_RB, tokens.count_R, tokens.start_R, pages.layer_page_L,
         value_scale, layer, output_QDC.shape[2], out_HT.stride(0),
         pages.value_PND.stride(0), pages.value_PND.stride(1), *output_QDC.stride(),
         table_RB.stride(0), pages.block_pages, pages.head_pages,
         G=output_QDC.shape[0] // heads, N=pages.page_tokens, D=pages.head_size,
-        BLOCK_D=power_of_two(pages.head_size, 16), BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, ORDER=order,
+        BLOCK_D=power_of_two(pages.head_size, 16), BLOCK_T=block_t, BLOCK_C=block_c, ORDER=order,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out_HT

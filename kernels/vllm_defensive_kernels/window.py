@@ -68,7 +68,8 @@ def window_scores(
 ) -> WindowScores:
     """Score the prompt tokens before the observation window by the attention that the window pays them, in all layers.
 
-    query_LRWQD: fp32, fp16 or bf16 `[L, R, W, Q, D]`, the last W queries of each prompt (after RoPE), stride 1 in D.
+    query_LRWQD: fp16 or bf16 `[L, R, W, Q, D]`, the last W queries of each prompt (after RoPE), stride 1 in D; fp32
+        works too, but without tensor cores the kernels spill registers: for tests.
     table_RB: int32 `[R, blocks]`, block of each N prompt tokens. tokens: row r scores `counts[r]` tokens and its window
         follows them: the prompt has `counts[r] + W` tokens, all of which take part in the softmax. 0 skips a row.
     aggregate: "defensive": maximum over group and window of the mass-preservingly pooled attention, then, with clamp,
