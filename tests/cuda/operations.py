@@ -1,4 +1,5 @@
-"""In torch: the compiled operations of vLLM and FlashAttention that a small Llama calls on its way."""
+"""In torch: the operations of vLLM and FlashAttention that a small Llama calls on its way, and that are compiled, or
+would take the interpreter minutes."""
 
 from __future__ import annotations
 
@@ -27,23 +28,25 @@ def install() -> None:
         "cutlass_sparse_scaled_mm_supported",
     ):
         _define(core, f"{name}(int capability) -> bool", lambda capability: False)
-    _define(core, "weak_ref_tensor(Tensor(a) tensor) -> Tensor(a)", lambda tensor: tensor.view(tensor.shape))
-    _define(core, "get_cuda_view_from_cpu_tensor(Tensor(a) tensor) -> Tensor(a)", lambda tensor: tensor.view(-1))
+    for name in ("weak_ref_tensor", "get_cuda_view_from_cpu_tensor"):
+        _define(core, f"{name}(Tensor(a) tensor) -> Tensor(a)", lambda tensor: tensor.view(tensor.shape))
     _define(core, "silu_and_mul(Tensor(a!) out, Tensor input) -> ()", _silu_and_mul)
     _define(
         cache,
         "reshape_and_cache_flash(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache,"
         " Tensor slot_mapping, str kv_cache_dtype, Tensor k_scale, Tensor v_scale) -> ()",
-        _reshape_and_cache_flash,
+        reshape_and_cache_flash,
     )
 
 
 def finish() -> None:
-    """Give vLLM's FlashAttention backend the attention below; it has taken the compiled one's name by now."""
-    from vllm.v1.attention.backends import flash_attn
+    """Give vLLM's attention backends the functions below, in the place of those whose names they have taken by now."""
+    from vllm.v1.attention.backends import flash_attn, triton_attn
 
-    flash_attn.flash_attn_varlen_func = flash_attn_varlen_func
+    flash_attn.flash_attn_varlen_func = attention
     flash_attn.get_scheduler_metadata = lambda *args, **kwargs: None
+    triton_attn.unified_attention = attention
+    triton_attn.triton_reshape_and_cache_flash = reshape_and_cache_flash
 
 
 def _define(library: torch.library.Library, schema: str, function: Any) -> None:
@@ -56,29 +59,37 @@ def _silu_and_mul(out: Tensor, input: Tensor) -> None:
     out.copy_(torch.nn.functional.silu(gate) * up)
 
 
-def _reshape_and_cache_flash(
-    key_THD: Tensor, value_THD: Tensor, key_cache_BNHD: Tensor, value_cache_BNHD: Tensor, slot_T: Tensor, *_: Any
-) -> None:
-    real = slot_T >= 0  # padding has slot -1
+def reshape_and_cache_flash(
+    key_THD: Tensor, value_THD: Tensor, key_cache_BNHD: Tensor, value_cache_BNHD: Tensor, slot_T: Tensor,
+    kv_cache_dtype: str, k_scale: Tensor, v_scale: Tensor,
+) -> None:  # fmt: skip
+    """Write new keys and values; those that pad a batch have slot -1."""
+    real = slot_T >= 0
     slots = slot_T[real]
     tokens = key_cache_BNHD.shape[1]
-    for cache, new in ((key_cache_BNHD, key_THD), (value_cache_BNHD, value_THD)):
-        cache[slots // tokens, slots % tokens] = new[: slot_T.shape[0]][real].to(cache.dtype)
+    for cache, new, scale in ((key_cache_BNHD, key_THD, k_scale), (value_cache_BNHD, value_THD, v_scale)):
+        new = new[: slot_T.shape[0]][real]
+        cache[slots // tokens, slots % tokens] = (new / scale if "fp8" in kv_cache_dtype else new).to(cache.dtype)
 
 
-def flash_attn_varlen_func(
+def attention(
     *, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens_q: Tensor, seqused_k: Tensor, block_table: Tensor,
-    softmax_scale: float, causal: bool = True, window_size: Any = None, softcap: float = 0, **_: Any,
+    softmax_scale: float, causal: bool = True, window_size: Any = None, softcap: float = 0,
+    k_descale: Tensor | None = None, v_descale: Tensor | None = None, **_: Any,
 ) -> Tensor:  # fmt: skip
     """Causal attention over paged keys, a row of the batch at a time. q: `[T, Q, D]`; k, v: `[B, N, H, D]`."""
-    assert causal and softcap == 0 and window_size in (None, [-1, -1])
+    assert causal and softcap == 0 and tuple(window_size or ()) in ((), (-1, -1))
     starts, page, group = cu_seqlens_q.tolist(), k.shape[1], q.shape[1] // k.shape[2]
+    scales = [1.0 if scale is None else scale.flatten()[0] for scale in (k_descale, v_descale)]
     for row, (begin, end) in enumerate(itertools.pairwise(starts)):
         if end == begin:
             continue
         length = int(seqused_k[row])
         blocks = block_table[row, : -(-length // page)].long()
-        keys, values = (x[blocks].flatten(0, 1)[:length].float().repeat_interleave(group, dim=1) for x in (k, v))
+        keys, values = (
+            (x[blocks].flatten(0, 1)[:length].float() * scale).repeat_interleave(group, dim=1)
+            for x, scale in zip((k, v), scales, strict=True)
+        )
         logits = torch.einsum("tqd,sqd->qts", q[begin:end].float(), keys) * softmax_scale
         unseen = torch.ones(end - begin, length, dtype=torch.bool).triu(length - (end - begin) + 1)
         weights = logits.masked_fill(unseen, float("-inf")).softmax(-1)

@@ -231,14 +231,16 @@ def finish() -> None:
         if "dist_backend" in vars(cls):
             cls.dist_backend = "gloo"
 
-    import vllm.utils.torch_utils as torch_utils
     import vllm.v1.sample.ops.topk_topp_sampler as sampler
     import vllm.v1.worker.gpu_worker as gpu_worker
 
-    torch_utils.get_accelerator_view_from_cpu_tensor = lambda tensor: tensor
     gpu_worker.kernel_warmup = constant(None)  # it tunes kernels of models that are not there
     sampler.HAS_TRITON = False  # its Triton kernel takes seconds a step in the interpreter
     operations.finish()
+
+    from vllm_defensive_kernels import decode
+
+    decode.choose_splits = constant(2)  # the interpreter starts a program in milliseconds; two still have to be merged
 
 
 from tests.cuda import operations  # noqa: E402

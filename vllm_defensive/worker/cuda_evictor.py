@@ -213,6 +213,17 @@ class CUDAEvictor:
         )
 
 
+def _has_kernel(policy: Policy) -> bool:
+    """Whether `window_scores` computes what this policy reads of the window's attention."""
+    return (
+        policy.needs_queries
+        and policy.score is None
+        and policy.aggregate in ("mean", "defensive")
+        and policy.layer_budget != "preference"  # reads the window row by row
+        and policy.pool_kernel in KERNEL_POOLS
+    )
+
+
 def _offsets(pages_LH: Tensor) -> Tensor:
     """int32 `[L, H]` pages -> int32 `[L*H + 1]` first pages."""
     return torch.nn.functional.pad(pages_LH.flatten().cumsum(0), (1, 0)).int()

@@ -1,0 +1,64 @@
+"""Engine tests on vLLM's CUDA platform: with a GPU, or in a process that believes it has one (`pretend.py`).
+
+CUDA_TESTS=gpu       this process uses the GPU: the same tests, compiled, and those that only a GPU can show
+CUDA_TESTS=pretend   this process pretends; what `test_own_process.py` starts
+unset                neither: what needs no platform, and `test_own_process.py`
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MODE = os.environ.get("CUDA_TESTS", "")
+assert MODE in ("", "gpu", "pretend"), f"CUDA_TESTS={MODE}: choose gpu or pretend, or leave it unset"
+collect_ignore_glob = ["test_own_process.py"] if MODE else ["test_engine_*.py"]
+if MODE == "pretend":
+    from tests.cuda import pretend
+
+    pretend.finish()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama of two layers, 4 query and 2 KV heads of size 32."""
+    from tests.tiny_model import write_tiny_llama
+
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny-llama", num_layers=2)
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where `request.param` is "reference", the kernels' references run instead of them, unless there is a GPU: what
+    takes these a millisecond takes the interpreter a second. `tests/kernels` holds the two to each other."""
+    if MODE == "pretend" and request.param == "reference":
+        from vllm_defensive_kernels import compaction, decode, norms, selection, window
+
+        for module in (compaction, decode, norms, selection, window):
+            monkeypatch.setattr(module, "runs_triton", lambda tensor: False)
+    return str(request.param)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """How often each of our kernels was asked for, by name: proof that no other path gave the right answer."""
+    from vllm_defensive.worker import cuda_backend, cuda_evictor
+
+    calls: dict[str, int] = {}
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for module in (cuda_backend, cuda_evictor):
+        for name in ("ragged_paged_decode", "window_scores", "value_norm", "select_pages", "compact"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    yield calls

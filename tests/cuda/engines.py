@@ -1,0 +1,29 @@
+"""What engines on the CUDA platform need beside what `tests/e2e/engines.py` gives them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from tests.cuda.conftest import MODE
+from tests.e2e import engines
+
+# Operations that are compiled only, and have a torch twin inside vLLM; a GPU runs what users run.
+_TWINS = {
+    "enforce_eager": True,
+    "compilation_config": {"custom_ops": ["none"]},
+    "kernel_config": {"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}},
+}
+
+
+def engine(model: Path, policy: str | None = None, **arguments: Any) -> AbstractContextManager[Any]:
+    """An `LLM` with small chunks and a small pool."""
+    sizes = {
+        "block_size": 16,
+        "max_model_len": 1024,
+        "max_num_batched_tokens": 128,
+        "max_num_seqs": 8,
+        "num_gpu_blocks_override": 400,
+    }
+    return engines.engine(model, policy, **{**(_TWINS if MODE == "pretend" else {}), **sizes, **arguments})
