@@ -57,7 +57,7 @@ def test_free_count_rises_by_g_minus_s_at_the_release(tiny_model: Path, asynchro
 def test_growth_takes_one_block_every_n_tokens(tiny_model: Path, asynchronous: bool) -> None:
     h = Harness(tiny_model, num_blocks=100, asynchronous=asynchronous, keep=0.25)
     request_id = h.add(text(1000, 0), max_tokens=100)
-    while not (state := h.manager._states.get(request_id)) or not state.released:
+    while not h.manager.is_released(request_id):
         h.step()
     while request_id in h.live:
         computed = h.scheduler.requests[request_id].num_computed_tokens

@@ -108,7 +108,7 @@ def test_blocks_that_an_evicted_request_shares_stay_with_it(tiny_model: Path) ->
     while ids[0] in h.live:
         h.step()
     state = h.manager._states[ids[1]]
-    assert state.released and state.shared_blocks == 20
+    assert h.manager.is_released(ids[1]) and state.shared_blocks == 20
     assert all(not block.is_null for block in h.manager.req_to_blocks[ids[1]][:20])
     # A third one with the same prefix hits those very blocks; they are pinned, so it leaves them in place as well.
     third = h.add(text(640, 0) + text(200, 9))
@@ -128,8 +128,8 @@ def held_by_step(tiny_model: Path, question: int, **arguments: Any) -> tuple[lis
         h.step()
         h.check()
         held.append(h.held)
-        states = h.manager._states.values() if h.eviction is not None else ()
-        moving.append(sum(len(state.packed) for state in states if not state.released))
+        states = h.manager._states.items() if h.eviction is not None else ()
+        moving.append(sum(len(state.packed) for i, state in states if not h.manager.is_released(i)))
     h.assert_all_returned()
     return held, moving, h
 

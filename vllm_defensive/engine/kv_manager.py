@@ -1,12 +1,12 @@
 """Who owns which block, from a request's first chunk to its end.
 
-    when                                      positional blocks of the request        packed blocks
-    prefill                                   own all `ceil(tokens / N)`              none
-    allocation that completes the prefill     own all                                 take `K` fresh ones, plan the
-    eviction the step has been processed               `[s, g)` go back to the pool; null      own `K`
-                                              blocks keep their positions
-    decode                                    own `[0, s)` and from `g` on            own `K`
-    free (finish, abort, preempt)             give back all                           give back all
+    when                              positional blocks of the request         packed blocks
+    prefill                           own all `ceil(tokens / N)`               none
+    the allocation that reaches `T`   own all                                  take `K` fresh ones, plan the eviction
+    that step has been processed      `[s, g)` go back to the pool, null       own `K`
+                                      blocks keep their positions
+    decode                            own `[0, s)` and from `g` on             own `K`
+    finish, abort, preempt            give back all                            give back all
 
 The originals that go back keep their hashes: vLLM's prefix cache can hand them out for as long as nobody needs the
 memory. Blocks that are filled after the eviction are never hashed, because what is in them was computed from an evicted
@@ -34,10 +34,12 @@ from vllm_defensive.request import RequestSettings, settings_or_none
 
 @dataclass
 class RequestState:
-    """num_tokens: `T`, where the request is evicted: its boundary, or the end of its prompt. Fixed at the first
-    allocation until the blocks are freed; a preempted request is evicted at the same place again. decided: the
-    allocation that reaches `T` has been made, or the request is not one to be evicted. The rest is set if it is
-    evicted."""
+    """What is known of a request from its first allocation until its blocks are freed.
+
+    num_tokens: `T`, where it is evicted: its boundary, or the end of its prompt (again, if it was preempted).
+    decided: the allocation that reaches `T` has been made, or this is not a request to evict.
+    The rest is set when it is evicted.
+    """
 
     num_tokens: int
     settings: RequestSettings
@@ -45,7 +47,6 @@ class RequestState:
     shared_blocks: int = 0
     full_blocks: int = 0
     packed: list[KVCacheBlock] = field(default_factory=list)
-    released: bool = False
 
 
 class EvictionBlockManager(FullAttentionManager):
@@ -59,7 +60,8 @@ class EvictionBlockManager(FullAttentionManager):
         self.requests: Mapping[str, Request] = {}
         self.totals = Totals()
         self._states: dict[str, RequestState] = {}
-        self._prefilling: set[str] = set()
+        self._prefilling: set[str] = set()  # still to reach their `T`
+        self._unreleased: set[str] = set()  # evicted, originals not yet given back
         self._planned: dict[str, Eviction] = {}
 
     # -- allocation ---------------------------------------------------------------------------------------------------
@@ -108,6 +110,7 @@ class EvictionBlockManager(FullAttentionManager):
     def _start_eviction(self, request_id: str, state: RequestState, shared: int, count: int) -> None:
         state.shared_blocks, state.full_blocks = shared, state.num_tokens // self.block_size
         state.packed = self.block_pool.get_new_blocks(count)
+        self._unreleased.add(request_id)
         blocks = self.req_to_blocks[request_id][: cdiv(state.num_tokens, self.block_size)]
         token_ids = None
         if self.eviction.audit is not None:
@@ -131,8 +134,7 @@ class EvictionBlockManager(FullAttentionManager):
             num_tokens = request.num_prompt_tokens if settings.boundary is None else settings.boundary
             count = self._packed(num_tokens, settings)
             # Originals and packed blocks exist side by side for one step. A request for which the whole pool would not
-            # do is served like any other: refusing it, or letting it wait for ever, would be worse than not evicting
-            # it.
+            # do is served without eviction: to refuse it, or to let it wait for ever, would be worse.
             fits = cdiv(request.num_tokens, self.block_size) + count < self.block_pool.num_gpu_blocks
             state = RequestState(num_tokens, settings, decided=not (count and fits))
         return state
@@ -195,34 +197,25 @@ class EvictionBlockManager(FullAttentionManager):
 
     def release(self, request_id: str, processed_tokens: int) -> None:
         """Free blocks `[s, g)` if `processed_tokens`, tokens whose step is over, cover the whole prefill."""
-        state = self._states.get(request_id)
-        if state is None or not state.full_blocks or state.released or processed_tokens < state.num_tokens:
+        if request_id not in self._unreleased or processed_tokens < self._states[request_id].num_tokens:
             return
+        state = self._states[request_id]
         self._remove_blocks_in_range(request_id, state.shared_blocks, state.full_blocks)
-        state.released = True
-        self._count(state)
+        self._unreleased.discard(request_id)
+        self.totals.freed_blocks += state.full_blocks - state.shared_blocks - len(state.packed)
 
     def release_processed(self) -> None:
         """Release every request that is due, before anybody is scheduled or preempted for want of the memory."""
-        for request_id, state in self._states.items():
-            if state.full_blocks and not state.released:
-                request = self.requests[request_id]
-                self.release(request_id, request.num_computed_tokens - request.num_in_flight_tokens)
-
-    def _count(self, state: RequestState) -> None:
-        shared_tokens = state.shared_blocks * self.block_size
-        self.totals.requests += 1
-        self.totals.prompt_tokens += state.num_tokens
-        # Mean over heads: `K*L*H` pages on `L*H` heads, and the shared and tail tokens, which every head keeps.
-        packed_tokens = len(state.packed) * self.block_size
-        self.totals.kept_tokens += shared_tokens + packed_tokens + state.num_tokens % self.block_size
-        self.totals.freed_blocks += state.full_blocks - state.shared_blocks - len(state.packed)
+        for request_id in list(self._unreleased):
+            request = self.requests[request_id]
+            self.release(request_id, request.num_computed_tokens - request.num_in_flight_tokens)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Everything the request holds: the one way out for finish, abort and preemption."""
         state = self._states.pop(request_id, None)
         self._planned.pop(request_id, None)
         self._prefilling.discard(request_id)
+        self._unreleased.discard(request_id)
         blocks = super().pop_blocks_for_free(request_id)
         return blocks + state.packed if state is not None else blocks
 
@@ -231,12 +224,13 @@ class EvictionBlockManager(FullAttentionManager):
     def take_message(self, num_scheduled_tokens: Mapping[str, int]) -> StepMessage:
         """What the workers must know of the step that was just scheduled.
 
-        num_scheduled_tokens: tokens of each request in the step, by which `request.num_computed_tokens` has already
-        been
-            advanced. Evictions planned for a request that was preempted later in the same pass are gone by now.
+        num_scheduled_tokens: tokens of each request in the step; `request.num_computed_tokens` includes them already.
+        Evictions planned for a request that was preempted later in the same pass are gone by now.
         """
         message = StepMessage(evictions=list(self._planned.values()))
         self._planned = {}
+        for eviction in message.evictions:
+            self._count(eviction)
         for request_id in [r for r in self._prefilling if r in num_scheduled_tokens]:
             num_tokens, end = self._states[request_id].num_tokens, self.requests[request_id].num_computed_tokens
             if end > num_tokens - self.eviction.window:
@@ -244,6 +238,13 @@ class EvictionBlockManager(FullAttentionManager):
             if end >= num_tokens:
                 self._prefilling.discard(request_id)
         return message
+
+    def _count(self, eviction: Eviction) -> None:
+        self.totals.requests += 1
+        self.totals.prompt_tokens += eviction.num_tokens
+        # Mean over heads: `K*L*H` pages on `L*H` heads, and the shared and tail tokens, which every head keeps.
+        whole_blocks = eviction.shared_blocks + len(eviction.packed_blocks)
+        self.totals.kept_tokens += whole_blocks * self.block_size + eviction.num_tokens % self.block_size
 
     def cacheable_tokens(self, request_id: str, num_tokens: int) -> int:
         """How many of the first `num_tokens` tokens may be hashed: none of a block filled after the eviction."""
@@ -256,6 +257,11 @@ class EvictionBlockManager(FullAttentionManager):
         """`T` of a request that is still to be evicted: no chunk may run past it. 0 for all others."""
         state = self._state(request_id)
         return 0 if state is None or state.decided else state.num_tokens
+
+    def is_released(self, request_id: str) -> bool:
+        """Whether the request was evicted and its originals have gone back to the pool."""
+        state = self._states.get(request_id)
+        return state is not None and state.full_blocks > 0 and request_id not in self._unreleased
 
     # -- invariants ---------------------------------------------------------------------------------------------------
 

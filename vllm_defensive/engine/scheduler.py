@@ -21,14 +21,14 @@ class _EvictionMixin(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        self.eviction_managers = [m for m in managers if isinstance(m, EvictionBlockManager)]
-        if not self.eviction_managers:
+        ours = [manager for manager in managers if isinstance(manager, EvictionBlockManager)]
+        if len(ours) != 1:
             raise ValueError(
-                "kv_eviction: this model has no full-attention layer whose KV cache can be evicted; "
-                "drop --kv-eviction (or set it to none)"
+                f"kv_eviction: this model has {len(ours)} groups of full-attention layers whose KV cache could be "
+                "evicted, and exactly one is supported; drop --kv-eviction, or set it to none"
             )
-        for manager in self.eviction_managers:
-            manager.requests = self.requests
+        self.eviction_manager = ours[0]
+        self.eviction_manager.requests = self.requests
         self._longest_hit: int | None = None
         self._reported = metrics.Totals()
         self._bound_prefix_cache()
@@ -38,7 +38,7 @@ class _EvictionMixin(Scheduler):
 
         The coordinator is chosen by vLLM among several classes, so its methods are replaced on the one object.
         """
-        (manager,) = self.eviction_managers
+        manager = self.eviction_manager
         coordinator = self.kv_cache_manager.coordinator
         find, cache = coordinator.find_longest_cache_hit, coordinator.cache_blocks
 
@@ -53,16 +53,14 @@ class _EvictionMixin(Scheduler):
         coordinator.cache_blocks = cache_blocks
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        for manager in self.eviction_managers:
-            manager.release_processed()
+        self.eviction_manager.release_processed()
         output = super().schedule(*args, **kwargs)
-        (manager,) = self.eviction_managers
-        vllm_compat.attach_message(output, manager.take_message(output.num_scheduled_tokens))
+        vllm_compat.attach_message(output, self.eviction_manager.take_message(output.num_scheduled_tokens))
         return output
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
         """A hit leaves at least the observation window to be computed, since nobody caches its queries."""
-        (manager,) = self.eviction_managers
+        manager = self.eviction_manager
         stop = manager.next_stop(request.request_id)
         if not stop:
             return super()._get_local_prefix_cache_hit(request)
@@ -78,21 +76,19 @@ class _EvictionMixin(Scheduler):
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM's last word on the length of a chunk; ours is that it ends where the request is evicted."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        (manager,) = self.eviction_managers
-        stop = manager.next_stop(request.request_id)
+        stop = self.eviction_manager.next_stop(request.request_id)
         return min(num_new_tokens, stop - num_computed_tokens) if stop else num_new_tokens
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
-        (manager,) = self.eviction_managers
-        manager.totals.microseconds += vllm_compat.read_microseconds(model_runner_output)
+        self.eviction_manager.totals.microseconds += vllm_compat.read_microseconds(model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            (manager,) = self.eviction_managers
-            metrics.attach(stats, manager.totals - self._reported)
-            self._reported = replace(manager.totals)
+            totals = self.eviction_manager.totals
+            metrics.attach(stats, totals - self._reported)
+            self._reported = replace(totals)
         return stats
 
 
