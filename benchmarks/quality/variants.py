@@ -7,7 +7,17 @@ from typing import Any
 
 from vllm_defensive.policy import PRESETS, Policy, get_policy, register
 
-_OPTIONS = ("value_weight", "scope", "layer_budget", "stages", "pool_kernel", "window_bias", "guard")
+_OPTIONS = (
+    "value_weight",
+    "scope",
+    "layer_budget",
+    "stages",
+    "pool_kernel",
+    "halo_tokens",
+    "halo_weight",
+    "window_bias",
+    "guard",
+)
 
 
 def resolve(name: str) -> str:

@@ -138,6 +138,15 @@ def aggregate_peak(attention_HGWT: Tensor, kernel: int) -> Tensor:
     return torch.cat(peaks, dim=-1)
 
 
+def halo(scores_HT: Tensor, reach: int, weight: float) -> Tensor:
+    """Give each token at least `weight` of the best score within `reach` tokens of it. Same shape.
+
+    Pooling lends a peak's neighbours its score too, but takes it off the peak; here the peak keeps all of it.
+    """
+    best_HT = torch.nn.functional.max_pool1d(scores_HT.unsqueeze(0), 2 * reach + 1, stride=1, padding=reach)[0]
+    return torch.maximum(scores_HT, weight * best_HT)
+
+
 def aggregate_defensive(attention_HGWT: Tensor, kernel: int) -> Tensor:
     """Worst case instead of average, and nobody below the head's mean (DefensiveKV, arXiv 2510.13334).
 

@@ -76,6 +76,11 @@ def defensive_scores(rows: Rows, kernel: int) -> np.ndarray:
     return scores
 
 
+def halo(row: np.ndarray, reach: int, weight: float) -> np.ndarray:
+    """Each token gets at least `weight` of the best within `reach` tokens."""
+    return np.array([max(row[t], weight * max(row[max(t - reach, 0) : t + reach + 1])) for t in range(len(row))])
+
+
 def cake_scores(rows: Rows, kernel: int) -> np.ndarray:
     heads, group, _, _ = rows.shape
     return np.array(
@@ -143,6 +148,7 @@ def scores(
     if policy.aggregate == "cake":
         return cake_scores(rows, policy.pool_kernel), None
     risk = defensive_scores(rows, policy.pool_kernel)
+    risk = np.array([halo(row, policy.halo_tokens, policy.halo_weight) for row in risk])
     if norm is not None:
         risk = risk * (norm / norm.sum(axis=0))
     if policy.stages == "none":

@@ -23,6 +23,7 @@ VARIANTS = {
     **{name: policy for name, policy in PRESETS.items() if name != "random"},
     "defensivekv-true-bias": replace(PRESETS["defensivekv"], window_bias="true"),
     "defensivekv-no-pool": replace(PRESETS["defensivekv"], pool_kernel=1),
+    "defensivekv-halo": replace(PRESETS["defensivekv"], pool_kernel=1, halo_tokens=3, halo_weight=0.3),
     "defensivekv-no-stage-1": replace(PRESETS["defensivekv"], stages="none"),
     "layer-defensivekv-gram": replace(PRESETS["layer-defensivekv"], value_weight="l2-gram"),
     "layer-defensivekv-no-norm": replace(PRESETS["layer-defensivekv"], value_weight="none"),

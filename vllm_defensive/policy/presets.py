@@ -37,6 +37,10 @@ class Policy:
     """Tokens kept for certain: half a head's budget (CriticalKV), or those that carry its attention (DefensiveKV)."""
     pool_kernel: int = 5
     """Tokens that are averaged along the prompt; odd, 1 means none."""
+    halo_tokens: int = 0
+    """Tokens to either side of a token that inherit a share of its score, which it keeps; 0 means none."""
+    halo_weight: float = 0.0
+    """That share."""
     window_bias: WindowBias = "reference"
     """Mass that stage 1 takes off its threshold: that of the W keys before the window, or of the window itself."""
     guard: float = 0.0

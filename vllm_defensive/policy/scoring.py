@@ -5,7 +5,7 @@ E evictable tokens, D head size, M hidden size.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -120,9 +120,11 @@ def settle(
 ) -> LayerScores:
     """The second half of `score_layer`, for attention and value norms that a kernel has computed."""
     scores_HT, rank_HT = attention.scores_HT, None
+    if policy.halo_tokens:
+        scores_HT = formulas.halo(scores_HT, policy.halo_tokens, policy.halo_weight)
     if policy.aggregate == "defensive":
         cap = stage_one_cap(scores_HT.shape[1], keep_ratio, window) if policy.stages == "mass" else 0
-        scores_HT = _weigh_and_settle(attention, norm_HT, cap, reduce_heads)
+        scores_HT = _weigh_and_settle(replace(attention, scores_HT=scores_HT), norm_HT, cap, reduce_heads)
     elif policy.stages == "half-budget" and norm_HT is not None:
         rank_HT = _cut_and_force((scores_HT + formulas.HALF_BUDGET_EPSILON) * norm_HT, *evictable)
     return LayerScores(_cut_and_force(scores_HT, *evictable), rank_HT, attention.preference)
