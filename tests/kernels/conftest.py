@@ -15,7 +15,7 @@ import pytest
 
 DEVICE = os.environ.get("KERNELS_DEVICE", "cpu")
 FOLDER = Path(__file__).parent
-ANYWHERE = {"test_compile.py", "test_benchmark.py"}  # they start processes of their own
+ANYWHERE = {"test_compile.py", "test_benchmark.py", "test_imports.py"}  # they start processes of their own
 
 
 def runs_here(config: pytest.Config) -> bool:
