@@ -13,7 +13,10 @@ from tests.e2e import engines
 _TWINS = {
     "enforce_eager": True,
     "compilation_config": {"custom_ops": ["none"]},
-    "kernel_config": {"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}},
+    "kernel_config": {
+        "ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]},
+        "enable_jit_warmup": False,
+    },
 }
 
 

@@ -2,9 +2,9 @@
 
 Import it before vLLM, then call `finish()`. From then on a tensor "on cuda" is an ordinary one, Triton kernels run in
 Triton's interpreter, streams and events do nothing, and the compiled operations that a small Llama needs are written in
-torch below, FlashAttention's included. So what can be seen is whether the right things are computed and in which order
-they are asked for; nothing can be seen of speed, of graphs, of two streams, of compiled code, or of a forgotten copy
-between host and device.
+torch (`operations.py`), FlashAttention's too, and graphs compute anew what they would replay (`graphs.py`). So what
+can be seen is whether the right things are computed, and in which order they are asked for; nothing can be seen of
+speed, of two streams, of compiled code, or of a forgotten copy between host and device.
 """
 
 from __future__ import annotations
@@ -237,13 +237,14 @@ def finish() -> None:
     gpu_worker.kernel_warmup = constant(None)  # it tunes kernels of models that are not there
     sampler.HAS_TRITON = False  # its Triton kernel takes seconds a step in the interpreter
     operations.finish()
+    graphs.install()
 
     from vllm_defensive_kernels import decode
 
     decode.choose_splits = constant(2)  # the interpreter starts a program in milliseconds; two still have to be merged
 
 
-from tests.cuda import operations  # noqa: E402
+from tests.cuda import graphs, operations  # noqa: E402
 
 operations.install()
 _start()
