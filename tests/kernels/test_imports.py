@@ -25,10 +25,8 @@ def run(code: str) -> None:
 
 def test_the_package_and_its_references_load_without_triton() -> None:
     run("import sys, vllm_defensive_kernels; assert 'torch' not in sys.modules")
-    run(
     imports = "from vllm_defensive_kernels import formulas, pages, reference"
     run(f"import sys; {imports}; assert 'triton' not in sys.modules")
-    )
 
 
 def test_on_the_cpu_the_reference_runs() -> None:
