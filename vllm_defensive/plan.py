@@ -27,8 +27,8 @@ class Eviction:
     policy, keep: the request's own, or else the engine's.
     num_tokens: `T`, tokens of the request whose KV exists when the eviction runs.
     shared_blocks: `s`, leading blocks left in place, whole.
-    source_blocks: ids of the blocks that hold the `T` tokens, in positional order: shared ones first, a partial tail
-    last. packed_blocks: block ids of the `K` fresh blocks that receive the kept pages.
+    source_blocks: ids of the blocks that hold the `T` tokens, in positional order, a partial tail last.
+    packed_blocks: ids of the `K` fresh blocks that receive the kept pages.
     token_ids: the `T` token ids when an audit was asked for, else None.
     """
 
