@@ -116,17 +116,18 @@ def score_error(
 
 def kept_by_us(name: str, query: Tensor, key: Tensor, value: Tensor, module: Any, keep: float) -> Tensor:
     """bool `[H, S]`, single tokens."""
-    from vllm_defensive.policy import PRESETS, kept_fraction, reference_budget, select_within
+    from vllm_defensive.policy import PRESETS, kept_fraction, select_within
     from vllm_defensive.policy.budget import guarded
 
     heads, tokens = key.shape[:2]
-    policy = PRESETS[name]
+    policy, each = PRESETS[name], int(tokens * kept_fraction(keep))
     chosen = select_within(
         policy,
         [our_scores(name, query, key, value, module, keep)],
         page_size=1,
-        budget_pages=reference_budget(policy.scope, prompt_tokens=tokens, keep_ratio=keep, kv_heads=heads, layers=1),
-        guard_pages=guarded(policy.guard, int(tokens * kept_fraction(keep))),
+        # kvpress rounds down a head's budget and then multiplies; the reference (`reference_budget`) rounds a layer's.
+        budget_pages=each * (heads if policy.scope == "layer" else 1),
+        guard_pages=guarded(policy.guard, each),
         evictable=(0, tokens),
     )
     kept = torch.zeros(heads, tokens, dtype=torch.bool)

@@ -11,7 +11,17 @@ from vllm_defensive.policy.budget import guarded, stage_one_cap
 
 def test_public_names_are_frozen() -> None:
     """Users write these names; removing or renaming one breaks their command lines."""
-    names = ("streamingllm", "snapkv", "pyramidkv", "cake", "adakv", "criticalkv", "defensivekv", "layer-defensivekv")
+    names = (
+        "streamingllm",
+        "snapkv",
+        "pyramidkv",
+        "cake",
+        "adakv",
+        "criticalkv",
+        "defensivekv",
+        "layer-defensivekv",
+        "halokv",
+    )
     assert public_names() == names
     assert set(PRESETS) - set(names) == {"keep-all", "random"}
 
@@ -19,7 +29,7 @@ def test_public_names_are_frozen() -> None:
 @pytest.mark.parametrize("policy", PRESETS.values(), ids=PRESETS.keys())
 def test_rows_are_complete(policy) -> None:
     assert get_policy(policy.name) is policy
-    assert policy.summary and (policy.internal or policy.source.startswith("https://"))
+    assert policy.summary and (policy.internal or policy.source.startswith(("https://", "docs/")))
     assert policy.pool_kernel % 2 == 1
     assert policy.stages != "half-budget" or policy.needs_values
     assert not policy.needs_values or policy.needs_queries

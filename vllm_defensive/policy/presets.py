@@ -23,7 +23,7 @@ class Policy:
     name: str
     summary: str
     source: str
-    """URL of the paper, or of what defines the policy."""
+    """URL of the paper, or the document of this repository that defines the policy."""
     aggregate: Aggregate
     """How the attention of window and group becomes one number a token."""
     scope: Scope
@@ -138,6 +138,16 @@ _ROWS = (
         scope="model",
         value_weight="l1",
         stages="mass",
+    ),
+    Policy(
+        name="halokv",
+        summary="layer-defensivekv's worst case, each peak with the tokens around it, nothing certain beforehand",
+        source="docs/quality.md",
+        aggregate="defensive",
+        scope="model",
+        value_weight="l2-gram",
+        halo_tokens=8,
+        halo_weight=0.1,
     ),
     Policy(
         name="keep-all",
