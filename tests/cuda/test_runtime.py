@@ -1,0 +1,132 @@
+"""What a step's batch asks for, from what the host knows of it; on plain tensors, no platform needed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_defensive.plan import Eviction, StepMessage
+from vllm_defensive.worker.cuda_backend import _rest
+from vllm_defensive.worker.cuda_runtime import NOBODY, CUDARuntime
+from vllm_defensive.worker.window import WindowQueries
+from vllm_defensive_kernels import PagedKV
+
+L, H, Q, N, D, W = 2, 2, 4, 16, 8, 32
+INDEX = {"a": 3, "b": 0, "c": 5, "d": 1}
+
+
+@pytest.fixture
+def runtime() -> CUDARuntime:
+    pages = PagedKV.from_layers(list(torch.zeros(L, 20, H, N, 2 * D)))
+    windows = WindowQueries(L, W, Q, D, torch.float32)
+    return CUDARuntime(pages, windows, INDEX, max_requests=8, max_blocks=10, num_query_heads=Q)
+
+
+def batch(lens: dict[str, tuple[int, int]], padding: int = 0) -> Any:
+    """Rows (new tokens, tokens in all) in the order given, and rows that pad a graph."""
+    new = [n for n, _ in lens.values()] + [0] * padding
+    starts = torch.tensor([0, *np.cumsum(new)], dtype=torch.int32)
+    ends = torch.tensor([t for _, t in lens.values()] + [0] * padding, dtype=torch.int32)
+    return SimpleNamespace(
+        num_reqs=len(new),
+        max_query_len=max(new),
+        query_start_loc_cpu=starts,
+        seq_lens_cpu_upper_bound=ends,
+        req_idx=np.array([INDEX[name] for name in lens]),
+    )
+
+
+def evict(runtime: CUDARuntime, request_id: str, blocks: int = 2) -> None:
+    fresh = tuple(range(10, 10 + blocks))
+    eviction = Eviction(request_id, "snapkv", 0.2, 7 * N + 3, 1, tuple(range(8)), fresh)
+    offsets = torch.arange(L * H + 1, dtype=torch.int32) * blocks
+    runtime.install(eviction, offsets, torch.tensor(fresh, dtype=torch.int32))
+
+
+def test_state_is_written_where_the_runner_keeps_the_request(runtime: CUDARuntime) -> None:
+    evict(runtime, "c")
+    state = runtime.state
+    assert state.fresh_SK[5].tolist() == [10, 11] + [0] * 8
+    assert state.offset_SO[5].tolist() == [0, 2, 4, 6, 8]
+    assert (int(state.shared_S[5]), int(state.growth_S[5])) == (1, 7)
+    assert not state.fresh_SK[[0, 1, 2, 3, 4, 6, 7]].any()
+
+
+def test_rows_find_their_slots_and_padding_has_none(runtime: CUDARuntime) -> None:
+    evict(runtime, "c")
+    evict(runtime, "a")
+    runtime.begin(StepMessage(), ())
+    step = runtime.step(batch({"b": (1, 9), "c": (1, 120), "a": (1, 130)}, padding=2))
+    assert runtime.slot_R[:5].tolist() == [NOBODY, 5, 3, NOBODY, NOBODY]
+    assert (step.decode_rows, step.packed_runs, step.captures) == (5, (), ())
+
+
+def test_requests_that_are_gone_are_forgotten(runtime: CUDARuntime) -> None:
+    evict(runtime, "a")
+    runtime.begin(StepMessage(), ())
+    runtime.step(batch({"a": (1, 130), "b": (1, 9)}))
+    runtime.begin(StepMessage(), {"a", "b"})
+    runtime.step(batch({"a": (1, 130)}))
+    assert (runtime.slot_R == NOBODY).all()  # of all rows: a graph may be wider than the batch
+
+
+def test_dummy_batches_have_no_evicted_rows(runtime: CUDARuntime) -> None:
+    evict(runtime, "a")
+    runtime.begin(StepMessage(), ())
+    runtime.step(batch({"a": (1, 130)}))
+    runtime.end()
+    runtime.step(batch({"a": (1, 130)}))
+    assert (runtime.slot_R == NOBODY).all()
+
+
+def test_decode_rows_lead_and_evicted_prompts_form_runs(runtime: CUDARuntime) -> None:
+    evict(runtime, "a")
+    evict(runtime, "c")
+    runtime.begin(StepMessage(), ())
+    together = runtime.step(batch({"b": (1, 9), "a": (5, 130), "c": (9, 140), "d": (40, 40)}))
+    assert (together.decode_rows, together.packed_runs) == (1, ((1, 3),))
+    apart = runtime.step(batch({"a": (5, 130), "b": (6, 9), "c": (9, 140)}))
+    assert (apart.decode_rows, apart.packed_runs) == (0, ((0, 1), (2, 3)))
+
+
+def test_window_queries_are_taken_where_the_chunk_overlaps_the_window(runtime: CUDARuntime) -> None:
+    runtime.begin(StepMessage(observe={"d": 100}), ())
+    assert runtime.observing
+    (capture,) = runtime.step(batch({"b": (1, 9), "d": (20, 80)})).captures
+    assert (capture.source, capture.target, capture.count) == (1 + 8, 0, 12)  # tokens 68 to 79 of 60 to 79
+    runtime.begin(StepMessage(observe={"d": 100}), ())
+    (capture,) = runtime.step(batch({"d": (20, 100)})).captures
+    assert (capture.source, capture.target, capture.count) == (0, 12, 20)
+    query = torch.randn(20, Q, D)
+    capture.take(1, query)
+    assert torch.equal(capture.window_LWQD[1, 12:], query)
+    runtime.end()
+    assert not runtime.observing
+
+
+def test_vllm_sees_the_other_rows_as_if_they_were_all_and_evicted_ones_as_long_as_their_query() -> None:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    starts = torch.tensor([0, 1, 2, 7, 27], dtype=torch.int32)
+    common = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor([50, 60, 70, 20], dtype=torch.int32),
+        num_reqs=4,
+        num_actual_tokens=27,
+        max_query_len=20,
+        max_seq_len=70,
+        block_table_tensor=torch.arange(16).view(4, 4),
+        slot_mapping=torch.arange(32),
+        req_idx=np.arange(4),
+    )
+    rest = _rest(common, 2, 2, ((2, 3),))
+    assert rest.query_start_loc.tolist() == [0, 5, 25] == rest.query_start_loc_cpu.tolist()
+    assert rest.seq_lens.tolist() == [5, 20] and common.seq_lens.tolist() == [50, 60, 70, 20]
+    assert (rest.num_reqs, rest.num_actual_tokens) == (2, 25)
+    assert rest.block_table_tensor[0].tolist() == [8, 9, 10, 11] and rest.slot_mapping[0] == 2
+    assert rest.req_idx.tolist() == [2, 3]
