@@ -11,13 +11,15 @@ and the metadata policy, keep_ratio, num_tokens, block_size, packed_blocks, shar
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -110,3 +112,45 @@ def write(folder: str, eviction: Eviction, selection: Selection, config: Evictio
     )
     partial.replace(target)
     return target
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m vllm_defensive.audit show FILE`: facts of an eviction, and with `--html OUT` a picture of it."""
+    parser = argparse.ArgumentParser(prog="python -m vllm_defensive.audit", description=main.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="print what was kept, and draw it over the text")
+    show.add_argument("file", help="an audit file")
+    show.add_argument("--html", metavar="OUT", help="write the picture to this file")
+    show.add_argument(
+        "--tokenizer", metavar="DIR", help="the model; without it tokens are shown as ids"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        audit = load(given.file)
+    except (FileNotFoundError, ValueError, SafetensorError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    counts = audit.kept_counts.float()
+    print(
+        f"{audit.policy}, keep {audit.keep_ratio:g}: {audit.num_tokens} tokens, mean kept {counts.mean():.0f} "
+        f"({100 * counts.mean() / audit.num_tokens:.1f} %), per head {int(counts.min())} to {int(counts.max())}"
+    )
+    if given.html:
+        from vllm_defensive.audit_html import render
+
+        page = render(audit, _texts(audit.token_ids.tolist(), given.tokenizer))
+        Path(given.html).write_text(page, encoding="utf-8")
+        print(f"picture: {given.html}")
+    return 0
+
+
+def _texts(token_ids: list[int], tokenizer: str | None) -> list[str]:
+    if tokenizer is None:
+        return [f"{token} " for token in token_ids]
+    from transformers import AutoTokenizer
+
+    decode = AutoTokenizer.from_pretrained(tokenizer).decode
+    return [decode([token]) for token in token_ids]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

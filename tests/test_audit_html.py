@@ -1,0 +1,83 @@
+"""The picture of an eviction holds what the audit says, and nothing that a prompt could smuggle in."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vllm_defensive.audit import Audit
+from vllm_defensive.audit_html import render
+
+
+def make_audit(heads: int, num_tokens: int = 6) -> Audit:
+    """One layer; head h keeps the tokens whose position is at least h."""
+    kept = [list(range(min(h, num_tokens - 1), num_tokens)) for h in range(heads)]
+    return Audit(
+        kept_counts=torch.tensor([[len(k) for k in kept]], dtype=torch.int32),
+        kept_indices=torch.tensor([t for k in kept for t in k], dtype=torch.int32),
+        token_ids=torch.arange(num_tokens, dtype=torch.int32),
+        policy="adakv",
+        keep_ratio=0.5,
+        num_tokens=num_tokens,
+        block_size=2,
+        packed_blocks=2,
+        shared_blocks=0,
+        window=2,
+    )
+
+
+def data_of(page: str) -> dict:
+    found = re.search(r"^const data = (.*);$", page, flags=re.MULTILINE)
+    assert found
+    return json.loads(found[1].replace("<\\/", "</"))
+
+
+def test_page_holds_tokens_counts_and_shares() -> None:
+    data = data_of(render(make_audit(3), list("abcdef")))
+    assert data["tokens"] == list("abcdef")
+    assert data["counts"] == [[6, 5, 4]]
+    assert (data["kept"], data["levels"], data["window"]) == (["123333"], 3, 2)
+
+
+def test_more_heads_than_digits_are_rounded_to_shares() -> None:
+    data = data_of(render(make_audit(70), list("abcdef")))
+    assert data["levels"] == 35
+    # Token t is kept by heads 0 ... t, and the last token by all.
+    assert data["kept"] == ["".join("0123456789"[(t + 1) * 35 // 70] for t in range(5)) + "z"]
+
+
+def test_a_prompt_cannot_end_the_script() -> None:
+    evil = "</script><script>alert(1)</script>"
+    page = render(make_audit(1, 2), [evil, "x"])
+    assert page.count("</script>") == 1 and data_of(page)["tokens"][0] == evil
+
+
+def test_token_texts_must_match_the_prompt() -> None:
+    with pytest.raises(ValueError, match="3 token texts for an audit of 6 tokens"):
+        render(make_audit(1), ["a", "b", "c"])
+
+
+def test_command_prints_draws_and_refuses_in_one_line(tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "vllm_defensive.audit", "show", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    audit = make_audit(2)
+    names = ("policy", "keep_ratio", "num_tokens", "block_size", "packed_blocks", "shared_blocks", "window")
+    tensors = {name: getattr(audit, name) for name in ("kept_counts", "kept_indices", "token_ids")}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={n: str(getattr(audit, n)) for n in names})
+    done = run(str(tmp_path / "a.safetensors"), "--html", str(tmp_path / "a.html"))
+    assert done.returncode == 0 and "6 tokens, mean kept 6 (91.7 %), per head 5 to 6" in done.stdout
+    assert data_of((tmp_path / "a.html").read_text())["tokens"][1] == "1 "
+
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    for name in ("missing.safetensors", "bad.safetensors"):
+        done = run(str(tmp_path / name))
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
