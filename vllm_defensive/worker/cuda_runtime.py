@@ -55,7 +55,7 @@ class CUDARuntime:
         self.windows = windows
         self.state = PackedState.empty(max_requests, max_blocks, pages.num_layers, pages.num_kv_heads, device)
         self.slot_R = torch.full((max_requests,), NOBODY, dtype=torch.int32, device=device)
-        rows, splits = _widest_launch(max_requests, num_query_heads, pages.num_kv_heads)
+        rows, splits = widest_launch(max_requests, num_query_heads, pages.num_kv_heads)
         self.workspace = DecodeWorkspace.empty(rows, num_query_heads, splits, pages.head_size, device)
         self._index_of = index_of
         self._slots: dict[str, int] = {}
@@ -138,7 +138,7 @@ def _runs(evicted_R: np.ndarray, first: int) -> tuple[tuple[int, int], ...]:
     return tuple(pairwise(edges))[::2]
 
 
-def _widest_launch(max_rows: int, num_query_heads: int, num_kv_heads: int) -> tuple[int, int]:
+def widest_launch(max_rows: int, num_query_heads: int, num_kv_heads: int) -> tuple[int, int]:
     """(rows, splits) of the decode launch, of one token a row, that has the most partial results."""
     group = num_query_heads // num_kv_heads
     launches = ((rows, choose_splits(rows, group, num_kv_heads, 1)) for rows in range(1, max_rows + 1))

@@ -10,12 +10,13 @@ from vllm.utils.math_utils import cdiv
 from vllm_defensive import vllm_compat
 from vllm_defensive.worker.cuda_backend import EvictionImpl
 from vllm_defensive.worker.cuda_evictor import CUDAEvictor, LayerScales
-from vllm_defensive.worker.cuda_runtime import CUDARuntime
+from vllm_defensive.worker.cuda_runtime import CUDARuntime, widest_launch
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.window import WindowQueries
 from vllm_defensive.worker.worker import EvictionWorker, logger
 from vllm_defensive_kernels import PagedKV
 
+SCORE_COPIES = 8
 _FLASH = "vllm_defensive.worker.cuda_flash.EvictionFlashBackend"
 _TRITON = "vllm_defensive.worker.cuda_triton.EvictionTritonBackend"
 
@@ -28,6 +29,28 @@ class EvictionGPUWorker(EvictionWorker):
         path = _FLASH if vllm_compat.prefers_flash_attention(self.vllm_config) else _TRITON
         with vllm_compat.custom_attention_backend(self.vllm_config, path):
             super().load_model(*args, **kwargs)
+
+    def determine_available_memory(self) -> int:
+        """What vLLM found, less what eviction takes beside the KV cache, unless the user has set the cache's size."""
+        available: int = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes:
+            return available
+        context = self.vllm_config.compilation_config.static_forward_context
+        layers = [layer for layer in context.values() if isinstance(getattr(layer, "impl", None), EvictionImpl)]
+        model, scheduler = self.model_config, self.vllm_config.scheduler_config
+        prompts = max(1, scheduler.max_num_batched_tokens // self.eviction.min_tokens)
+        reserved = memory_beside_cache(
+            num_layers=len(layers),
+            num_query_heads=layers[0].num_heads,
+            num_kv_heads=layers[0].num_kv_heads,
+            head_size=layers[0].head_size,
+            window_bytes=self.eviction.window * torch.finfo(model.dtype).bits // 8,
+            max_tokens=model.max_model_len,
+            max_requests=scheduler.max_num_seqs,
+            prompts_at_once=min(prompts, scheduler.max_num_seqs),
+        )
+        logger.info("KV eviction sets %.2f GiB aside, most of it for the longest prompt", reserved / 2**30)
+        return available - reserved
 
     def start_eviction(self, group: int, names: list[str], layers: list[Any]) -> tuple[CUDARuntime, CUDAEvictor]:
         first, model, requests = layers[0], self.model_config, self.model_runner.req_states
@@ -57,6 +80,29 @@ class EvictionGPUWorker(EvictionWorker):
         scales = [LayerScales(layer._k_scale_float, layer._v_scale_float) for layer in layers]
         logger.info("KV eviction decodes with its own kernel; prompts take %s", first.get_attn_backend().get_name())
         return runtime, CUDAEvictor(self.eviction, runtime, first.impl.scale, scales, projections, self.rank == 0)
+
+
+def memory_beside_cache(
+    *,
+    num_layers: int,
+    num_query_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    window_bytes: int,
+    max_tokens: int,
+    max_requests: int,
+    prompts_at_once: int,
+) -> int:
+    """Bytes that eviction allocates at most, by count of its tensors; vLLM's profile run has no prompt to evict.
+
+    window_bytes: of one query entry in each token of the window. prompts_at_once: whose windows are kept in one step.
+    """
+    rows, splits = widest_launch(max_requests, num_query_heads, num_kv_heads)
+    decode = rows * splits * num_query_heads * (head_size + 1) * 4
+    windows = prompts_at_once * num_layers * num_query_heads * head_size * window_bytes
+    # fp32 scores and means of all layers; weighed, stacked, sorted (with int64 indices), and one more in between.
+    scores = SCORE_COPIES * num_layers * num_kv_heads * max_tokens * 4
+    return decode + windows + scores
 
 
 def _check(name: str, layer: Any, block_size: int) -> None:

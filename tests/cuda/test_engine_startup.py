@@ -1,0 +1,69 @@
+"""What the CUDA platform is given, and what it is refused, before a model is loaded; and fp8 caches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vllm_defensive
+from tests.cuda.engines import engine
+from tests.e2e.engines import core_of, generate, largest_difference, random_prompts
+from vllm_defensive.startup import PLATFORMS
+
+pytestmark = pytest.mark.e2e
+
+
+def config_of(model: Path, **arguments: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = {**vllm_defensive.engine_kwargs("snapkv"), **arguments}
+    return EngineArgs(model=str(model), **arguments).create_engine_config()
+
+
+def test_worker_and_block_size_are_chosen(model: Path) -> None:
+    config = config_of(model)
+    assert config.parallel_config.worker_cls == PLATFORMS["cuda"][0]
+    assert config.cache_config.block_size == 16
+    assert config_of(model, block_size=48).cache_config.block_size == 48
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"block_size": 24}, "block_size=24: .* choose a multiple of 16"),
+        ({"attention_backend": "FLASHINFER"}, "attention_backend=FLASHINFER: .* choose FLASH_ATTN or TRITON_ATTN"),
+        (
+            {"attention_backend": "FLASH_ATTN", "kv_cache_dtype": "fp8"},
+            "attention_backend=FLASH_ATTN with an fp8 KV cache: .* choose TRITON_ATTN",
+        ),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype=int8_per_token_head: .* use auto"),
+    ],
+    ids=["block", "backend", "fp8", "int8"],
+)
+def test_what_does_not_work_is_refused(model: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(model, **arguments)
+
+
+def test_the_old_model_runner_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match=r"VLLM_USE_V2_MODEL_RUNNER=0: .* use model runner V2"):
+        config_of(model)
+
+
+@pytest.mark.parametrize("kernels", ["reference"], indirect=True)
+def test_fp8_pages_are_moved_as_they_are_and_read_with_their_layers_scale(model: Path, kernels: str) -> None:
+    """keep-all with a scale for each layer, against stock vLLM with the same."""
+    prompts, answers = random_prompts((140, 70), seed=3), []
+    for policy in (None, "keep-all"):
+        with engine(model, policy, dtype="float32", kv_cache_dtype="fp8") as llm:
+            config = core_of(llm).vllm_config.compilation_config
+            for index, layer in enumerate(config.static_forward_context.values()):
+                layer.query_quant = None  # stock vLLM would round queries to fp8 as well; eviction does not
+                layer._k_scale_float, layer._v_scale_float = 0.5 + index, 0.25 + index
+                layer._k_scale.fill_(0.5 + index)
+                layer._v_scale.fill_(0.25 + index)
+            answers.append(generate(llm, prompts, 5))
+    assert largest_difference(*answers) <= 1e-4  # the same bytes, summed up in another order
