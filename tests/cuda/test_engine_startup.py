@@ -9,7 +9,7 @@ import pytest
 
 import vllm_defensive
 from tests.cuda.engines import engine
-from tests.e2e.engines import core_of, generate, largest_difference, random_prompts
+from tests.e2e.engines import core_of, generate, largest_difference, random_prompts, worker_of
 from vllm_defensive.startup import PLATFORMS
 
 pytestmark = pytest.mark.e2e
@@ -51,6 +51,17 @@ def test_the_old_model_runner_is_refused(model: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     with pytest.raises(ValueError, match=r"VLLM_USE_V2_MODEL_RUNNER=0: .* use model runner V2"):
         config_of(model)
+
+
+@pytest.mark.parametrize("kernels", ["reference"], indirect=True)
+def test_warm_up_runs_an_eviction_and_changes_nothing(model: Path, kernels: str, kernel_calls: dict[str, int]) -> None:
+    prompts = random_prompts((140,), seed=4)
+    with engine(model, "layer-defensivekv", dtype="float32") as llm:
+        before = generate(llm, prompts, 4)
+        kernel_calls.clear()
+        worker_of(llm)._evictor.warm_up(1024)
+        assert kernel_calls == {"window_scores": 1, "value_norm": 2, "select_pages": 1, "compact": 1}
+        assert largest_difference(generate(llm, prompts, 4), before) == 0  # among others from the cached prefix
 
 
 @pytest.mark.parametrize("kernels", ["reference"], indirect=True)

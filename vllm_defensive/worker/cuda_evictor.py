@@ -21,10 +21,11 @@ from vllm_defensive.policy import PRESETS, Attention, LayerScores, Policy, Selec
 from vllm_defensive.policy.budget import guarded
 from vllm_defensive.worker.cuda_runtime import CUDARuntime
 from vllm_defensive.worker.projections import Projections
-from vllm_defensive_kernels import RaggedTokens, compact, select_pages, value_norm, window_scores
+from vllm_defensive_kernels import PageSelection, RaggedTokens, compact, select_pages, value_norm, window_scores
 
 KERNEL_AGGREGATES = ("mean", "defensive")
 KERNEL_POOLS = (1, 3, 5)
+LONG_PROMPT = 8192 + 256  # `window.tiling` changes at 8192 scored tokens
 SCORES_AT_A_TIME = 2**25  # of all layers in one launch: 128 MB of fp32, 32K tokens of a Llama-3.1-8B four times over
 
 
@@ -92,9 +93,28 @@ class CUDAEvictor:
             for eviction, selection in zip(evictions, selections, strict=True):
                 audit.write(self._config.audit, eviction, selection, self._config, self._pages.page_tokens)
 
+    def warm_up(self, max_tokens: int) -> None:
+        """Compile the kernels of this engine's policy, on vLLM's null block, which nobody reads: the first prompt
+        should not wait for it. Long prompts run variants of their own; a request's own policy compiles when it comes.
+        """
+        policy = self._config.policy
+        for num_tokens in (max(self._config.min_tokens, 8 * self._config.window), LONG_PROMPT):
+            packed = self._config.packed_blocks(num_tokens, 0, self._pages.page_tokens)
+            if packed and num_tokens <= max_tokens:
+                source = (0,) * -(-num_tokens // self._pages.page_tokens)
+                dummy = Eviction("warm-up", policy, self._config.keep, num_tokens, 0, source, (0,) * packed)
+                window_LWQD = self._runtime.windows.blank()
+                self._pack(dummy, window_LWQD)
+
     def _evict(self, eviction: Eviction) -> Selection:
+        selection, fresh_K = self._pack(eviction, self._runtime.windows.pop(eviction.request_id))
+        self._runtime.install(eviction, selection.offset_O, fresh_K)
+        pages_LH = selection.offset_O.diff().view(self._pages.num_layers, self._pages.num_kv_heads)
+        return Selection(pages_LH, selection.token_T.view(-1, self._pages.page_tokens))
+
+    def _pack(self, eviction: Eviction, window_LWQD: Tensor) -> tuple[PageSelection, Tensor]:
+        """Score, select and copy. Returns what was chosen, and the fresh blocks' ids on the device."""
         device, page_tokens = self._pages.key_PND.device, self._pages.page_tokens
-        window_LWQD = self._runtime.windows.pop(eviction.request_id)
         table_B = vllm_compat.to_device(eviction.source_blocks, device)
         fresh_K = vllm_compat.to_device(eviction.packed_blocks, device)
         prompt = _Prompt(
@@ -105,11 +125,9 @@ class CUDAEvictor:
             RaggedTokens.of([eviction.num_tokens - window_LWQD.shape[1]], device),
             (eviction.shared_blocks * page_tokens, eviction.num_tokens // page_tokens * page_tokens),
         )
-        offset_O, token_T = self._select(prompt, self._scores(prompt))
-        compact(self._pages, table_B, offset_O, token_T, self._pages, fresh_K)
-        self._runtime.install(eviction, offset_O, fresh_K)
-        pages_LH = offset_O.diff().view(self._pages.num_layers, self._pages.num_kv_heads)
-        return Selection(pages_LH, token_T.view(-1, page_tokens))
+        selection = self._select(prompt, self._scores(prompt))
+        compact(self._pages, table_B, selection.offset_O, selection.token_T, self._pages, fresh_K)
+        return selection, fresh_K
 
     # -- scores -------------------------------------------------------------------------------------------------------
 
@@ -193,13 +211,13 @@ class CUDAEvictor:
 
     # -- selection ----------------------------------------------------------------------------------------------------
 
-    def _select(self, prompt: _Prompt, scores: list[LayerScores]) -> tuple[Tensor, Tensor]:
-        """(offset_O, token_T) as `compact` takes them."""
+    def _select(self, prompt: _Prompt, scores: list[LayerScores]) -> PageSelection:
+        """By the kernel where it knows who shares which budget."""
         policy, budget = prompt.policy, len(prompt.eviction.packed_blocks)
         page_tokens = self._pages.page_tokens
         if scores[0].rank_HE is not None or policy.layer_budget != "even":
             chosen = select(policy, scores, page_size=page_tokens, packed_blocks=budget, evictable=prompt.evictable)
-            return _offsets(chosen.pages_LH), chosen.tokens_PN.flatten()
+            return PageSelection(_offsets(chosen.pages_LH), chosen.tokens_PN.flatten())
         score_LHE = torch.stack([layer.scores_HE for layer in scores])
         # Only a broken model yields NaN, but counts must come out exact, because positions are addresses later.
         score_LHE.nan_to_num_(nan=0.0, posinf=float("inf"))

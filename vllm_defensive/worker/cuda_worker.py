@@ -52,6 +52,13 @@ class EvictionGPUWorker(EvictionWorker):
         logger.info("KV eviction sets %.2f GiB aside, most of it for the longest prompt", reserved / 2**30)
         return available - reserved
 
+    @torch.inference_mode()
+    def compile_or_warm_up_model(self) -> Any:
+        """vLLM's warm-up, before which the kernels of an eviction are compiled, unless the user has warm-ups off."""
+        if self.vllm_config.kernel_config.enable_jit_warmup and isinstance(self._evictor, CUDAEvictor):
+            self._evictor.warm_up(self.model_config.max_model_len)
+        return super().compile_or_warm_up_model()
+
     def start_eviction(self, group: int, names: list[str], layers: list[Any]) -> tuple[CUDARuntime, CUDAEvictor]:
         first, model, requests = layers[0], self.model_config, self.model_runner.req_states
         for name, layer in zip(names, layers, strict=True):

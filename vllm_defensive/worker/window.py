@@ -58,6 +58,10 @@ class WindowQueries:
         self._filled[request_id] += end - begin
         return Capture(self._buffers[request_id], row_start + begin - chunk[0], begin - first, end - begin)
 
+    def blank(self) -> Tensor:
+        """A window of zeros, nobody's, to warm kernels up with."""
+        return torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+
     def pop(self, request_id: str) -> Tensor:
         """The complete window `[L, W, Q, D]`."""
         filled = self._filled.pop(request_id)
