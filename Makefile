@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Newer than what it depends on: the environment is up to date, and `make setup` has nothing to do.
 READY := $(VENV)/.ready-$(BACKEND)
 
-.PHONY: help setup model demo test test-fast lint clean distclean
+.PHONY: help setup model demo test test-fast test-gpu bench-gpu lint clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,13 @@ test: $(READY) model  ## all tests; the slow ones run a real model and start ser
 
 test-fast: $(READY)  ## the tests that need neither
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-gpu: $(READY)  ## kernels and engine on this machine's GPU (BACKEND=cuda)
+	KERNELS_DEVICE=cuda $(BIN)/python -m pytest tests/kernels $(PYTEST_ARGS)
+	CUDA_TESTS=gpu $(BIN)/python -m pytest tests/cuda $(PYTEST_ARGS)
+
+bench-gpu: $(READY)  ## each kernel beside what the GPU can do (BACKEND=cuda)
+	$(BIN)/python -m benchmarks.kernels
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -17,6 +17,10 @@ import pytest
 MODE = os.environ.get("CUDA_TESTS", "")
 assert MODE in ("", "gpu", "pretend"), f"CUDA_TESTS={MODE}: choose gpu or pretend, or leave it unset"
 collect_ignore_glob = ["test_own_process.py"] if MODE else ["test_engine_*.py"]
+if MODE == "gpu":
+    os.environ.setdefault(
+        "TRITON_F32_DEFAULT", "ieee"
+    )  # vLLM's float32 attention is compared to 1e-4; TF32 is not that
 if MODE == "pretend":
     from tests.cuda import pretend
 

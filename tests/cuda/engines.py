@@ -9,24 +9,28 @@ from typing import Any
 from tests.cuda.conftest import MODE
 from tests.e2e import engines
 
-# Operations that are compiled only, and have a torch twin inside vLLM; a GPU runs what users run.
-_TWINS = {
-    "enforce_eager": True,
-    "compilation_config": {"custom_ops": ["none"]},
-    "kernel_config": {
-        "ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]},
-        "enable_jit_warmup": False,
+_MODES: dict[str, dict[str, Any]] = {
+    # Operations that are compiled only have a torch twin inside vLLM; warm-ups would take the interpreter minutes.
+    "pretend": {
+        "compilation_config": {"custom_ops": ["none"]},
+        "kernel_config": {
+            "ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]},
+            "enable_jit_warmup": False,
+        },
     },
+    # One engine after the other in one process: none may take all of the memory.
+    "gpu": {"gpu_memory_utilization": 0.2},
 }
 
 
 def engine(model: Path, policy: str | None = None, **arguments: Any) -> AbstractContextManager[Any]:
     """An `LLM` with small chunks and a small pool."""
     sizes = {
+        "enforce_eager": True,
         "block_size": 16,
         "max_model_len": 1024,
         "max_num_batched_tokens": 128,
         "max_num_seqs": 8,
         "num_gpu_blocks_override": 400,
     }
-    return engines.engine(model, policy, **{**(_TWINS if MODE == "pretend" else {}), **sizes, **arguments})
+    return engines.engine(model, policy, **{**_MODES[MODE], **sizes, **arguments})
