@@ -27,7 +27,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--policies",
         type=_names,
         default=None,
-        help="also variants, as NAME@OPTION=VALUE+OPTION=VALUE; default: all that users can choose",
+        help="default: all that users can choose; also NAME@OPTION=VALUE+OPTION=VALUE, and fp8 (stock vLLM, fp8 cache)",
     )
     add("--keep", type=_floats, default=[0.5, 0.2, 0.1], help="nominal ratios; default: 0.5,0.2,0.1")
     add("--contexts", type=_ints, default=[1024, 2048, 4096], help="prompt sizes in tokens; default: 1024,2048,4096")
@@ -67,7 +67,7 @@ def measure(chosen: argparse.Namespace, store: records.Records) -> None:
     from tqdm import tqdm
 
     from benchmarks.models import ensure_model
-    from benchmarks.quality.engine import Engine
+    from benchmarks.quality.engine import FP8, Engine
 
     engine = Engine(
         chosen.model or ensure_model(), dtype=chosen.dtype, page_tokens=chosen.page_tokens, cache_gib=chosen.cache_gib
@@ -76,8 +76,18 @@ def measure(chosen: argparse.Namespace, store: records.Records) -> None:
     from benchmarks.quality.protocols import Runner
     from vllm_defensive.policy import public_names
 
-    runner, started = Runner(engine), time.perf_counter()
-    policies = [variants.resolve(name) for name in chosen.policies or public_names()]
+    policies = [name if name == FP8 else variants.resolve(name) for name in chosen.policies or public_names()]
+    fp8_engine = None
+    if FP8 in policies:
+        fp8_engine = Engine(
+            chosen.model or ensure_model(),
+            dtype="bfloat16",
+            page_tokens=chosen.page_tokens,
+            cache_gib=chosen.cache_gib,
+            stock=True,
+            kv_cache_dtype="fp8",
+        )
+    runner, started = Runner(engine, fp8_engine), time.perf_counter()
     todo = []
     for item in plan.items(chosen.suites, chosen.contexts, chosen.samples, chosen.seed, chosen.tasks):
         choices = records.choices_for(item, policies, chosen.keep, chosen.protocols)

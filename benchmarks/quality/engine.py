@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 NONE = "none"
+FP8 = "fp8"  # not a policy: stock vLLM with its cache in fp8, half the memory and nothing evicted
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Engine:
         page_tokens: int = 32,
         max_model_len: int = 8192,
         audit: str | None = None,
+        stock: bool = False,
         **arguments: Any,
     ) -> None:
         # Read when torch and vLLM are imported. One thread: in one process with the engine, more of them wait for each
@@ -65,7 +67,8 @@ class Engine:
         from vllm_defensive import config
 
         torch.set_num_threads(1)
-        audit_settings = {} if audit is None else {"audit": audit}
+        # Settings measured side by side share their whole prompt; each must be evicted as if it were alone.
+        own: dict[str, Any] = {"per_request": True, "shared": "evict", **({} if audit is None else {"audit": audit})}
         self.llm = LLM(
             str(model),
             dtype=dtype,
@@ -76,8 +79,7 @@ class Engine:
             max_num_seqs=64,
             disable_log_stats=False,
             logits_processors=[ForcedAnswers],
-            # Settings measured side by side share their whole prompt; each must be evicted as if it were alone.
-            **vllm_defensive.engine_kwargs(NONE, per_request=True, shared="evict", **audit_settings),
+            **({} if stock else vllm_defensive.engine_kwargs(NONE, **own)),
             **arguments,
         )
         self.tokenizer = self.llm.get_tokenizer()
@@ -129,6 +131,8 @@ class Engine:
 
     def retention(self, setting: Setting, prompt_tokens: int) -> float:
         """Bytes of the prompt's KV cache that are held after the eviction, as a share of the full cache's."""
+        if setting.policy == FP8:
+            return 0.5
         evicted_at = prompt_tokens if setting.boundary is None else setting.boundary
         packed = self._settings.packed_blocks(evicted_at, 0, self._page_tokens, setting.policy, setting.keep)
         if not packed:

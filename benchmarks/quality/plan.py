@@ -12,7 +12,7 @@ WINDOW, AFTER, NO_PREFIX_CACHE = "window", "after", "window, no prefix cache"
 
 SUITES = ("forced", "text", "turns", "ruler")
 YARDSTICK = "niah_multikey_1"
-FORCED_TASKS = (YARDSTICK, "niah_single_1", "niah_multikey_2", "copy")
+FORCED_TASKS = (YARDSTICK, "niah_single_1", "niah_single_3", "niah_multikey_2", "copy")
 NEXT_TOKENS = 64
 
 

@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from benchmarks.quality.engine import FP8
 from benchmarks.quality.plan import AFTER, WINDOW, YARDSTICK
 
 Row = dict[str, Any]
@@ -19,6 +20,7 @@ _FLOOR = 1e-4  # where a KL of zero is drawn on a logarithmic axis
 
 def draw(table: Sequence[Row], folder: Path) -> list[Path]:
     """All plots that the cells suffice for."""
+    table = [c for c in table if c["policy"] != FP8 and "@" not in c["policy"]]
     paths = []
     for protocol in (WINDOW, AFTER):
         for context in sorted({c["context"] for c in table}):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.quality import metrics, ruler, texts
-from benchmarks.quality.engine import NONE, Engine, Setting
+from benchmarks.quality.engine import FP8, NONE, Engine, Setting
 from benchmarks.quality.plan import AFTER, NEXT_TOKENS, NO_PREFIX_CACHE, WINDOW, YARDSTICK, Item
 from benchmarks.quality.prompts import Prompt, Prompts
 
@@ -34,8 +34,9 @@ FULL = Choice(NONE, 1.0, WINDOW)
 class Runner:
     """Runs items on one engine. Each result is a dict that JSON can hold."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, fp8_engine: Engine | None = None) -> None:
+        """fp8_engine: runs the choices whose policy is "fp8"."""
+        self._engine, self._fp8_engine = engine, fp8_engine
         self._prompts = Prompts(engine.tokenizer)
 
     def run(self, item: Item, choices: Sequence[Choice]) -> list[dict[str, Any]]:
@@ -83,8 +84,11 @@ class Runner:
         full = Forced(prompt.gold, keep=True)
         self._engine.forced([(prompt.tokens, full, Setting())])
         jobs = [(c, Forced(prompt.gold, full_AV=full.reference())) for c in choices]
+        if fp8 := [forced for choice, forced in jobs if choice.policy == FP8]:
+            assert self._fp8_engine is not None, "no engine with an fp8 cache"
+            self._fp8_engine.forced([(prompt.tokens, forced, Setting()) for forced in fp8])
         for skip_prefix_cache in (False, True):
-            some = [(c, f) for c, f in jobs if (c.protocol == NO_PREFIX_CACHE) == skip_prefix_cache]
+            some = [(c, f) for c, f in jobs if (c.protocol == NO_PREFIX_CACHE) == skip_prefix_cache and c.policy != FP8]
             self._engine.forced(
                 [(prompt.tokens, forced, choice.setting(prompt)) for choice, forced in some],
                 skip_prefix_cache=skip_prefix_cache,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.plan import Item
-from benchmarks.quality.protocols import FULL, Choice
+from benchmarks.quality.engine import FP8
+from benchmarks.quality.plan import NO_PREFIX_CACHE, WINDOW, Item
+from benchmarks.quality.protocols import Choice
 
 FILE = "records.jsonl"
 
@@ -20,6 +22,9 @@ class Records:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / FILE
         self.rows: list[dict[str, Any]] = []
+        packed = self._path.with_suffix(".jsonl.gz")  # as a run is committed
+        if packed.exists() and not self._path.exists():
+            self._path.write_bytes(gzip.decompress(packed.read_bytes()))
         if self._path.exists():
             self.rows = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
         self._done = {self._key(row) for row in self.rows}
@@ -42,14 +47,12 @@ class Records:
 
 
 def choices_for(item: Item, policies: Sequence[str], keeps: Sequence[float], protocols: Sequence[str]) -> list[Choice]:
-    """The settings that make sense for an item, best first by no order in particular."""
-    from benchmarks.quality.plan import NO_PREFIX_CACHE, WINDOW
-
+    """The settings that make sense for an item."""
     wanted = {
         "text": [p for p in protocols if p == WINDOW],  # nothing is asked, so there is nothing to ask later
         "turns": [WINDOW, NO_PREFIX_CACHE],
     }.get(item.suite, list(protocols))
-    return [Choice(policy, keep, protocol) for protocol in wanted for policy in policies for keep in keeps]
-
-
-__all__ = ["FILE", "FULL", "Records", "choices_for"]
+    choices = [
+        Choice(policy, keep, protocol) for protocol in wanted for policy in policies if policy != FP8 for keep in keeps
+    ]
+    return [*choices, Choice(FP8, 1.0, WINDOW)] if FP8 in policies and item.suite != "ruler" else choices
