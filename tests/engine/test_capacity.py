@@ -80,16 +80,23 @@ def test_a_request_that_was_thrown_out_is_evicted_at_the_same_place_again(
 
 def test_a_plan_is_dropped_if_its_request_is_thrown_out_in_the_same_pass(tiny_model: Path) -> None:
     """The last free blocks go to the end of a prefill; then a more important request needs one more."""
-    h = Harness(tiny_model, num_blocks=16, keep=0.5, scheduling="priority", long_prefill=64, max_model_len=320)
+    h = Harness(
+        tiny_model, num_blocks=16, keep=0.5, scheduling="priority", chunk=96, long_prefill=64, max_model_len=320
+    )
     minor = h.add(text(319, 0), max_tokens=1, priority=1)
-    major = h.add(text(29, 1), max_tokens=9, priority=0)  # it needs its second block in step 5, like the end of `minor`
-    for _ in range(4):
+    h.step()  # alone, so that it comes first in every later pass
+    major = h.add(text(30, 1), max_tokens=9, priority=0)  # it needs its second block in step 5, when `minor` is done
+    for _ in range(3):
         h.step()
         h.check()
-    assert h.free == 16 - 8 - 1
-    assert h.scheduler.requests[minor].num_computed_tokens == 256
+    assert h.free == 16 - 9 - 1
+    assert h.scheduler.requests[minor].num_computed_tokens == 288
+    planned = []
+    start = h.manager._start_eviction
+    h.manager._start_eviction = lambda request_id, *args: (planned.append(request_id), start(request_id, *args))
     output = h.step()
     h.check()
+    assert planned == [minor]
     assert output.preempted_req_ids == {minor} and major in output.num_scheduled_tokens
     assert vllm_compat.read_message(output).evictions == []
     h.run()
@@ -118,4 +125,20 @@ def test_an_unknown_manager_evicts_nothing(tiny_model: Path) -> None:
     h.add(text(600, 0))
     h.run()
     assert h.evictions == []
+    h.assert_all_returned()
+
+
+def test_memory_is_given_back_before_others_are_thrown_out_for_want_of_it(tiny_model: Path) -> None:
+    """The first in line needs a block in the very pass in which the second, whose turn is later, has some to spare."""
+    h = Harness(tiny_model, num_blocks=25, keep=0.25, scheduling="priority", max_model_len=1024)
+    first = h.add(text(62, 0), max_tokens=80, priority=0)
+    h.step()
+    second = h.add(text(600, 1), max_tokens=80, priority=1)
+    h.step()
+    h.step()
+    assert h.free == 0, "2 blocks of the first, 19 of the second and its 4 packed ones"
+    output = h.step()
+    assert not output.preempted_req_ids and {first, second} <= set(output.num_scheduled_tokens)
+    assert h.held == 3 + 1 + 4
+    h.run()
     h.assert_all_returned()
