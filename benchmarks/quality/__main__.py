@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the first document; default: 0")
     add("--dtype", default="bfloat16", help="default: %(default)s")
     add("--page-tokens", type=int, default=32, help="tokens a page; default: %(default)s")
-    add("--cache-gib", type=float, default=2, help="memory of the KV cache; default: %(default)s")
+    add("--cache-gib", type=int, default=2, help="memory of the KV cache; default: %(default)s")
     add("--out", type=Path, default=RESULTS, help="folder of the records; default: %(default)s")
     add("--report", action="store_true", help="measure nothing, only write the report")
     chosen = parser.parse_args(arguments)

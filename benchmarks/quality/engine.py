@@ -40,7 +40,7 @@ class Engine:
         model: str | Path,
         *,
         dtype: str = "float32",
-        cache_gib: float = 2,
+        cache_gib: int = 2,
         page_tokens: int = 32,
         max_model_len: int = 8192,
         audit: str | None = None,

@@ -20,7 +20,7 @@ CONTEXT = 700
 def engine(tiny_model: Path) -> Iterator:
     from benchmarks.quality.engine import Engine
 
-    yield Engine(tiny_model, dtype="float32", cache_gib=0.5, max_model_len=2048)
+    yield Engine(tiny_model, dtype="float32", max_model_len=2048)
 
 
 @pytest.fixture(scope="module")
