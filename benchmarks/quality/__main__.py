@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -94,11 +95,15 @@ def measure(chosen: argparse.Namespace, store: records.Records) -> None:
         if missing := store.missing(item, choices):
             todo.append((item, missing))
     seconds: dict[str, list[float]] = {}
-    for item, missing in tqdm(todo, unit="item", disable=None):
-        began = time.perf_counter()
-        store.add(runner.run(item, missing))
-        seconds.setdefault(f"{item.suite}/{item.context}", []).append((time.perf_counter() - began) / len(missing))
-    _log_run(chosen, seconds, time.perf_counter() - started, engine)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a run that is told to stop is logged as well
+    try:
+        for item, missing in tqdm(todo, unit="item", disable=None):
+            began = time.perf_counter()
+            store.add(runner.run(item, missing))
+            each = (time.perf_counter() - began) / len(missing)
+            seconds.setdefault(f"{item.suite}/{item.context}", []).append(each)
+    finally:
+        _log_run(chosen, seconds, time.perf_counter() - started, engine)
 
 
 def _log_run(chosen: argparse.Namespace, seconds: dict[str, list[float]], total: float, engine: Any) -> None:
