@@ -16,7 +16,12 @@ import pytest
 
 MODE = os.environ.get("CUDA_TESTS", "")
 assert MODE in ("", "gpu", "pretend"), f"CUDA_TESTS={MODE}: choose gpu or pretend, or leave it unset"
-collect_ignore_glob = ["test_own_process.py"] if MODE else ["test_engine_*.py"]
+# What needs no platform is not run once more by the process that pretends.
+collect_ignore_glob = {
+    "": ["test_engine_*.py"],
+    "gpu": ["test_own_process.py"],
+    "pretend": ["test_own_process.py", "test_memory.py", "test_runtime.py"],
+}[MODE]
 if MODE == "gpu":
     os.environ.setdefault(
         "TRITON_F32_DEFAULT", "ieee"

@@ -17,7 +17,7 @@ from vllm_defensive.policy import PRESETS
 
 pytestmark = pytest.mark.e2e
 
-POLICIES = ("random", "streamingllm", "pyramidkv", "cake", "criticalkv", "layer-defensivekv")
+POLICIES = ("random", "streamingllm", "pyramidkv", "cake", "criticalkv", "layer-defensivekv", "halokv")
 KEEP, TOKENS = 0.35, 6
 FLOAT32 = 1e-4  # a few hundred float32 roundings of logits up to 16
 
