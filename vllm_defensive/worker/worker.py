@@ -4,6 +4,7 @@ pass, and reports what that took."""
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -66,7 +67,9 @@ class EvictionWorker(Worker):
         (group,) = (i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, EvictableSpec))
         spec, names = groups[group].kv_cache_spec, groups[group].layer_names
         context = self.vllm_config.compilation_config.static_forward_context
-        self._runtime, self._evictor = self.start_eviction(group, names, [context[name] for name in names])
+        layers = [context[name] for name in names]
+        check_layers(names, layers, context)
+        self._runtime, self._evictor = self.start_eviction(group, names, layers)
         logger.info(
             "KV eviction is on: policy %s keeps %g of each prompt of %d tokens or more (window %d); "
             "pages of %d tokens, %d layers x %d KV heads = %d pages a block",
@@ -102,3 +105,24 @@ class EvictionWorker(Worker):
         if output is not None and self._evictor is not None:
             vllm_compat.attach_microseconds(output, self._evictor.take_microseconds())
         return output
+
+
+def check_layers(names: list[str], layers: list[Any], context: Mapping[str, Any]) -> None:
+    """Refuse attention that packed pages cannot reproduce, or that scores would misjudge. Raises ValueError.
+
+    context: all layers of the model by name, those of other KV cache groups and those without a cache included.
+    """
+    readers = {getattr(layer, "kv_sharing_target_layer_name", None): name for name, layer in context.items()}
+    for name, layer in zip(names, layers, strict=True):
+        impl = layer.impl
+        for wrong, what in (
+            (impl.alibi_slopes is not None, "uses ALiBi"),
+            (impl.sinks is not None, "uses attention sinks"),
+            (getattr(impl, "logits_soft_cap", None) not in (None, 0), "caps its logits"),
+            (name in readers, f"shares its KV cache with {readers.get(name)}"),
+            (layer.num_heads != layers[0].num_heads, "has another number of query heads than the first"),
+        ):
+            if wrong:
+                raise ValueError(
+                    f"kv_eviction: layer {name} {what}, which is not supported; drop --kv-eviction or set it to none"
+                )
