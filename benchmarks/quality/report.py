@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import metrics, ruler
+from benchmarks.quality import metrics, paired, ruler
 from benchmarks.quality.engine import FP8
 from benchmarks.quality.plan import AFTER, NO_PREFIX_CACHE, WINDOW
 
@@ -22,8 +22,11 @@ def write(rows: list[Row], folder: Path) -> str:
         return f"no records in {folder}"
     table = summarise(rows)
     runs = _runs(folder)
-    (folder / "results.json").write_text(json.dumps({"runs": runs, "cells": table}, indent=1), encoding="utf-8")
-    (folder / "report.md").write_text(markdown(table, runs), encoding="utf-8")
+    pairs = [cell for first, second in paired.PAIRS for cell in paired.compare(rows, first, second)]
+    results = json.dumps({"runs": runs, "cells": table, "pairs": pairs}, indent=1)
+    (folder / "results.json").write_text(results, encoding="utf-8")
+    text = markdown(table) + paired.markdown(rows) + _costs(runs)
+    (folder / "report.md").write_text(text, encoding="utf-8")
     try:
         from benchmarks.quality import plots
     except ImportError:
@@ -73,8 +76,8 @@ def _cell(key: tuple[Any, ...], members: list[Row]) -> Row:
 # -- Markdown ---------------------------------------------------------------------------------------------------------
 
 
-def markdown(table: list[Row], runs: list[Row]) -> str:
-    """The whole report. Every table says what a cell holds."""
+def markdown(table: list[Row]) -> str:
+    """The tables of all policies."""
     parts = [
         "# Quality: measured through the engine\n",
         "Cells are means over questions; in brackets the 95 % bootstrap interval over documents. KL is "
@@ -87,7 +90,6 @@ def markdown(table: list[Row], runs: list[Row]) -> str:
             parts += [_forced_table(suite, task, context, cells)]
     for context in sorted({c["context"] for c in table if c["suite"] == "ruler"}):
         parts += [_ruler_table(context, [c for c in table if c["suite"] == "ruler" and c["context"] == context])]
-    parts.append(_costs(runs))
     return "\n".join(parts)
 
 

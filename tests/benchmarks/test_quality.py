@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.quality import metrics, plan, report, ruler, texts
+from benchmarks.quality import metrics, paired, plan, report, ruler, texts
 from benchmarks.quality.__main__ import parse
 from benchmarks.quality.protocols import Choice
 from benchmarks.quality.records import Records, choices_for
@@ -131,3 +131,13 @@ def test_one_number_of_samples_holds_for_all_contexts(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         parse(["--contexts", "64,128", "--samples", "3,2,1"])
     assert "--samples" in capsys.readouterr().err
+
+
+def test_pairs_are_compared_on_the_same_answers_only() -> None:
+    items = list(plan.items(["text"], [64], [3], seed=0))
+    first, second = (Choice(name, 0.2, plan.WINDOW) for name in ("halokv", "layer-defensivekv"))
+    rows = [row(items[i], first, kl=0.1) for i in range(3)] + [row(items[i], second, kl=0.3 + i) for i in range(2)]
+    (cell,) = paired.compare(rows, "halokv", "layer-defensivekv")
+    assert cell["answers"] == 2
+    assert cell["difference"] == pytest.approx(((0.1 - 0.3) + (0.1 - 1.3)) / 2)
+    assert "### halokv against layer-defensivekv" in paired.markdown(rows)
