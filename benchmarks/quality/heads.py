@@ -77,8 +77,9 @@ def _entry(name: str, masks: dict[str, list[Any]], first: str, seconds: list[flo
     try:
         from benchmarks.quality.plots import heat_map
 
-        path = chosen.out / f"heads_{chosen.context}_{name.replace('@', '_').replace('=', '-')}.png"
-        heat_map(share_LH, 1, path, f"{name}, keep {chosen.keep:g}, {chosen.context} tokens")
+        if "@" not in name:  # of a policy, not of a variant
+            path = chosen.out / f"heads_{chosen.context}_{name}.png"
+            heat_map(share_LH, 1, path, f"{name}, keep {chosen.keep:g}, {chosen.context} tokens")
     except ImportError:
         pass
     return {

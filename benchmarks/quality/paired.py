@@ -1,4 +1,4 @@
-"""Two policies on the same answers: the mean of their differences, which is far surer than the difference of two means."""
+"""Two policies on the same answers: the mean of their differences, surer than the difference of two means."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def markdown(rows: list[Row]) -> str:
         for c in cells:
             low, high = c["difference_interval"]
             parts.append(
-                f"| {c['task']} | {c['context']} | {c['protocol']} | {c['keep']} | {c['answers']} | {c['kl_first']:.4f} | "
-                f"{c['kl_second']:.4f} | {c['difference']:+.4f} [{low:+.4f}, {high:+.4f}] |"
+                f"| {c['task']} | {c['context']} | {c['protocol']} | {c['keep']} | {c['answers']} | "
+                f"{c['kl_first']:.4f} | {c['kl_second']:.4f} | {c['difference']:+.4f} [{low:+.4f}, {high:+.4f}] |"
             )
         parts.append("")
     return "\n".join(parts)
