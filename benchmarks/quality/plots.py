@@ -51,7 +51,7 @@ def _memory(cells: Sequence[Row], path: Path, context: int, protocol: str) -> Pa
         axes.errorbar(kept, [max(m, _FLOOR) for m in mean], yerr=[below, above], marker="o", capsize=3, label=policy)
     axes.set(yscale="log", xlabel="share of the KV cache held", ylabel="KL(full || evicted), nats a token")
     axes.set_title(f"{YARDSTICK}, {context} tokens, question {'in the window' if protocol == WINDOW else 'after'}")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, path)
 
 
@@ -68,7 +68,7 @@ def _bars(cells: Sequence[Row], path: Path, context: int, keep: float) -> Path:
     axes.set(
         ylabel="KL(full || evicted), nats a token", title=f"{context} tokens, keep {keep:g}, question in the window"
     )
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, path)
 
 
@@ -83,6 +83,6 @@ def heat_map(counts_LH: Any, tokens: int, path: Path, title: str) -> Path:
 
 def _save(figure: Any, path: Path) -> Path:
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80, bbox_inches="tight")
     plt.close(figure)
     return path
