@@ -121,9 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     show = commands.add_parser("show", help="print what was kept, and draw it over the text")
     show.add_argument("file", help="an audit file")
     show.add_argument("--html", metavar="OUT", help="write the picture to this file")
-    show.add_argument(
-        "--tokenizer", metavar="DIR", help="the model; without it tokens are shown as ids"
-    )
+    show.add_argument("--tokenizer", metavar="DIR", help="the model; without it tokens are shown as ids")
     given = parser.parse_args(arguments)
     try:
         audit = load(given.file)

@@ -113,18 +113,10 @@ def memory_beside_cache(
 
 
 def _check(name: str, layer: Any, block_size: int) -> None:
-    """Refuse what the decode kernel does not compute. Raises ValueError."""
-    impl = layer.impl
-    assert isinstance(impl, EvictionImpl), f"{name} has another attention backend"
-    for wrong, what in (
-        (impl.alibi_slopes is not None, "ALiBi"),
-        (impl.sinks is not None, "attention sinks"),
-        (impl.logits_soft_cap not in (None, 0), "a soft cap on logits"),
-        (layer.kv_sharing_target_layer_name is not None, "another layer's KV cache"),
-        (layer.kv_cache.shape[2] != block_size, f"kernel blocks of {layer.kv_cache.shape[2]} tokens"),
-    ):
-        if wrong:
-            raise ValueError(f"kv_eviction: layer {name} uses {what}, which is not supported on CUDA; set it to none")
+    """Refuse caches whose blocks vLLM has split for its own kernels. Raises ValueError."""
+    assert isinstance(layer.impl, EvictionImpl), f"{name} has another attention backend"
+    if (kernel_block := layer.kv_cache.shape[2]) != block_size:
+        raise ValueError(f"block_size={block_size}: layer {name} splits it; choose {kernel_block} with --kv-eviction")
 
 
 def _typed(cache: torch.Tensor, kv_cache_dtype: str) -> torch.Tensor:
