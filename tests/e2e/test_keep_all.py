@@ -93,6 +93,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_keep_all_equals_stock_with_the_engine_in_its_own_process(tiny_model: Path, stock: Any, tmp_path: Path) -> None:
     script, result = tmp_path / "run.py", tmp_path / "answers.pt"
     script.write_text(OWN_PROCESS)
@@ -100,7 +101,7 @@ def test_keep_all_equals_stock_with_the_engine_in_its_own_process(tiny_model: Pa
         [sys.executable, str(script), str(tiny_model), "keep-all", str(result)],
         env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="1"),
         check=True,
-        timeout=280,
+        timeout=550,
     )
     for turn in torch.load(result):
         answers = [Answer(tokens, logprobs, "", cached) for tokens, logprobs, cached in turn]

@@ -1,7 +1,8 @@
 """The engine keeps what the plain formulas choose from a plain model's own queries, keys and values.
 
 Scores come from float64 loops (`tests/policy/naive.py`), pages from the greedy loop below, the tensors from the
-reference model in float32; no line of it is the package's. The random policy is left out: it is a hash, not a formula.
+reference model in float32; no line of it is the package's. Policies whose layers have budgets of their own are compared
+with formulas in `tests/policy/` only.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from vllm_defensive.policy import PRESETS, Policy
 
 pytestmark = pytest.mark.e2e
 
-POLICIES = ("streamingllm", "snapkv", "adakv", "criticalkv", "defensivekv", "layer-defensivekv")
+POLICIES = ("streamingllm", "snapkv", "adakv", "criticalkv", "defensivekv", "layer-defensivekv", "halokv")
 PROMPTS = random_prompts((300, 417, 96), seed=5)
 KEEP, W, N = 0.35, 32, 32
 
