@@ -3,8 +3,12 @@ VENV ?= .venv
 PYTHON ?= python3
 BACKEND ?= cpu
 PYTEST_ARGS ?=
+# Tests that run at once: an engine in a test process computes on one core.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
+# All tests of a file go to one worker, which so builds the file's engine once.
+PARALLEL := -n $(WORKERS) --dist loadfile
 # Newer than what it depends on: the environment is up to date, and `make setup` has nothing to do.
 READY := $(VENV)/.ready-$(BACKEND)
 
@@ -26,10 +30,10 @@ demo: $(READY) model  ## see it work on the small model
 	$(BIN)/python -m benchmarks.demo
 
 test: $(READY) model  ## all tests; the slow ones run a real model and start servers
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-fast: $(READY)  ## the tests that need neither
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
 test-gpu: $(READY)  ## kernels and engine on this machine's GPU (BACKEND=cuda)
 	KERNELS_DEVICE=cuda $(BIN)/python -m pytest tests/kernels $(PYTEST_ARGS)

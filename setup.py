@@ -45,6 +45,7 @@ setup(
             "openai>=2.25",
             "pytest>=9",
             "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",  # two engines at a time, one core each
             "ruff==0.17.6",
             # torch's CPU build does not bring Triton; the kernel tests need its interpreter.
             "triton>=3.6; sys_platform == 'linux'",
