@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from vllm_defensive import config, vllm_compat
@@ -87,11 +88,24 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
     ):
         if unsupported:
             raise ValueError(_refusal(option, value, way_out))
+    if settings.audit is not None:
+        _check_writable(settings.audit)
     if settings.window > settings.min_tokens:
         raise ValueError(
             f"{config.option_name('window')}={settings.window}: choose at most "
             f"{config.option_name('min_tokens')}={settings.min_tokens}, or raise that one"
         )
+
+
+def _check_writable(folder: str) -> None:
+    """Make the folder of the audits now: a worker that fails to write the first of them would end the engine."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ValueError(f"{config.option_name('audit')}={folder}: name a folder that can be written to")
 
 
 def _platform() -> tuple[str, int]:
