@@ -78,6 +78,21 @@ def test_a_window_longer_than_the_shortest_prompt_is_refused() -> None:
         startup.check(vllm_config(), settings)
 
 
+def test_a_folder_for_audits_is_made_or_refused_at_start(tmp_path: Path) -> None:
+    """Refused later, it would end the engine at its first eviction."""
+    file = tmp_path / "file"
+    file.touch()
+    for folder, allowed in ((tmp_path / "new" / "folder", True), (file, False), (file / "below", False)):
+        settings = config.parse({"policy": "snapkv", "audit": str(folder)})
+        assert settings is not None
+        if allowed:
+            startup.check(vllm_config(), settings)
+            assert folder.is_dir()
+        else:
+            with pytest.raises(ValueError, match=r"kv_eviction_audit=.*: name a folder that can be written to"):
+                startup.check(vllm_config(), settings)
+
+
 def arguments(**changes: Any) -> Any:
     """Engine arguments as they are before vLLM settles them."""
     defaults = {"scheduler_cls": None, "worker_cls": "auto", "block_size": None}
