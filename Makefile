@@ -53,4 +53,4 @@ clean:  ## remove builds and caches; keep the environment and the models
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove these too
-	rm -rf $(VENV) .models
+	rm -rf $(VENV) .models .demo

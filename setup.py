@@ -27,7 +27,7 @@ setup(
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     # The kernels are a top-level package of their own (torch and triton only). Their folder is not a package,
     # because Hugging Face publishes one that is called `kernels`.
     packages=find_packages(include=["vllm_defensive", "vllm_defensive.*"]) + find_packages("kernels"),

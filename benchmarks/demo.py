@@ -52,7 +52,8 @@ def ask(server: Server, name: str, question: Question, max_tokens: int) -> Row:
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},
-        extra_body={"ignore_eos": True},  # as many tokens from everyone, so that their times compare
+        # As many tokens from everyone, special ones visible, so that their times compare.
+        extra_body={"ignore_eos": True, "skip_special_tokens": False},
     )
     times: list[float] = []
     text, held, prompt_tokens = "", 0, 0
@@ -67,12 +68,12 @@ def ask(server: Server, name: str, question: Question, max_tokens: int) -> Row:
         text += chunk.choices[0].delta.content
         if len(times) < 24:
             print(chunk.choices[0].delta.content.replace("\n", " "), end="", flush=True)
-        if len(times) == max_tokens // 2:
-            held = round(server.metric("vllm:kv_cache_usage_perc") * (POOL_BLOCKS - 1))
+        if len(times) in (8, max_tokens // 2):  # early too: what is one chunk may be several tokens
+            held = max(1, round(server.metric("vllm:kv_cache_usage_perc") * (POOL_BLOCKS - 1)))
     print(" ...")
     # The first tokens after the prefill still pay for what follows it; the second half is steady.
     steady = times[len(times) // 2 :]
-    per_token = (steady[-1] - steady[0]) / (len(steady) - 1)
+    per_token = (steady[-1] - steady[0]) / max(1, len(steady) - 1)
     return Row(name, prompt_tokens, question.answer in text, held, 1000 * per_token, times[0] - started)
 
 
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--policy", default="layer-defensivekv")
     parser.add_argument("--keep", default="0.2")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4000, 7000], help="document lengths")
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=64, help="of each answer, 24 or more")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 

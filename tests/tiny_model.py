@@ -100,16 +100,17 @@ def tiny_tokenizer(vocab_size: int):
     )
 
 
-def write_tiny_gemma3(folder: Path, seed: int = 0) -> Path:
+def write_tiny_gemma3(folder: Path, seed: int = 0, global_first: bool = False) -> Path:
     """Write a random bf16 Gemma 3: two global layers among four with a sliding window of 128 tokens. Return it."""
     import torch
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 
     tokenizer = tiny_tokenizer(512)
     special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
     config = Gemma3TextConfig(
         num_hidden_layers=6,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        layer_types=types[::-1] if global_first else types,
         sliding_window=128,
         hidden_size=128,
         intermediate_size=256,

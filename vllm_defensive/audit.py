@@ -4,7 +4,7 @@ One `<request id>.safetensors` per evicted request:
 
     kept_counts   int32 [L, H]     tokens kept by each head, shared blocks, window and tail included
     kept_indices  int32 [sum]      their positions, ascending, for head (0, 0), (0, 1), ... one after the other
-    token_ids     int32 [T]        the prompt (of a resumed request: the prompt and what it had generated)
+    token_ids     int32 [T]        the prompt, up to where it was evicted
 
 and the metadata policy, keep_ratio, num_tokens, block_size, packed_blocks, shared_blocks, window.
 """
@@ -26,6 +26,7 @@ from torch import Tensor
 from vllm_defensive.config import EvictionConfig
 from vllm_defensive.plan import Eviction
 from vllm_defensive.policy import Selection
+from vllm_defensive.vllm_compat import get_logger
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,11 @@ class Audit:
 
 
 def path_of(folder: str | os.PathLike[str], request_id: str) -> Path:
-    """Where the audit of a request goes. Characters that are unsafe in a file name become underscores."""
-    return Path(folder) / f"{re.sub(r'[^A-Za-z0-9._-]', '_', request_id)}.safetensors"
+    """Where the audit of a request goes: under vLLM's internal id, the client's followed by a random part.
+
+    Characters that are unsafe in a file name become underscores, and of a very long id the end is used.
+    """
+    return Path(folder) / f"{re.sub(r'[^A-Za-z0-9._-]', '_', request_id)[-200:]}.safetensors"
 
 
 def load(path: str | os.PathLike[str]) -> Audit:
@@ -79,6 +83,14 @@ def load(path: str | os.PathLike[str]) -> Audit:
             keep_ratio=float(meta["keep_ratio"]),
             **{k: int(meta[k]) for k in ("num_tokens", "block_size", "packed_blocks", "shared_blocks", "window")},
         )
+
+
+def record(folder: str, eviction: Eviction, selection: Selection, config: EvictionConfig, block_size: int) -> None:
+    """`write` for the engine: a full disk costs an audit and a warning, never the engine."""
+    try:
+        write(folder, eviction, selection, config, block_size)
+    except (OSError, SafetensorError) as error:
+        get_logger("kv_eviction").warning("KV eviction: no audit of %s: %s", eviction.request_id, error)
 
 
 def write(folder: str, eviction: Eviction, selection: Selection, config: EvictionConfig, block_size: int) -> Path:

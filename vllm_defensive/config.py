@@ -6,6 +6,7 @@ Field names are those of `additional_config={"kv_eviction": {...}}`; the flag of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from vllm_defensive.policy import PRESETS, public_names
 
 KEY = "kv_eviction"
 NONE = "none"
+INTERNAL_POLICIES = "VLLM_DEFENSIVE_INTERNAL_POLICIES"
 
 
 class EvictionConfig(BaseModel):
@@ -67,8 +69,12 @@ class EvictionConfig(BaseModel):
 
 
 def known_policy(name: str) -> str:
-    """`name` if it is a policy or "none". Raises ValueError otherwise."""
-    if name != NONE and name not in PRESETS:
+    """`name` if it is "none" or a policy that users may choose. Raises ValueError otherwise.
+
+    Internal policies cost memory or quality for the sake of a test; they must be unlocked by the environment.
+    """
+    unlocked = os.environ.get(INTERNAL_POLICIES) == "1"
+    if name != NONE and (name not in PRESETS or (PRESETS[name].internal and not unlocked)):
         raise ValueError(f"choose one of {', '.join(allowed_policies())}")
     return name
 

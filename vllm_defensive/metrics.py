@@ -1,8 +1,7 @@
 """Counters that prove that eviction ran: from the scheduler to `/metrics` and `LLM.get_metrics()`.
 
 vLLM's stats go from each engine to the API server in `SchedulerStats`, whose fields are fixed, so our counts travel as
-extra integer entries of one of its dictionaries and are taken out again by the logger below, which is the first in
-line.
+extra integer entries of one of its dictionaries, and are taken out again by the logger below, the first in line.
 """
 
 from __future__ import annotations

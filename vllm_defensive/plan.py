@@ -63,8 +63,8 @@ def packed_blocks(
 ) -> int:
     """`K`, the fresh blocks that an eviction of this prompt fills, or 0 when nothing is to be gained by evicting.
 
-    The scheduler allocates exactly `K` blocks and the workers fill exactly `K*L*H` pages, both from this function, so
-    no message has to come back. `keep` counts the window and the partial tail block, as the papers do; at least as many
+    The scheduler allocates exactly `K` blocks and the workers fill exactly `K*L*H` pages, so no message has to come
+    back. `keep` counts the window and the partial tail block, as the papers do; at least as many
     pages as hold the window's part of the packed region are granted to every head.
     """
     full_blocks = num_tokens // block_size

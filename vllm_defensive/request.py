@@ -2,9 +2,8 @@
 
     kv_eviction            a policy's name, or "none"
     kv_eviction_keep       fraction kept, in (0, 1]
-    kv_eviction_boundary   evict when this many prompt tokens are computed; the rest of the prompt sees what was kept,
-    and is
-                           itself kept whole ("compress the document, then ask")
+    kv_eviction_boundary   evict when this many prompt tokens are computed; the rest of the prompt sees what was
+                           kept, and is itself kept whole ("compress the document, then ask")
     kv_eviction_protect    leading prompt tokens that stay whole, in place and shared (a system prompt)
 
 Checked once in the API server, where a mistake is a 400; the scheduler resolves the same fields and must never raise.
@@ -52,8 +51,10 @@ def resolve(engine: EvictionConfig, extra_args: Mapping[str, Any] | None, num_pr
     for name, value in (extra_args or {}).items():
         if name == _PREFIX:
             own["policy"] = value
-        elif name.startswith(f"{_PREFIX}_"):
+        elif name in _ALLOWED:
             own[name.removeprefix(f"{_PREFIX}_")] = value
+        elif name.startswith(_PREFIX):
+            raise _wrong(name, value, f"unknown, choose from {', '.join(_ALLOWED)}")
     if not own:
         return RequestSettings.model_construct(policy=engine.policy, keep=engine.keep, boundary=None, protect=0)
     try:
@@ -61,9 +62,7 @@ def resolve(engine: EvictionConfig, extra_args: Mapping[str, Any] | None, num_pr
     except ValidationError as error:
         first = error.errors()[0]
         field = _field_name(str(first["loc"][0]))
-        raise _wrong(
-            field, first["input"], _ALLOWED.get(field, f"unknown, choose from {', '.join(_ALLOWED)}")
-        ) from None
+        raise _wrong(field, first["input"], _ALLOWED[field]) from None
     for field, tokens in (("boundary", settings.boundary), ("protect", settings.protect)):
         if tokens is not None and tokens > num_prompt_tokens:
             raise _wrong(_field_name(field), tokens, f"the prompt has {num_prompt_tokens} tokens")

@@ -99,9 +99,8 @@ def request_error(message: str, parameter: str, value: Any) -> Exception:
 
 def patch_stat_loggers(make_logger: Callable[[Any, list[int]], Any]) -> None:
     """P4, installed only when eviction is on. Why: the stat-logger plugin group is not read for `LLM` and not for
-    servers
-    with several API processes. How: our logger is put first, so that it takes our counts off the stats before others
-    see them; engines without eviction get none. Until: that plugin group covers all of them."""
+    servers with several API processes. How: our logger is put first, so that it takes our counts off the stats before
+    others see them; engines without eviction get none. Until: that plugin group covers all of them."""
     from vllm.v1.metrics.loggers import StatLoggerManager
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -258,6 +257,13 @@ def attach_microseconds(model_runner_output: Any, microseconds: int) -> None:
         # Model runner V2 answers with a promise, around the output that it will fill in.
         output = getattr(model_runner_output, "model_runner_output", model_runner_output)
         setattr(output, _MICROSECONDS, microseconds)
+
+
+def is_shared_output(model_runner_output: Any) -> bool:
+    """Whether this is the output object that vLLM hands out for every step without tokens."""
+    from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+
+    return model_runner_output is EMPTY_MODEL_RUNNER_OUTPUT
 
 
 def read_microseconds(model_runner_output: Any) -> int:

@@ -57,6 +57,7 @@ class Engine:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_DEFENSIVE_INTERNAL_POLICIES": "1",  # keep-all is the noise floor
         }.items():
             os.environ.setdefault(name, value)
         import torch

@@ -51,3 +51,10 @@ def test_global_layers_are_evicted_and_their_blocks_freed(tiny_gemma3: Path) -> 
         assert metrics["vllm:kv_eviction_requests"] == 3
         assert metrics["vllm:kv_eviction_freed_blocks"] == 3 * (31 - 8)
         assert_all_returned(llm)
+
+
+def test_a_global_layer_may_come_first(tmp_path: Path) -> None:
+    model = write_tiny_gemma3(tmp_path / "model", global_first=True)
+    with engine(model, "snapkv", keep=0.25) as llm:
+        generate(llm, random_prompts([1000]), 4)
+        assert metrics_of(llm)["vllm:kv_eviction_freed_blocks"] == 31 - 8

@@ -61,3 +61,14 @@ def test_a_dropped_request_starts_anew() -> None:
     windows.drop("unknown")
     windows.plan("a", 20, (12, 20), 0)
     assert windows.pop("a").shape == (L, W, Q, D)
+
+
+def test_windows_that_no_eviction_took_are_forgotten() -> None:
+    """A request can turn out to have nothing to evict when it reaches its window's end."""
+    windows = WindowQueries(2, 4, 3, 8, torch.float32)
+    for request_id, num_tokens, chunk in (("done", 20, (0, 20)), ("half", 20, (0, 18))):
+        assert windows.plan(request_id, num_tokens, chunk, 0) is not None
+    windows.drop_complete()
+    with pytest.raises(KeyError):
+        windows.pop("done")
+    assert windows.plan("half", 20, (18, 20), 0) is not None and windows.pop("half").shape == (2, 4, 3, 8)

@@ -23,7 +23,7 @@ from typing import Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
 from vllm_defensive.config import EvictionConfig
@@ -58,10 +58,13 @@ class EvictionBlockManager(FullAttentionManager):
         # The scheduler's own dict of live requests, set by it: block hashes and lengths are read from there. Without it
         # (a manager used on its own) nothing is ever evicted.
         self.requests: Mapping[str, Request] = {}
+        # Block managers of the model's other KV cache groups, set by the scheduler: they take from the same pool.
+        self.other_managers: Sequence[SingleTypeKVCacheManager] = ()
         self.totals = Totals()
         self._states: dict[str, RequestState] = {}
         self._prefilling: set[str] = set()  # still to reach their `T`
         self._unreleased: set[str] = set()  # evicted, originals not yet given back
+        self._spared: set[str] = set()  # not to be evicted, as the prefix cache was looked up for them without limit
         self._planned: dict[str, Eviction] = {}
 
     # -- allocation ---------------------------------------------------------------------------------------------------
@@ -135,8 +138,16 @@ class EvictionBlockManager(FullAttentionManager):
             count = self._packed(num_tokens, settings)
             # Originals and packed blocks exist side by side for one step. A request for which the whole pool would not
             # do is served without eviction: to refuse it, or to let it wait for ever, would be worse.
-            fits = cdiv(request.num_tokens, self.block_size) + count < self.block_pool.num_gpu_blocks
-            state = RequestState(num_tokens, settings, decided=not (count and fits))
+            beside = sum(
+                other.get_num_blocks_to_allocate(
+                    request_id, request.num_tokens, [], 0, 0, request.num_tokens, apply_admission_cap=True
+                )
+                for other in self.other_managers
+            )
+            peak = cdiv(request.num_tokens, self.block_size) + count + beside
+            fits = peak < self.block_pool.num_gpu_blocks
+            spared = request_id in self._spared
+            state = RequestState(num_tokens, settings, decided=spared or not (count and fits))
         return state
 
     def _packed(self, num_tokens: int, settings: RequestSettings, shared_blocks: int = 0) -> int:
@@ -170,19 +181,20 @@ class EvictionBlockManager(FullAttentionManager):
         pinned = 0
         could_pack: list[int] = []
         for other_id, other in self.requests.items():
-            if other_id == request_id or other.skip_reading_prefix_cache:
-                continue
+            theirs = other.block_hashes
+            if not theirs or theirs[0] != hashes[0] or other_id == request_id or other.skip_reading_prefix_cache:
+                continue  # most live requests are strangers, and this runs in the scheduler's step
             state = self._state(other_id)
             assert state is not None
             evicted = state.full_blocks > 0
-            theirs = other.block_hashes
             limit = min(full_blocks, len(hashes), state.shared_blocks if evicted else len(theirs))
             common = _common_prefix(hashes, theirs, limit)
             if state.decided:  # evicted down to what it shares, or never to be evicted
                 pinned = max(pinned, common)
             else:
                 could_pack.append(min(common, state.num_tokens // self.block_size))
-        others_needed = max(2, math.ceil(1 / mine.settings.keep)) - 1
+        # More than all live requests is enough; a tiny ratio must not overflow.
+        others_needed = max(2, math.ceil(min(1 / mine.settings.keep, len(self.requests) + 1))) - 1
         could_pack.sort(reverse=True)
         return max(pinned, could_pack[others_needed - 1] if len(could_pack) >= others_needed else 0)
 
@@ -216,6 +228,7 @@ class EvictionBlockManager(FullAttentionManager):
         self._planned.pop(request_id, None)
         self._prefilling.discard(request_id)
         self._unreleased.discard(request_id)
+        self._spared.discard(request_id)
         blocks = super().pop_blocks_for_free(request_id)
         return blocks + state.packed if state is not None else blocks
 
@@ -252,6 +265,20 @@ class EvictionBlockManager(FullAttentionManager):
         if state is None or not state.full_blocks:
             return num_tokens
         return min(num_tokens, state.full_blocks * self.block_size)
+
+    def longest_hit(self, request_id: str) -> int | None:
+        """Tokens that the prefix cache may serve to a request about to be admitted; None: as many as it has.
+
+        A hit leaves at least the observation window to be computed, since nobody caches its queries, unless there is
+        nothing to evict (all whole blocks are shared, say). That is settled here, because a window that was not
+        computed cannot be had later.
+        """
+        self._spared.discard(request_id)
+        stop = self.next_stop(request_id)
+        if stop and not self._plan(request_id, stop)[1]:
+            self._spared.add(request_id)
+            return None
+        return max(0, stop - self.eviction.window) if stop else None
 
     def next_stop(self, request_id: str) -> int:
         """`T` of a request that is still to be evicted: no chunk may run past it. 0 for all others."""

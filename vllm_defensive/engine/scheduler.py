@@ -22,12 +22,8 @@ class _EvictionMixin(Scheduler):
         super().__init__(*args, **kwargs)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         ours = [manager for manager in managers if isinstance(manager, EvictionBlockManager)]
-        if len(ours) != 1:
-            raise ValueError(
-                f"kv_eviction: this model has {len(ours)} groups of full-attention layers whose KV cache could be "
-                "evicted, and exactly one is supported; drop --kv-eviction, or set it to none"
-            )
-        self.eviction_manager = ours[0]
+        (self.eviction_manager,) = ours  # the workers have refused any other number
+        self.eviction_manager.other_managers = [manager for manager in managers if manager is not ours[0]]
         self.eviction_manager.requests = self.requests
         self._longest_hit: int | None = None
         self._reported = metrics.Totals()
@@ -59,19 +55,17 @@ class _EvictionMixin(Scheduler):
         return output
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
-        """A hit leaves at least the observation window to be computed, since nobody caches its queries."""
-        manager = self.eviction_manager
-        stop = manager.next_stop(request.request_id)
-        if not stop:
-            return super()._get_local_prefix_cache_hit(request)
-        self._longest_hit = max(0, stop - manager.eviction.window)
+        """vLLM's lookup for a request about to be admitted, no longer than the block manager allows."""
+        self._longest_hit = self.eviction_manager.longest_hit(request.request_id)
         try:
             blocks, hit, resume_at, diverged = super()._get_local_prefix_cache_hit(request)
         finally:
-            self._longest_hit = None
-        # Sliding-window groups cache only the blocks before positions at which a later request may resume. Ours resumes
-        # earlier than vLLM thinks, so we name that position, as vLLM itself does for shared prefixes.
-        return blocks, hit, resume_at or (stop - manager.eviction.window) // self.block_size * self.block_size, diverged
+            limit, self._longest_hit = self._longest_hit, None
+        if limit is not None and not resume_at:
+            # Sliding-window groups cache only the blocks before positions at which a later request may resume. Ours
+            # resumes earlier than vLLM thinks, so we name that position, as vLLM itself does for shared prefixes.
+            resume_at = limit // self.block_size * self.block_size
+        return blocks, hit, resume_at, diverged
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM's last word on the length of a chunk; ours is that it ends where the request is evicted."""

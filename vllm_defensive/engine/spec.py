@@ -28,8 +28,7 @@ class EvictableSpec(FullAttentionSpec):
         vLLM's start-up check and its length auto-fit call this, so a pool in which the longest prompt could not be
         evicted is refused before the first request.
         """
-        # The last `N` lengths, for the longest prompt is not always the one that packs most: a long tail counts as
-        # kept.
+        # The longest prompt is not always the one that packs most, as a long tail counts as kept: try `N` lengths.
         max_tokens = vllm_config.model_config.max_model_len
         lengths = range(max(1, max_tokens - self.block_size), max_tokens + 1)
         packed = max(self.eviction.packed_blocks(length, 0, self.block_size) for length in lengths)
@@ -38,6 +37,8 @@ class EvictableSpec(FullAttentionSpec):
     @classmethod
     def merge(cls, specs: list[EvictableSpec]) -> EvictableSpec:
         """One spec for a whole group. The base class rebuilds from a fixed list of fields and would drop ours."""
+        # An AssertionError is how vLLM is told that layers form no common group.
+        assert all(isinstance(spec, cls) for spec in specs), "only evictable layers form an evictable group"
         assert all(spec.eviction == specs[0].eviction for spec in specs), "one engine has one eviction config"
         base = FullAttentionSpec.merge([_plain(spec) for spec in specs])
         return as_evictable(base, specs[0].eviction)

@@ -2,7 +2,7 @@
 
 Rows that were not evicted take the stock path, bit for bit. An evicted row with `H` KV heads is handed to the same C++
 kernel as `H` sequences with one KV head each, whose block tables list head pages of the whole buffer. Nothing is
-reordered: in the stock call an evicted row looks at its own new tokens only, and that output is then overwritten.
+reordered: in the stock call an evicted row pretends to be as long as its query, and that output is then overwritten.
 """
 
 from __future__ import annotations

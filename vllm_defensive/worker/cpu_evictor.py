@@ -67,7 +67,7 @@ class CPUEvictor:
         self._runtime.tables[eviction.request_id] = RequestTable(self._view, eviction, selection.pages_LH)
         if self._writes_audit:
             assert self._config.audit is not None
-            audit.write(self._config.audit, eviction, selection, self._config, self._view.page_tokens)
+            audit.record(self._config.audit, eviction, selection, self._config, self._view.page_tokens)
 
     def _across_layers(self, eviction: Eviction, window_LWQD: Tensor, pages_LHB: Tensor, target: Tensor) -> Selection:
         """Layers share one budget: every one is scored before the first is packed, and so read twice."""

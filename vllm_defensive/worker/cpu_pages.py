@@ -13,14 +13,12 @@ from torch import Tensor
 
 
 class PageView:
-    """The KV cache of `L` layers as `data[page]`, each row the `2*N*D` elements of one head page (K half, then V
-    half)."""
+    """The KV cache of `L` layers as `data[page]`: rows of `2*N*D` elements, one head page each, K before V."""
 
     def __init__(self, caches: Sequence[Tensor]) -> None:
-        """caches: per layer `[blocks, H, N, 2*D]`, views of one buffer, pages contiguous. ValueError if they are
-        not."""
+        """caches: per layer `[blocks, H, N, 2*D]`, views of one buffer with contiguous pages; else ValueError."""
         first = caches[0]
-        blocks, self.num_heads, self.page_tokens, width = first.shape
+        _, self.num_heads, self.page_tokens, width = first.shape
         self.num_layers, self.head_size = len(caches), width // 2
         size = self.page_tokens * width
         for cache in caches:
@@ -36,7 +34,6 @@ class PageView:
         heads = torch.arange(self.num_heads) * (first.stride(1) // size)
         self._inner_LH = (layers[:, None] + heads[None, :]).to(first.device)
         self._block_stride = first.stride(0) // size
-        self.num_blocks = blocks
 
     @property
     def device(self) -> torch.device:

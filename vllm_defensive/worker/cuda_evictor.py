@@ -91,7 +91,7 @@ class CUDAEvictor:
         if self._writes_audit:
             assert self._config.audit is not None
             for eviction, selection in zip(evictions, selections, strict=True):
-                audit.write(self._config.audit, eviction, selection, self._config, self._pages.page_tokens)
+                audit.record(self._config.audit, eviction, selection, self._config, self._pages.page_tokens)
 
     def warm_up(self, max_tokens: int) -> None:
         """Compile the kernels of this engine's policy, on vLLM's null block, which nobody reads: the first prompt
@@ -229,17 +229,6 @@ class CUDAEvictor:
             min_pages=guarded(policy.guard, budget),
             first_token=prompt.evictable[0],
         )
-
-
-def _has_kernel(policy: Policy) -> bool:
-    """Whether `window_scores` computes what this policy reads of the window's attention."""
-    return (
-        policy.needs_queries
-        and policy.score is None
-        and policy.aggregate in ("mean", "defensive")
-        and policy.layer_budget != "preference"  # reads the window row by row
-        and policy.pool_kernel in KERNEL_POOLS
-    )
 
 
 def _offsets(pages_LH: Tensor) -> Tensor:

@@ -68,6 +68,11 @@ class WindowQueries:
         assert filled == self._shape[1], f"{request_id}: {filled} of {self._shape[1]} window queries were seen"
         return self._buffers.pop(request_id)
 
+    def drop_complete(self) -> None:
+        """Forget windows that no eviction took: the scheduler found nothing to gain when the request got there."""
+        for request_id in [r for r, filled in self._filled.items() if filled == self._shape[1]]:
+            self.drop(request_id)
+
     def drop(self, request_id: str) -> None:
         """Forget a request that ended, was preempted or starts anew."""
         self._buffers.pop(request_id, None)

@@ -14,12 +14,15 @@ from vllm_defensive import vllm_compat
 from vllm_defensive.config import from_vllm_config
 from vllm_defensive.engine.spec import EvictableSpec, as_evictable
 from vllm_defensive.plan import Eviction, StepMessage
+from vllm_defensive.worker.window import WindowQueries
 
 logger = vllm_compat.get_logger("kv_eviction")
 
 
 class Runtime(Protocol):
     """Per-device state of evicted requests between steps."""
+
+    windows: WindowQueries
 
     def begin(self, message: StepMessage, gone: set[str]) -> None:
         """A real step starts; `gone` requests are forgotten."""
@@ -64,7 +67,13 @@ class EvictionWorker(Worker):
         """Allocate the KV cache, then start eviction on the group that can be evicted."""
         super().initialize_from_config(kv_cache_config)
         groups = kv_cache_config.kv_cache_groups
-        (group,) = (i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, EvictableSpec))
+        evictable = [i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, EvictableSpec)]
+        if len(evictable) != 1:
+            raise ValueError(
+                f"kv_eviction: this model has {len(evictable)} groups of full-attention layers whose KV cache could be "
+                "evicted, and exactly one is supported; drop --kv-eviction or set it to none"
+            )
+        (group,) = evictable
         spec, names = groups[group].kv_cache_spec, groups[group].layer_names
         context = self.vllm_config.compilation_config.static_forward_context
         layers = [context[name] for name in names]
@@ -95,6 +104,7 @@ class EvictionWorker(Worker):
         finally:
             self._runtime.end()
         self._evictor.evict(message.evictions)
+        self._runtime.windows.drop_complete()
         return self._report(output)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +112,8 @@ class EvictionWorker(Worker):
         return self._report(super().sample_tokens(*args, **kwargs))
 
     def _report(self, output: Any) -> Any:
-        if output is not None and self._evictor is not None:
+        # vLLM answers steps without tokens with one shared object, on which a report would stay for ever.
+        if output is not None and self._evictor is not None and not vllm_compat.is_shared_output(output):
             vllm_compat.attach_microseconds(output, self._evictor.take_microseconds())
         return output
 
