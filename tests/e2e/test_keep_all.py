@@ -30,10 +30,6 @@ pytestmark = pytest.mark.e2e
 
 
 PROMPTS = random_prompts(MIXED)
-MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-
-
-PROMPTS = random_prompts(MIXED)
 # Together they outgrow 48 blocks of 32 by far; each of them alone, packed copy included, fits.
 CROWD = random_prompts((300, 260, 100, 290, 250, 90, 31), seed=2)
 CROWD_TOKENS = 160
