@@ -144,12 +144,12 @@ def eviction_cases(shape: Shape, tokens: int, keep: float) -> Iterator[Case]:
 
     projection = torch.randn(shape.hidden, H * G * D, dtype=shape.dtype, device=shape.device)
     slices = projection.view(shape.hidden, H * G, D).permute(1, 2, 0)
-    gram = formulas.output_gram(slices)
+    factor = gram_factor(slices)
     rivals: dict[str, dict[str, Callable[[], object]]] = {
         "L1": {"torch, dense V": lambda: formulas.value_norm_l1(value, slices)},
-        "L2": {"torch, dense V": lambda: formulas.value_norm_l2_gram(value, gram)},
+        "L2": {"torch, dense V": lambda: formulas.value_norm_l2(value, factor)},
     }
-    for name, weight, order in (("L1", slices, 1), ("L2", gram_factor(slices), 2)):
+    for name, weight, order in (("L1", slices, 1), ("L2", factor, 2)):
 
         def run(weight: Tensor = weight, order: int = order) -> Tensor:
             return value_norm(pages, L - 1, table[None], scored, weight, order=order)

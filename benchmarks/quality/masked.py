@@ -89,7 +89,7 @@ class MaskedModel:
                 key_HSD=self._cache.layers[layer].keys[0],
                 value_HSD=self._cache.layers[layer].values[0],
                 output_QDM=self._output[layer],
-                gram_QDD=None,
+                factor_QDC=None,
                 scale=self._scale,
                 keep_ratio=keep,
                 evictable=(0, tokens),

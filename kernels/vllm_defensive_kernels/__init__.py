@@ -33,7 +33,7 @@ _EXPORTS = {
     "WindowScores": "window",
     "window_scores": "window",
     "value_norm": "norms",
-    "gram_factor": "norms",
+    "gram_factor": "formulas",
     "PageSelection": "selection",
     "select_pages": "selection",
     "compact": "compaction",

@@ -191,30 +191,35 @@ def value_norm_l1(value_HTD: Tensor, output_QDM: Tensor) -> Tensor:
     return norm_HT / group
 
 
-def output_gram(output_QDM: Tensor) -> Tensor:
-    """Wo Wo^T of each query head, for `value_norm_l2_gram`; computed once at load. [Q, D, M] -> fp32 [Q, D, D]."""
-    output_QDM = output_QDM.float()
-    return torch.bmm(output_QDM, output_QDM.mT)
+def gram_factor(output_QDM: Tensor) -> Tensor:
+    """Factor C of Wo Wo^T = C C^T of each query head: `||v C||_2 = ||v Wo||_2` without the hidden axis.
 
-
-def value_norm_l2_gram(value_HTD: Tensor, gram_QDD: Tensor) -> Tensor:
-    """mean_g || v_t Wo_{h,g} ||_2 without the hidden axis: sqrt(v G v^T). [H, T, D], [Q, D, D] -> fp32 [H, T].
-
-    M/D times cheaper than the L1 norm. Each head is computed in float32 and in cache-sized tiles.
+    Any float dtype [Q, D, M] -> the same dtype [Q, D, min(D, M)], computed in fp32, once at load.
     """
-    heads, tokens, head_size = value_HTD.shape
-    group = gram_QDD.shape[0] // heads
-    gram_HDGD = gram_QDD.float().view(heads, group, head_size, head_size).transpose(1, 2)
+    # Wo^T = Q R with orthonormal Q, so Wo Wo^T = R^T R.
+    return torch.linalg.qr(output_QDM.float().mT, mode="r").R.mT.contiguous().to(output_QDM.dtype)
+
+
+def value_norm_l2(value_HTD: Tensor, factor_QDC: Tensor) -> Tensor:
+    """mean_g || v_t C_{h,g} ||_2, the L2 norm of what `value_norm_l1` measures. [H, T, D], [Q, D, C] -> fp32 [H, T].
+
+    factor_QDC: `gram_factor` of the output projection's slices, M/D times cheaper, or the slices themselves.
+    With bf16 values and factors the products are rounded to bf16 once (relative error of the norm 1e-3); other dtypes
+    are computed in float32.
+    """
+    heads, tokens, _ = value_HTD.shape
+    group, columns = factor_QDC.shape[0] // heads, factor_QDC.shape[-1]
+    if not value_HTD.dtype == factor_QDC.dtype == torch.bfloat16:
+        value_HTD, factor_QDC = value_HTD.float(), factor_QDC.float()
+    factor_HDX = factor_QDC.unflatten(0, (heads, group)).transpose(1, 2).flatten(2)
+    wide = torch.float32 if value_HTD.dtype == torch.bfloat16 else value_HTD.dtype
     norm_HT = torch.empty(heads, tokens, dtype=torch.float32, device=value_HTD.device)
-    tile = max(64, 2 * temporary_elements(value_HTD) // (group * head_size))
+    tile = max(64, 8 * temporary_elements(value_HTD) // (group * columns))
     for head in range(heads):
-        gram_DX = gram_HDGD[head].reshape(head_size, group * head_size)
         for first in range(0, tokens, tile):
-            value_TD = value_HTD[head, first : first + tile].float()
-            product_TGD = (value_TD @ gram_DX).view(-1, group, head_size)
-            square_TG = product_TGD.mul_(value_TD.unsqueeze(1)).sum(dim=-1)
-            # Rounding may push a vanishing square below zero.
-            norm_HT[head, first : first + tile] = square_TG.clamp_min_(0).sqrt_().mean(dim=-1)
+            product_TX = value_HTD[head, first : first + tile] @ factor_HDX[head]
+            norm_TG = torch.linalg.vector_norm(product_TX.unflatten(-1, (group, columns)), dim=-1, dtype=wide)
+            norm_HT[head, first : first + tile] = norm_TG.mean(dim=-1)
     return norm_HT
 
 

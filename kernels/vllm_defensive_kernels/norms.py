@@ -66,16 +66,6 @@ def _value_norm_kernel(
     tl.store(out, norm * (factor / G), mask=t < count)
 
 
-def gram_factor(output_QDM: Tensor) -> Tensor:
-    """Factor C of Wo Wo^T = C C^T of each query head: the weights that make `value_norm(order=2)` cheap.
-
-    Any float dtype `[Q, D, M]` -> the same dtype `[Q, D, min(D, M)]`, computed in fp32, once at load.
-    """
-    require_shape("output_QDM", output_QDM, (None, None, None))
-    # Wo^T = Q R with orthonormal Q, so Wo Wo^T = R^T R.
-    return torch.linalg.qr(output_QDM.float().mT, mode="r").R.mT.contiguous().to(output_QDM.dtype)
-
-
 def value_norm(
     pages: PagedKV,
     layer: int,
@@ -91,7 +81,7 @@ def value_norm(
 
     table_RB: int32 `[R, blocks]`. tokens: row r covers its first `counts[r]` prompt tokens.
     output_QDC: fp32, fp16 or bf16 `[Q, D, C]`, any strides: the slices of the output projection (`C` = hidden size), or
-        for order=2 `gram_factor` of them. Values are converted to its dtype; products accumulate in fp32.
+        for order=2 `formulas.gram_factor` of them. Values are converted to its dtype; products accumulate in fp32.
     order: 1 or 2. value_scale: what fp8 pages are multiplied with. out_HT: fp32 `[H, total tokens]`, stride 1 in T.
 
     Raises ValueError for arguments that do not fit. `2*H*G*D*C` flops a token.

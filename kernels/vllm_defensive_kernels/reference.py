@@ -62,7 +62,7 @@ def value_norm(
         if order == 1:
             norm_HT = formulas.value_norm_l1(value_HTD, output_QDC)
         else:
-            norm_HT = formulas.value_norm_l2_gram(value_HTD, formulas.output_gram(output_QDC))
+            norm_HT = formulas.value_norm_l2(value_HTD, output_QDC)
         out_HT[:, span] = norm_HT * value_scale
     return out_HT
 

@@ -83,7 +83,7 @@ def score(
     """`score_layer` over the whole prompt, unless `changes` say otherwise."""
     arguments: dict = {
         **vars(inputs),
-        "gram_QDD": None,
+        "factor_QDC": None,
         "scale": scale_of(shape),
         "keep_ratio": keep_ratio,
         "evictable": (0, shape.tokens),

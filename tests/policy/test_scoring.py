@@ -83,7 +83,7 @@ def test_stage_one_leaves_out_the_token_that_crosses_the_threshold() -> None:
 
 def test_gram_norm_is_the_l2_norm_of_the_projected_value() -> None:
     inputs = make_layers(Shape(90, heads=2, group=3, head_size=80, hidden=50))[0]
-    norm = formulas.value_norm_l2_gram(inputs.value_HSD, formulas.output_gram(inputs.output_QDM))
+    norm = formulas.value_norm_l2(inputs.value_HSD, formulas.gram_factor(inputs.output_QDM))
     grouped = inputs.output_QDM.view(2, 3, 80, 50)
     expected = torch.einsum("htd,hgdm->hgtm", inputs.value_HSD, grouped).norm(dim=-1).mean(dim=1)
     torch.testing.assert_close(norm, expected)

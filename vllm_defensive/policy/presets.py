@@ -29,7 +29,7 @@ class Policy:
     scope: Scope
     """Who shares a budget: each head has its own, the heads of a layer, or all heads of all layers."""
     value_weight: ValueWeight = "none"
-    """Weight scores by || v Wo ||: exactly (l1), or through the Gram matrix (l2-gram)."""
+    """Weight scores by || v Wo ||: exactly (l1), or its L2 norm through a factor of the Gram matrix (l2-gram)."""
     layer_budget: LayerBudget = "even"
     """Of scope "head": every layer keeps the same, or falling linearly from the first (PyramidKV), or in proportion to
     how spread and how changing its attention is (CAKE). All heads of a layer keep the same count."""

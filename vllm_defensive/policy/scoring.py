@@ -40,7 +40,7 @@ def score_layer(
     key_HSD: Tensor,
     value_HSD: Tensor,
     output_QDM: Tensor | None,
-    gram_QDD: Tensor | None,
+    factor_QDC: Tensor | None,
     scale: float,
     keep_ratio: float,
     evictable: tuple[int, int],
@@ -54,7 +54,7 @@ def score_layer(
 
     query_WQD: post-RoPE queries of the last W tokens (None where the policy needs none; give `window` then).
     output_QDM: the output projection's slice of each query head; None weighs no values.
-    gram_QDD: `formulas.output_gram(output_QDM)`, for "l2-gram"; computed here when it is missing.
+    factor_QDC: `formulas.gram_factor(output_QDM)`, for "l2-gram"; computed here when it is missing.
     scale: of the logits. keep_ratio: bounds stage 1 of "mass".
     reduce_heads: sums a tensor over the ranks that share this layer's heads; None on one rank.
     """
@@ -74,7 +74,7 @@ def score_layer(
             assert scores_HT.shape == (key_HSD.shape[0], scored), f"{policy.name} returned {tuple(scores_HT.shape)}"
             return LayerScores(_cut_and_force(scores_HT.float(), start, stop))
         attention = _observe(policy, query_WQD, key_HSD, scale)
-        norm_HT = _value_norm(policy, value_HSD[:, :scored], output_QDM, gram_QDD)
+        norm_HT = _value_norm(policy, value_HSD[:, :scored], output_QDM, factor_QDC)
         return settle(
             policy,
             attention,
@@ -182,13 +182,15 @@ def _observe_heads(policy: Policy, query_WHGD: Tensor, key_HSD: Tensor, scale: f
     return Attention(scores_HT, mean_HT, torch.stack(biases).sum(dim=0), spread)
 
 
-def _value_norm(policy: Policy, value_HTD: Tensor, output_QDM: Tensor | None, gram_QDD: Tensor | None) -> Tensor | None:
+def _value_norm(
+    policy: Policy, value_HTD: Tensor, output_QDM: Tensor | None, factor_QDC: Tensor | None
+) -> Tensor | None:
     if policy.value_weight == "l1" and output_QDM is not None:
         return formulas.value_norm_l1(value_HTD, output_QDM)
     if policy.value_weight == "l2-gram":
-        if gram_QDD is None and output_QDM is not None:
-            gram_QDD = formulas.output_gram(output_QDM)
-        return None if gram_QDD is None else formulas.value_norm_l2_gram(value_HTD, gram_QDD)
+        if factor_QDC is None and output_QDM is not None:
+            factor_QDC = formulas.gram_factor(output_QDM)
+        return None if factor_QDC is None else formulas.value_norm_l2(value_HTD, factor_QDC)
     return None
 
 

@@ -109,7 +109,7 @@ class CPUEvictor:
             key_HSD=key_HTD[:, : eviction.num_tokens],
             value_HSD=value_HTD[:, : eviction.num_tokens],
             output_QDM=self._projections.slices(layer) if policy.needs_values and not gram else None,
-            gram_QDD=self._projections.gram(layer) if gram else None,
+            factor_QDC=self._projections.factor(layer) if gram else None,
             scale=self._scale,
             keep_ratio=eviction.keep,
             evictable=self._evictable(eviction),

@@ -197,7 +197,7 @@ class CUDAEvictor:
             key_HSD=key_HSD,
             value_HSD=value_HSD,
             output_QDM=self._projections.slices(layer) if policy.needs_values else None,
-            gram_QDD=None,
+            factor_QDC=None,
             scale=self._scale,
             keep_ratio=prompt.eviction.keep,
             evictable=prompt.evictable,

@@ -68,7 +68,6 @@ class Projections:
         self._model, self._names = model, attention_names
         self._shape = (num_heads, head_size)
         self._slices: list[Tensor | None] | None = None
-        self._grams: list[Tensor | None] | None = None
         self._factors: list[Tensor | None] | None = None
 
     def slices(self, layer: int) -> Tensor | None:
@@ -76,13 +75,6 @@ class Projections:
         if self._slices is None:
             self._slices = [output_slices(self._model, name, *self._shape) for name in self._names]
         return self._slices[layer]
-
-    def gram(self, layer: int) -> Tensor | None:
-        """`Wo Wo^T` of one layer by query head, fp32 `[Q, D, D]`, or None."""
-        if self._grams is None:
-            parts = [output_slices(self._model, name, *self._shape) for name in self._names]
-            self._grams = [None if part is None else gram(part) for part in parts]
-        return self._grams[layer]
 
     def factor(self, layer: int) -> Tensor | None:
         """`C` of `C C^T = Wo Wo^T` of one layer by query head, `[Q, D, D]` in the model's dtype, or None."""
@@ -92,9 +84,3 @@ class Projections:
             parts = [output_slices(self._model, name, *self._shape) for name in self._names]
             self._factors = [None if part is None else gram_factor(part) for part in parts]
         return self._factors[layer]
-
-
-def gram(output_QDM: Tensor) -> Tensor:
-    """`Wo Wo^T` per query head, fp32 `[Q, D, D]`: enough for `||v Wo||_2`."""
-    output = output_QDM.float()
-    return output @ output.transpose(1, 2)
