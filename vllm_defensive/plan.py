@@ -48,14 +48,16 @@ class StepMessage:
 
     observe: request id -> `T` for each scheduled request whose tokens of this step overlap its observation window; the
         worker keeps their queries.
+    accumulate: request id -> `T` for each scheduled request up to `T` whose policy sums the attention of all queries.
     evictions: to be carried out right after this step's forward pass.
     """
 
     observe: dict[str, int] = field(default_factory=dict)
+    accumulate: dict[str, int] = field(default_factory=dict)
     evictions: list[Eviction] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.observe or self.evictions)
+        return bool(self.observe or self.accumulate or self.evictions)
 
 
 def packed_blocks(

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_defensive import config, vllm_compat
 from vllm_defensive.config import EvictionConfig
+from vllm_defensive.policy import PRESETS
 from vllm_defensive.request import RequestFieldError, resolve
 
 SCHEDULER = "vllm_defensive.engine.scheduler.make_scheduler"
@@ -88,6 +89,8 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
     ):
         if unsupported:
             raise ValueError(_refusal(option, value, way_out))
+    if on_cuda and _only_on_cpus(settings.policy):
+        raise ValueError(f"{config.option_name('policy')}={settings.policy}: {_CPU_ONLY}")
     if settings.audit is not None:
         _check_writable(settings.audit)
     if settings.window > settings.min_tokens:
@@ -140,6 +143,13 @@ def _refused_on_cuda(vllm_config: Any) -> tuple[tuple[Any, str, Any, str], ...]:
     )
 
 
+_CPU_ONLY = "supported on CPUs only, as it sums the attention of all queries; choose another policy on a GPU"
+
+
+def _only_on_cpus(policy: str) -> bool:
+    return policy in PRESETS and PRESETS[policy].accumulates
+
+
 def _check_request(processed_inputs: Any, params: Any) -> None:
     """Refuse a request with wrong `kv_eviction*` fields: HTTP 400, or VLLMValidationError from `LLM`."""
     extra_args = getattr(params, "extra_args", None)
@@ -147,7 +157,9 @@ def _check_request(processed_inputs: Any, params: Any) -> None:
         return
     prompt = processed_inputs.get("decoder", processed_inputs)
     try:
-        resolve(_settings, extra_args, len(prompt.get("prompt_token_ids", prompt.get("prompt_embeds", ()))))
+        own = resolve(_settings, extra_args, len(prompt.get("prompt_token_ids", prompt.get("prompt_embeds", ()))))
+        if _only_on_cpus(own.policy) and _platform()[0] == PLATFORMS["cuda"][0]:
+            raise RequestFieldError(f"{config.KEY}={own.policy!r}: {_CPU_ONLY}", config.KEY, own.policy)
     except RequestFieldError as error:
         raise vllm_compat.request_error(str(error), error.field, error.value) from None
 

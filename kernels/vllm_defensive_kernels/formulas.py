@@ -18,6 +18,8 @@ DEVICE_ELEMENTS = 2**22
 # Scores that are sorted or packed at a time: enough to keep a GPU busy, few enough that a prompt of 128K tokens needs
 # no gigabyte beside a full KV cache.
 SORT_ELEMENTS = 2**22
+# Of one tile of a prompt's attention: 4 MB in float32.
+ACCUMULATED_ELEMENTS = 2**20
 
 STAGE_ONE_MASS = 0.9
 HALF_BUDGET_EPSILON = 1e-4
@@ -153,6 +155,23 @@ def aggregate_defensive(attention_HGWT: Tensor, kernel: int) -> Tensor:
     fp32 [H, G, W, T] -> fp32 [H, T].
     """
     return clamp_to_mean(aggregate_peak(attention_HGWT, kernel))
+
+
+def accumulate_attention(mass_HS: Tensor, query_CQD: Tensor, key_HSD: Tensor, scale: float) -> None:
+    """Add to each of the S keys the attention that the last C queries pay it, causal, summed over the queries and
+    averaged over the group (H2O, arXiv 2306.14048). In place, fp32 [H, S].
+
+    In tiles of queries: a temporary has Q*S elements for each query of a tile, never S*S.
+    """
+    chunk, query_heads, _ = query_CQD.shape
+    heads, tokens, _ = key_HSD.shape
+    key_HSD = key_HSD.float()
+    tile = max(1, ACCUMULATED_ELEMENTS // (query_heads * tokens))
+    for first in range(0, chunk, tile):
+        query_WQD = query_CQD[first : first + tile]
+        seen = tokens - chunk + first + len(query_WQD)
+        attention_HGWS = window_attention(query_WQD, key_HSD[:, :seen], scale)
+        mass_HS[:, :seen] += attention_HGWS.sum(dim=(1, 2)).mul_(heads / query_heads)
 
 
 def entropy(attention_X: Tensor) -> Tensor:

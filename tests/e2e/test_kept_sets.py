@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.engines import audit_of, engine, generate, random_prompts
+from tests.e2e.engines import assert_all_returned, audit_of, engine, generate, random_prompts, worker_of
 from tests.policy import naive
 from tests.reference_model import Layer, ReferenceLlama
 from vllm_defensive.audit import Audit
+from vllm_defensive.plan import StepMessage
 from vllm_defensive.policy import PRESETS, Policy
 
 pytestmark = pytest.mark.e2e
 
-POLICIES = ("streamingllm", "snapkv", "adakv", "criticalkv", "defensivekv", "layer-defensivekv", "halokv")
+POLICIES = ("streamingllm", "h2o", "snapkv", "adakv", "criticalkv", "defensivekv", "layer-defensivekv", "halokv")
 PROMPTS = random_prompts((300, 417, 96), seed=5)
 KEEP, W, N = 0.35, 32, 32
 
@@ -88,7 +89,7 @@ def naive_scores(policy: Policy, reference: ReferenceLlama, layers: list[Layer])
     scores = []
     for i, layer in enumerate(layers):
         arrays = (layer.query_TQD[-W:], layer.key_HTD, layer.value_HTD, reference.output_projection(i))
-        inputs = naive.Layer(*(x.double().numpy() for x in arrays))
+        inputs = naive.Layer(*(x.double().numpy() for x in arrays), layer.query_TQD[:-W].double().numpy())
         scores.append(naive.scores(policy, inputs, index=i, scale=reference.head_size**-0.5, keep_ratio=KEEP))
     return scores
 
@@ -134,6 +135,34 @@ def test_kept_sets_are_those_of_the_formulas(
         # Its tensors are off by 2^-9, which decides between tokens, and pages, whose scores are as close.
         assert same > 0.99 * total
         assert moved // 2 <= len(PROMPTS)
+
+
+@pytest.mark.parametrize("chunk", [48, 130, 512])
+def test_attention_of_all_queries_is_summed_over_any_chunks(
+    tiny_model: Path, attention: tuple[ReferenceLlama, list[list[Layer]]], tmp_path: Path, chunk: int
+) -> None:
+    """Asked of a server of another policy, beside requests that are evicted otherwise or not at all; a second time the
+    prefix cache has the prompts, but not their queries."""
+    reference, recorded = attention
+    fields = [{"kv_eviction": p, "kv_eviction_keep": KEEP} for p in ("h2o", "h2o", "h2o", "snapkv", "none")]
+    prompts = PROMPTS + random_prompts((200, 150), seed=8)
+    settings = {"dtype": "float32", "audit": str(tmp_path), "max_num_batched_tokens": chunk}
+    with engine(tiny_model, "layer-defensivekv", **settings) as llm:
+        turns = [generate(llm, prompts, 2, extra_args=fields) for _ in range(2)]
+        assert_all_returned(llm)
+        runtime = worker_of(llm)._runtime
+        runtime.begin(StepMessage(), ())
+        assert not runtime.accumulations._masses and not runtime.accumulations._seen
+    assert [a.cached_tokens for a in turns[1][:3]] == [0, 0, 0]
+    assert turns[1][3].cached_tokens > 0 and turns[1][4].cached_tokens > 0
+    for turn in turns:
+        for prompt, layers, answer in zip(PROMPTS, recorded, turn, strict=False):
+            audit = audit_of(tmp_path, answer.request_id)
+            assert audit.policy == "h2o"
+            for layer, (scores, _) in enumerate(naive_scores(PRESETS["h2o"], reference, layers)):
+                for head, score in enumerate(scores):
+                    expected = best_tokens(PRESETS["h2o"], score, None, len(prompt), audit.packed_blocks * N)
+                    assert audit.positions(layer, head).tolist() == sorted(expected), (layer, head)
 
 
 def of_head(values: np.ndarray | None, head: int) -> np.ndarray | None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from vllm_defensive import vllm_compat
 from vllm_defensive.plan import Eviction
+from vllm_defensive.policy import PRESETS
 
 _EVICTED = 0x5BD1E995  # mixed into what is computed from an evicted context
 
@@ -25,6 +26,7 @@ class _Row:
 
     table: list[int] = field(default_factory=list)
     seen_window: set[int] = field(default_factory=set)
+    accumulated: int = 0
     eviction: Eviction | None = None
     stamp: int = 0
 
@@ -53,6 +55,10 @@ class GhostWorker:
                 first = num_tokens - self._window
                 chunk = range(max(computed[request_id], first), min(computed[request_id] + count, num_tokens))
                 self._rows[request_id].seen_window.update(chunk)
+            if request_id in message.accumulate:
+                row, start = self._rows[request_id], computed[request_id]
+                assert row.accumulated == start, f"{request_id}: {row.accumulated} of {start} queries"
+                row.accumulated += count
         for request_id, count in output.num_scheduled_tokens.items():
             self._read(request_id, computed[request_id] + count)
         for eviction in message.evictions:
@@ -121,7 +127,10 @@ class GhostWorker:
     def _evict(self, eviction: Eviction, written: set[int]) -> None:
         row, size = self._rows[eviction.request_id], self._block_size
         assert row.eviction is None, f"{eviction.request_id} is evicted twice"
-        assert len(row.seen_window) == self._window, f"{eviction.request_id}: {len(row.seen_window)} window queries"
+        if PRESETS[eviction.policy].accumulates:
+            assert row.accumulated == eviction.num_tokens, f"{eviction.request_id}: {row.accumulated} queries"
+        else:
+            assert len(row.seen_window) == self._window, f"{eviction.request_id}: {len(row.seen_window)} window queries"
         table = row.table[: -(-eviction.num_tokens // size)]
         assert list(eviction.source_blocks) == table, "the plan's source blocks are not the request's"
         assert not written & set(eviction.packed_blocks), "a packed block was written in the same step"

@@ -12,6 +12,7 @@ from tests.policy import naive
 from vllm_defensive.policy import LayerScores, Policy, Selection, score_layer
 from vllm_defensive.policy.budget import guarded, kept_fraction, reference_budget
 from vllm_defensive.policy.selection import select_within
+from vllm_defensive_kernels import formulas
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,16 @@ def score(
         "evictable": (0, shape.tokens),
         **changes,
     }
+    if policy.accumulates:
+        arguments |= {"mass_HS": accumulated(inputs, arguments["scale"]), "window": shape.window}
     return score_layer(policy, layer=layer, **arguments)
+
+
+def accumulated(inputs: LayerInputs, scale: float) -> Tensor:
+    """What the last queries, the only ones that `inputs` has, pay to each token: fp32 `[H, S]`."""
+    mass_HS = torch.zeros(inputs.key_HSD.shape[:2])
+    formulas.accumulate_attention(mass_HS, inputs.query_WQD, inputs.key_HSD, scale)
+    return mass_HS
 
 
 def naive_layer(inputs: LayerInputs) -> naive.Layer:

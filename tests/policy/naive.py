@@ -16,12 +16,16 @@ Rows = np.ndarray  # [H, G, W, n], attention of the window's queries to the toke
 
 @dataclass
 class Layer:
-    """Inputs of one layer, float64. query [W, Q, D], key and value [H, S, D], output [Q, D, M] or None."""
+    """Inputs of one layer, float64. query [W, Q, D], key and value [H, S, D], output [Q, D, M] or None.
+
+    earlier: queries of tokens before the window, `[_, Q, D]`, where the test has them.
+    """
 
     query: np.ndarray
     key: np.ndarray
     value: np.ndarray
     output: np.ndarray | None
+    earlier: np.ndarray | None = None
 
 
 def attention(layer: Layer, scale: float) -> Rows:
@@ -61,6 +65,13 @@ def mean_scores(rows: Rows, kernel: int) -> np.ndarray:
     return np.array(
         [sum(pool(rows[h, :, w].mean(axis=0), kernel) for w in range(window)) / window for h in range(heads)]
     )
+
+
+def accumulated_scores(layer: Layer, scale: float, n: int) -> np.ndarray:
+    """What each of the first n tokens gets from all queries there are, on average over the group."""
+    query = layer.query if layer.earlier is None else np.concatenate([layer.earlier, layer.query])
+    rows = attention(Layer(query, layer.key, layer.value, layer.output), scale)
+    return rows.sum(axis=2).mean(axis=1)[:, :n]
 
 
 def defensive_scores(rows: Rows, kernel: int) -> np.ndarray:
@@ -138,6 +149,8 @@ def scores(
         return np.array([[tokens if t < 4 else t for t in range(n)]] * heads, dtype=float), None
     if policy.aggregate == "uniform":
         return np.ones((heads, n)), None
+    if policy.aggregate == "accumulated":
+        return accumulated_scores(layer, scale, n), None
     full_rows = attention(layer, scale)
     rows = full_rows[..., :n]
     weighted = layer.output is not None and policy.value_weight != "none"

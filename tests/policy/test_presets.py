@@ -13,6 +13,7 @@ def test_public_names_are_frozen() -> None:
     """Users write these names; removing or renaming one breaks their command lines."""
     names = (
         "streamingllm",
+        "h2o",
         "snapkv",
         "pyramidkv",
         "cake",

@@ -29,6 +29,7 @@ from vllm.v1.request import Request
 from vllm_defensive.config import EvictionConfig
 from vllm_defensive.metrics import Totals
 from vllm_defensive.plan import Eviction, StepMessage
+from vllm_defensive.policy import PRESETS
 from vllm_defensive.request import RequestSettings, settings_or_none
 
 
@@ -47,6 +48,11 @@ class RequestState:
     shared_blocks: int = 0
     full_blocks: int = 0
     packed: list[KVCacheBlock] = field(default_factory=list)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether every query up to `T` must be computed: the request reads nobody's blocks."""
+        return not self.decided and PRESETS[self.settings.policy].accumulates
 
 
 class EvictionBlockManager(FullAttentionManager):
@@ -163,7 +169,7 @@ class EvictionBlockManager(FullAttentionManager):
             return 0, 0
         full_blocks = state.num_tokens // self.block_size
         shared = min(cdiv(state.settings.protect, self.block_size), full_blocks)
-        if self.eviction.shared == "keep":
+        if self.eviction.shared == "keep" and not state.accumulates:
             shared = max(shared, self._shared_blocks(request_id, state, full_blocks))
         return shared, self._packed(state.num_tokens, state.settings, shared)
 
@@ -186,6 +192,8 @@ class EvictionBlockManager(FullAttentionManager):
                 continue  # most live requests are strangers, and this runs in the scheduler's step
             state = self._state(other_id)
             assert state is not None
+            if state.accumulates:
+                continue
             evicted = state.full_blocks > 0
             limit = min(full_blocks, len(hashes), state.shared_blocks if evicted else len(theirs))
             common = _common_prefix(hashes, theirs, limit)
@@ -246,7 +254,9 @@ class EvictionBlockManager(FullAttentionManager):
             self._count(eviction)
         for request_id in [r for r in self._prefilling if r in num_scheduled_tokens]:
             num_tokens, end = self._states[request_id].num_tokens, self.requests[request_id].num_computed_tokens
-            if end > num_tokens - self.eviction.window:
+            if PRESETS[self._states[request_id].settings.policy].accumulates:
+                message.accumulate[request_id] = num_tokens
+            elif end > num_tokens - self.eviction.window:
                 message.observe[request_id] = num_tokens
             if end >= num_tokens:
                 self._prefilling.discard(request_id)
@@ -269,16 +279,20 @@ class EvictionBlockManager(FullAttentionManager):
     def longest_hit(self, request_id: str) -> int | None:
         """Tokens that the prefix cache may serve to a request about to be admitted; None: as many as it has.
 
-        A hit leaves at least the observation window to be computed, since nobody caches its queries, unless there is
-        nothing to evict (all whole blocks are shared, say). That is settled here, because a window that was not
-        computed cannot be had later.
+        A hit leaves at least the observation window to be computed (all of the prompt, if the policy accumulates),
+        since nobody caches queries, unless there is nothing to evict (all whole blocks are shared, say). That is
+        settled here, because queries that were not computed cannot be had later.
         """
         self._spared.discard(request_id)
         stop = self.next_stop(request_id)
         if stop and not self._plan(request_id, stop)[1]:
             self._spared.add(request_id)
             return None
-        return max(0, stop - self.eviction.window) if stop else None
+        if not stop:
+            return None
+        state = self._state(request_id)
+        assert state is not None
+        return 0 if state.accumulates else max(0, stop - self.eviction.window)
 
     def next_stop(self, request_id: str) -> int:
         """`T` of a request that is still to be evicted: no chunk may run past it. 0 for all others."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Aggregate = Literal["recency", "mean", "cake", "defensive", "custom", "uniform", "random"]
+Aggregate = Literal["recency", "mean", "cake", "defensive", "accumulated", "custom", "uniform", "random"]
 ValueWeight = Literal["none", "l1", "l2-gram"]
 Scope = Literal["head", "layer", "model"]
 LayerBudget = Literal["even", "linear", "preference"]
@@ -25,7 +25,7 @@ class Policy:
     source: str
     """URL of the paper, or the document of this repository that defines the policy."""
     aggregate: Aggregate
-    """How the attention of window and group becomes one number a token."""
+    """How the attention of window and group, or of the whole prompt ("accumulated"), becomes one number a token."""
     scope: Scope
     """Who shares a budget: each head has its own, the heads of a layer, or all heads of all layers."""
     value_weight: ValueWeight = "none"
@@ -59,6 +59,12 @@ class Policy:
         return self.aggregate in ("mean", "cake", "defensive", "custom")
 
     @property
+    def accumulates(self) -> bool:
+        """Whether scores read the attention of every query of the prompt: its prefill takes no prefix-cache hits, since
+        nobody caches queries, and sums attention chunk by chunk."""
+        return self.aggregate == "accumulated"
+
+    @property
     def needs_values(self) -> bool:
         """Whether scores read the values and the output projection."""
         return self.value_weight != "none" or self.aggregate == "custom"
@@ -77,6 +83,14 @@ _ROWS = (
         summary="the first four tokens and the most recent ones",
         source="https://arxiv.org/abs/2309.17453",
         aggregate="recency",
+        scope="head",
+        pool_kernel=1,
+    ),
+    Policy(
+        name="h2o",
+        summary="what all queries of the prompt attend to, summed, and the most recent tokens",
+        source="https://arxiv.org/abs/2306.14048",
+        aggregate="accumulated",
         scope="head",
         pool_kernel=1,
     ),
@@ -181,6 +195,8 @@ def register(policy: Policy) -> None:
         raise ValueError(f"KV eviction policy {policy.name!r} exists already: choose another name")
     if (policy.score is not None) != (policy.aggregate == "custom"):
         raise ValueError(f"KV eviction policy {policy.name!r}: `score` goes with aggregate='custom' and with no other")
+    if policy.accumulates and policy.value_weight != "none":
+        raise ValueError(f"KV eviction policy {policy.name!r}: aggregate='accumulated' goes without value_weight")
     if policy.layer_budget != "even" and policy.scope != "head":
         raise ValueError(f"KV eviction policy {policy.name!r}: layer_budget={policy.layer_budget!r} needs scope='head'")
     _TABLE[policy.name] = policy

@@ -46,6 +46,7 @@ def score_layer(
     evictable: tuple[int, int],
     reduce_heads: ReduceHeads | None = None,
     window: int | None = None,
+    mass_HS: Tensor | None = None,
 ) -> LayerScores:
     """Score the tokens in `evictable` = [start, stop) of one layer, in float32.
 
@@ -57,6 +58,7 @@ def score_layer(
     factor_QDC: `formulas.gram_factor(output_QDM)`, for "l2-gram"; computed here when it is missing.
     scale: of the logits. keep_ratio: bounds stage 1 of "mass".
     reduce_heads: sums a tensor over the ranks that share this layer's heads; None on one rank.
+    mass_HS: fp32, of policies that accumulate: `formulas.accumulate_attention` over every query of the prompt.
     """
     tokens = key_HSD.shape[1]
     if window is None:
@@ -84,7 +86,11 @@ def score_layer(
             evictable=evictable,
             reduce_heads=reduce_heads,
         )
-    scores_HT = _score_positions(policy, layer, key_HSD.shape[0], tokens, scored, key_HSD.device)
+    if policy.accumulates:
+        assert mass_HS is not None and mass_HS.shape == key_HSD.shape[:2], f"{policy.name} needs accumulated attention"
+        scores_HT = formulas.pool_tokens(mass_HS[:, :scored], policy.pool_kernel)
+    else:
+        scores_HT = _score_positions(policy, layer, key_HSD.shape[0], tokens, scored, key_HSD.device)
     return LayerScores(_cut_and_force(scores_HT, start, stop))
 
 

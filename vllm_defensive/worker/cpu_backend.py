@@ -22,6 +22,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from vllm_defensive.worker.accumulation import Accumulation
 from vllm_defensive.worker.cpu_pages import PageCodec
 from vllm_defensive.worker.cpu_runtime import CPURuntime, EvictedRows
 from vllm_defensive.worker.window import Capture
@@ -41,9 +42,11 @@ class EvictionCPUBackend(CPUAttentionBackend):
 
 @dataclass
 class EvictionCPUMetadata(CPUAttentionMetadata):
-    """captures: window queries to keep in this step. evicted: rows that attend over packed pages. stock: any others."""
+    """captures: window queries to keep in this step. accumulations: rows whose attention is summed.
+    evicted: rows that attend over packed pages. stock: any others."""
 
     captures: tuple[Capture, ...] = ()
+    accumulations: tuple[Accumulation, ...] = ()
     evicted: EvictedRows | None = None
     stock: bool = True
 
@@ -68,6 +71,7 @@ class EvictionCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         return EvictionCPUMetadata(
             **{f.name: getattr(base, f.name) for f in fields(base)},
             captures=step.captures,
+            accumulations=step.accumulations,
             evicted=evicted,
             stock=evicted is None or evicted.rows_E.numel() < common.num_reqs,
         )
@@ -99,6 +103,10 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
             capture.take(self.layer_index, query)
         if attn_metadata.stock:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+        if attn_metadata.accumulations:
+            assert self.runtime is not None
+            for part in attn_metadata.accumulations:
+                self.runtime.accumulations.add(part, self.layer_index, query)
         if attn_metadata.evicted is not None:
             real = slice(0, attn_metadata.num_actual_tokens)  # the rest is padding
             self._attend_packed(layer, query[real], attn_metadata.evicted, output[real])

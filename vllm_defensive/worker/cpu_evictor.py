@@ -61,18 +61,19 @@ class CPUEvictor:
     def _evict(self, eviction: Eviction) -> None:
         pages_LHB = self._view.of_blocks(torch.tensor(eviction.source_blocks))
         target = self._view.of_packed(torch.tensor(eviction.packed_blocks))
-        window_LWQD = self._runtime.windows.pop(eviction.request_id)
-        choose = self._layer_by_layer if PRESETS[eviction.policy].layers_apart else self._across_layers
-        selection = choose(eviction, window_LWQD, pages_LHB, target)
+        policy = PRESETS[eviction.policy]
+        seen = self._runtime.accumulations if policy.accumulates else self._runtime.windows
+        choose = self._layer_by_layer if policy.layers_apart else self._across_layers
+        selection = choose(eviction, seen.pop(eviction.request_id), pages_LHB, target)
         self._runtime.tables[eviction.request_id] = RequestTable(self._view, eviction, selection.pages_LH)
         if self._writes_audit:
             assert self._config.audit is not None
             audit.record(self._config.audit, eviction, selection, self._config, self._view.page_tokens)
 
-    def _across_layers(self, eviction: Eviction, window_LWQD: Tensor, pages_LHB: Tensor, target: Tensor) -> Selection:
+    def _across_layers(self, eviction: Eviction, seen_L: Tensor, pages_LHB: Tensor, target: Tensor) -> Selection:
         """Layers share one budget: every one is scored before the first is packed, and so read twice."""
         scores = [
-            self._score(layer, window_LWQD[layer], self._read(pages_HB), eviction)
+            self._score(layer, seen_L[layer], self._read(pages_HB), eviction)
             for layer, pages_HB in enumerate(pages_LHB)
         ]
         selection = self._select(scores, eviction)
@@ -84,12 +85,12 @@ class CPUEvictor:
             self._compact(self._read(pages_HB), pages_H, tokens_PN, target_P)
         return selection
 
-    def _layer_by_layer(self, eviction: Eviction, window_LWQD: Tensor, pages_LHB: Tensor, target: Tensor) -> Selection:
+    def _layer_by_layer(self, eviction: Eviction, seen_L: Tensor, pages_LHB: Tensor, target: Tensor) -> Selection:
         """Each layer has its own budget: it is read once, scored, and packed."""
         parts = []
         for layer, target_P in enumerate(target.chunk(len(pages_LHB))):
             tokens = self._read(pages_LHB[layer])
-            part = self._select([self._score(layer, window_LWQD[layer], tokens, eviction)], eviction)
+            part = self._select([self._score(layer, seen_L[layer], tokens, eviction)], eviction)
             self._compact(tokens, part.pages_LH[0], part.tokens_PN, target_P)
             parts.append(part)
         return Selection(torch.cat([p.pages_LH for p in parts]), torch.cat([p.tokens_PN for p in parts]))
@@ -98,14 +99,17 @@ class CPUEvictor:
         page_tokens = self._view.page_tokens
         return eviction.shared_blocks * page_tokens, eviction.num_tokens // page_tokens * page_tokens
 
-    def _score(self, layer: int, query_WQD: Tensor, tokens: tuple[Tensor, Tensor], eviction: Eviction) -> LayerScores:
+    def _score(self, layer: int, seen: Tensor, tokens: tuple[Tensor, Tensor], eviction: Eviction) -> LayerScores:
+        """seen: the window's queries `[W, Q, D]`, or accumulated attention `[H, T]` where the policy asks for that."""
         key_HTD, value_HTD = tokens
         policy = PRESETS[eviction.policy]
         gram = policy.value_weight == "l2-gram"
         return score_layer(
             policy,
             layer=layer,
-            query_WQD=query_WQD,
+            query_WQD=None if policy.accumulates else seen,
+            mass_HS=seen if policy.accumulates else None,
+            window=self._config.window,
             key_HSD=key_HTD[:, : eviction.num_tokens],
             value_HSD=value_HTD[:, : eviction.num_tokens],
             output_QDM=self._projections.slices(layer) if policy.needs_values and not gram else None,

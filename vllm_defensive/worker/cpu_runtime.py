@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_defensive.plan import StepMessage
+from vllm_defensive.worker.accumulation import Accumulation, Accumulations
 from vllm_defensive.worker.cpu_pages import PageView
 from vllm_defensive.worker.cpu_tables import BatchTable, RequestTable
 from vllm_defensive.worker.window import Capture, WindowQueries
@@ -36,16 +37,24 @@ class EvictedRows:
 @dataclass(frozen=True)
 class Step:
     captures: tuple[Capture, ...]
+    accumulations: tuple[Accumulation, ...]
     evicted: EvictedRows | None
 
 
 class CPURuntime:
     """State between steps. `begin` and `end` bracket each real step; outside of them batches are dummies."""
 
-    def __init__(self, view: PageView, windows: WindowQueries, request_ids: Callable[[Any], Sequence[str]]) -> None:
+    def __init__(
+        self,
+        view: PageView,
+        windows: WindowQueries,
+        accumulations: Accumulations,
+        request_ids: Callable[[Any], Sequence[str]],
+    ) -> None:
         """request_ids: from vLLM's common attention metadata to the request id of each batch row."""
         self.attention_view = view.attention_view()
         self.windows = windows
+        self.accumulations = accumulations
         self.tables: dict[str, RequestTable] = {}
         self._view = view
         self._request_ids = request_ids
@@ -57,6 +66,8 @@ class CPURuntime:
         for request_id in gone:
             self.tables.pop(request_id, None)
             self.windows.drop(request_id)
+            self.accumulations.drop(request_id)
+        self.accumulations.drop_complete()  # what the last step's evictions left
         self._message = message
 
     def end(self) -> None:
@@ -64,14 +75,16 @@ class CPURuntime:
 
     def step(self, common: Any) -> Step | None:
         """What is special about this batch, or None: nothing is. common: vLLM's `CommonAttentionMetadata`."""
-        if self._message is None or not (self.tables or self._message.observe):
+        message = self._message
+        if message is None or not (self.tables or message.observe or message.accumulate):
             return None
         ids = self._request_ids(common)
         rows = [row for row, request_id in enumerate(ids) if request_id in self.tables]
-        captures = self._captures(ids, common) if self._message.observe else ()
-        if not rows and not captures:
+        captures = self._captures(ids, common) if message.observe else ()
+        accumulations = self._accumulations(ids, common) if message.accumulate else ()
+        if not rows and not captures and not accumulations:
             return None
-        return Step(captures, self._evicted(ids, rows, common) if rows else None)
+        return Step(captures, accumulations, self._evicted(ids, rows, common) if rows else None)
 
     def _captures(self, ids: Sequence[str], common: Any) -> tuple[Capture, ...]:
         assert self._message is not None
@@ -80,10 +93,20 @@ class CPURuntime:
             num_tokens = self._message.observe.get(request_id)
             if num_tokens is None:
                 continue
-            start, stop = common.query_start_loc_cpu[row : row + 2].tolist()
-            end = int(common.seq_lens[row])
-            captures.append(self.windows.plan(request_id, num_tokens, (end - (stop - start), end), start))
+            chunk, start = _chunk(common, row)
+            captures.append(self.windows.plan(request_id, num_tokens, chunk, start))
         return tuple(c for c in captures if c is not None)
+
+    def _accumulations(self, ids: Sequence[str], common: Any) -> tuple[Accumulation, ...]:
+        assert self._message is not None
+        wanted = self._message.accumulate
+        return tuple(
+            self.accumulations.plan(
+                request_id, wanted[request_id], *_chunk(common, row), common.block_table_tensor[row]
+            )
+            for row, request_id in enumerate(ids)
+            if request_id in wanted
+        )
 
     def _evicted(self, ids: Sequence[str], rows: list[int], common: Any) -> EvictedRows:
         tables = [self.tables[ids[row]] for row in rows]
@@ -122,3 +145,10 @@ class CPURuntime:
         sequence_X = torch.arange(query_lens_R.numel()).repeat_interleave(query_lens_R)
         token_X = torch.arange(sequence_X.numel()) - query_start_R[sequence_X] + starts_E[sequence_X // num_heads]
         return query_lens_E.to(torch.int32), token_X * num_heads + sequence_X % num_heads, query_start_R
+
+
+def _chunk(common: Any, row: int) -> tuple[tuple[int, int], int]:
+    """(positions `[begin, end)` of a row's new tokens, where they start in the batch)."""
+    start, stop = common.query_start_loc_cpu[row : row + 2].tolist()
+    end = int(common.seq_lens[row])
+    return (end - (stop - start), end), start

@@ -7,6 +7,7 @@ from typing import Any
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_defensive import vllm_compat
+from vllm_defensive.worker.accumulation import Accumulations
 from vllm_defensive.worker.cpu_backend import EvictionCPUBackend, EvictionCPUImpl, discover_codec
 from vllm_defensive.worker.cpu_evictor import CPUEvictor
 from vllm_defensive.worker.cpu_pages import PageView
@@ -29,7 +30,9 @@ class EvictionCPUWorker(EvictionWorker, CPUWorker):
         view = PageView([layer.kv_cache for layer in layers])
         codec = discover_codec(first.kv_cache, first.isa, dtype, first.kv_cache_dtype)
         windows = WindowQueries(len(layers), self.eviction.window, first.num_heads, first.head_size, dtype)
-        runtime = CPURuntime(view, windows, vllm_compat.request_ids_of(self.model_runner))
+        scale = first.impl.scale
+        accumulations = Accumulations(view, codec, scale)
+        runtime = CPURuntime(view, windows, accumulations, vllm_compat.request_ids_of(self.model_runner))
         for index, layer in enumerate(layers):
             assert isinstance(layer.impl, EvictionCPUImpl)
             layer.impl.runtime, layer.impl.layer_index = runtime, index
@@ -37,5 +40,4 @@ class EvictionCPUWorker(EvictionWorker, CPUWorker):
             for builder in attention_group.metadata_builders:
                 builder.runtime = runtime
         projections = Projections(self.model_runner.get_model(), names, first.num_heads, first.head_size)
-        scale = first.impl.scale
         return runtime, CPUEvictor(self.eviction, runtime, view, codec, scale, projections, self.rank == 0)
