@@ -1,0 +1,1 @@
+"""Throughput under memory pressure: stock vLLM and vLLM with eviction, side by side, through `vllm bench serve`."""

@@ -1,0 +1,132 @@
+"""One load on one server, with what `/metrics` says meanwhile."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.server import Server
+from benchmarks.serving.scenarios import BLOCK_SIZE, Row, Scenario, model_folder
+
+# What is taken over from the result of `vllm bench serve`.
+_KEPT = (
+    "duration", "completed", "request_throughput", "output_throughput", "mean_ttft_ms", "median_ttft_ms", "p99_ttft_ms",
+    "mean_tpot_ms", "median_tpot_ms", "p99_tpot_ms", "median_itl_ms", "p99_itl_ms", "total_input_tokens",
+    "total_output_tokens",
+)  # fmt: skip
+_COUNTERS = {
+    "preemptions": "vllm:num_preemptions_total",
+    "evicted": "vllm:kv_eviction_requests_total",
+    "freed_blocks": "vllm:kv_eviction_freed_blocks_total",
+    "eviction_seconds": "vllm:kv_eviction_seconds_sum",
+}
+
+
+class Watch(threading.Thread):
+    """Samples running requests and the pool's occupancy until it is told to stop."""
+
+    def __init__(self, server: Server, seconds: float = 0.5) -> None:
+        super().__init__(daemon=True)
+        self._server, self._seconds, self._over = server, seconds, threading.Event()
+        self.samples: list[tuple[float, float, float]] = []
+        """(seconds since the start, requests that run, share of the pool in use)"""
+
+    def run(self) -> None:
+        started = time.monotonic()
+        while not self._over.wait(self._seconds):
+            try:
+                values = _values(self._server, "vllm:num_requests_running", "vllm:kv_cache_usage_perc")
+            except OSError:
+                continue  # a busy machine may answer too late; the peak is then taken over the other samples
+            self.samples.append((round(time.monotonic() - started, 2), values[0], round(values[1], 4)))
+
+    def stop(self) -> list[tuple[float, float, float]]:
+        self._over.set()
+        self.join()
+        return self.samples
+
+
+def compare(scenario: Scenario, repeats: int, folder: Path, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Records of all rows of a scenario, as they come.
+
+    The servers are up together and take turns, so that a change of the machine's speed hits each of them; an idle one
+    waits without computing. The first round warms up and does not count.
+    """
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(
+                Server(model_folder(scenario.model), scenario.server_args(row), folder / "logs" / f"{i}.log")
+            )
+            for i, row in enumerate(scenario.rows)
+        ]
+        for repeat in range(-1, repeats):
+            for row, server in zip(scenario.rows, servers, strict=True):
+                record = _load(scenario, row, server, seed + repeat + 1, folder, warm_up=repeat < 0)
+                if repeat >= 0:
+                    yield {**record, "repeat": repeat}
+
+
+def _load(scenario: Scenario, row: Row, server: Server, seed: int, folder: Path, warm_up: bool) -> dict[str, Any]:
+    result = folder / "logs" / "bench.json"
+    before = _counters(server)
+    watch = Watch(server)
+    watch.start()
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai",
+        "--base-url", server.url, "--endpoint", "/v1/completions", "--model", "model",
+        "--tokenizer", str(model_folder(scenario.model)),
+        "--seed", str(seed), "--save-result", "--result-dir", str(result.parent), "--result-filename", result.name,
+        "--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99", "--disable-tqdm",
+        *scenario.load_args(),
+    ]  # fmt: skip
+    if warm_up:  # as many requests as a round would take the longest
+        command[command.index("--num-prompts") + 1] = str(min(2, scenario.requests))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    samples = watch.stop()
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"vllm bench serve ended with {done.returncode}:\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+        )
+    measured = json.loads(result.read_text())
+    if measured["completed"] != (min(2, scenario.requests) if warm_up else scenario.requests):
+        raise RuntimeError(f"{scenario.name}, {row.name}: only {measured['completed']} requests were answered")
+    after = _counters(server)
+    return {
+        "scenario": scenario.name,
+        "row": row.name,
+        "model": scenario.model,
+        "prompt": scenario.prompt,
+        "output": scenario.output,
+        "requests": scenario.requests,
+        "concurrency": scenario.concurrency,
+        "pool": scenario.pool,
+        "pool_tokens": (scenario.pool_blocks - 1) * BLOCK_SIZE,
+        **{name: measured[name] for name in _KEPT},
+        **{name: after[name] - before[name] for name in _COUNTERS},
+        "peak_running": max((s[1] for s in samples), default=0),
+        "peak_pool": max((s[2] for s in samples), default=0),
+        "samples": samples,
+    }
+
+
+def _counters(server: Server) -> dict[str, float]:
+    """Totals so far; what a server without eviction does not count is zero."""
+    return dict(zip(_COUNTERS, _values(server, *_COUNTERS.values()), strict=True))
+
+
+def _values(server: Server, *names: str) -> list[float]:
+    """Metrics' values by one look at `/metrics`, summed over their labels; 0 for one that is not there."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    samples = [sample for family in families for sample in family.samples if sample.name in names]
+    return [sum(sample.value for sample in samples if sample.name == name) for name in names]

@@ -1,0 +1,169 @@
+"""Tables and plots of what has been measured."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serving.scenarios import BLOCK_SIZE, model_folder
+from vllm_defensive.config import EvictionConfig
+from vllm_defensive.planner import load_config, plan, read_model
+
+Record = dict[str, Any]
+STOCK = "stock"
+
+
+def read(file: Path) -> list[Record]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def cells(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One cell for each scenario and row: medians, and ratios to stock vLLM round by round."""
+    table = []
+    for scenario in dict.fromkeys(r["scenario"] for r in records):
+        rounds = [r for r in records if r["scenario"] == scenario]
+        stock = {r["repeat"]: r for r in rounds if r["row"] == STOCK}
+        for row in dict.fromkeys(r["row"] for r in rounds):
+            mine = [r for r in rounds if r["row"] == row]
+
+            def median(name: str, mine: list[Record] = mine) -> float:
+                return statistics.median(r[name] for r in mine)
+
+            def ratio(name: str, mine: list[Record] = mine, stock: dict[int, Record] = stock) -> list[float]:
+                ratios = [r[name] / stock[r["repeat"]][name] for r in mine if r["repeat"] in stock]
+                return [statistics.median(ratios), min(ratios), max(ratios)] if ratios else []
+
+            table.append(
+                {
+                    **{k: mine[0][k] for k in ("scenario", "row", "model", "prompt", "output", "requests", "pool")},
+                    "rounds": len(mine),
+                    "planned": planned(mine[0]),
+                    "throughput_ratio": ratio("output_throughput"),
+                    "ttft_ratio": ratio("mean_ttft_ms"),
+                    "tpot_ratio": ratio("median_tpot_ms"),
+                    "duration_ratio": ratio("duration"),
+                    "eviction_share": median("eviction_seconds") / median("duration"),
+                    **{
+                        name: median(name)
+                        for name in (
+                            "peak_running", "peak_pool", "preemptions", "evicted", "freed_blocks", "eviction_seconds",
+                            "request_throughput", "output_throughput", "median_ttft_ms", "p99_ttft_ms",
+                            "median_tpot_ms", "p99_tpot_ms", "median_itl_ms", "p99_itl_ms",
+                        )
+                    },
+                }
+            )  # fmt: skip
+    return table
+
+
+def markdown(table: Sequence[Record], commands: Sequence[str]) -> str:
+    """The report's text."""
+    columns = (
+        "model", "load", "pool", "server", "output tokens/s, ratio", "TTFT, ratio", "TPOT, ratio", "running at peak",
+        "planned", "preemptions", "blocks freed", "eviction's share of the time",
+    )  # fmt: skip
+    lines = [
+        "# Serving: stock vLLM and vLLM with eviction, side by side", "",
+        "Medians of rounds in which the servers took turns; ratios are to stock vLLM of the same round, with the",
+        "smallest and the largest. Absolute times mean nothing on a shared machine and are in `results.json` only.",
+        "Pool: KV cache in multiples of one request. Planned: requests at once by `vllm_defensive.planner`, at their",
+        "end and half-way.", "",
+        f"| {' | '.join(columns)} |", "| --- | --- | ---: | --- |" + " ---: |" * (len(columns) - 4),
+    ]  # fmt: skip
+    for cell in table:
+        load = f"{cell['scenario']}: {cell['requests']} x ({cell['prompt']:,} + {cell['output']})"
+        ratios = " | ".join(_spread(cell[name]) for name in ("throughput_ratio", "ttft_ratio", "tpot_ratio"))
+        lines.append(
+            f"| {cell['model']} | {load} | {cell['pool']:g} | `{cell['row']}` | {ratios} "
+            f"| {cell['peak_running']:.0f} | {_planned(cell)} | {cell['preemptions']:.0f} "
+            f"| {cell['freed_blocks']:.0f} | {cell['eviction_share']:.1%} |"
+        )
+    return "\n".join([*lines, "", "Made by:", "", *(f"- `{c}`" for c in commands), ""])
+
+
+def _planned(cell: Record) -> str:
+    planned = cell["planned"]
+    return f"{planned[0]} to {planned[1]}" if planned else "-"
+
+
+def planned(record: Record) -> list[int]:
+    """Requests at once that the planner predicts for a record's pool: at their end, and half-way through their output.
+
+    At most those that are offered; empty where prompts share a prefix or the cache is quantised, which it leaves out.
+    """
+    row, scenario = record["row"], record["scenario"]
+    if "prefix" in scenario or "fp8" in row:
+        return []
+    model = read_model(load_config(str(model_folder(record["model"]))))
+    eviction = None
+    if row != STOCK:
+        policy, keep = row.split()
+        eviction = EvictionConfig.model_validate({"policy": policy, "keep": float(keep)})
+    memory = model.bytes(record["pool_tokens"], record["pool_tokens"])
+    answer = plan(model, memory, record["prompt"], record["output"], eviction, BLOCK_SIZE)
+    offered = min(record["requests"], record["concurrency"] or record["requests"])
+    return [min(offered, answer.at_once), min(offered, answer.at_once_mean)]
+
+
+def _spread(ratio: Sequence[float]) -> str:
+    return f"{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}]" if ratio else "-"
+
+
+def write(folder: Path) -> Path:
+    """`report.md`, `results.json` and the plots of the folder's records."""
+    records = read(folder / "records.jsonl")
+    table = cells(records)
+    (folder / "results.json").write_text(json.dumps(table, indent=1) + "\n")
+    commands = (folder / "commands.txt").read_text().splitlines() if (folder / "commands.txt").exists() else []
+    (folder / "report.md").write_text(markdown(table, list(dict.fromkeys(commands))))
+    try:
+        import matplotlib
+    except ImportError:
+        return folder / "report.md"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    def plot(name: str, x: str, y: str, draw: Callable[[Any], None]) -> None:
+        figure, axes = plt.subplots(figsize=(6, 4))
+        draw(axes)
+        if axes.get_legend_handles_labels()[0]:
+            axes.set_xlabel(x)
+            axes.set_ylabel(y)
+            axes.legend(fontsize=8)
+            figure.tight_layout()
+            figure.savefig(folder / name, dpi=90)
+        plt.close(figure)
+
+    def pressure(axes: Any) -> None:
+        ours = sorted(
+            (c["pool"], c["throughput_ratio"][0])
+            for c in table
+            if c["scenario"].startswith("pool of") and c["row"] != STOCK
+        )
+        if ours:
+            axes.plot(*zip(*ours, strict=True), marker="o", label="halokv, keep 0.2")
+            axes.axhline(1, color="grey", linewidth=0.8, label="stock vLLM")
+            axes.set_xscale("log", base=2)
+
+    def running(axes: Any) -> None:
+        for record in records:
+            if record["scenario"] == "pool of 4" and record["repeat"] == 0:
+                axes.plot([s[0] for s in record["samples"]], [s[1] for s in record["samples"]], label=record["row"])
+
+    def tpot(axes: Any) -> None:
+        for row in dict.fromkeys(c["row"] for c in table):
+            points = sorted(
+                (c["prompt"], c["median_tpot_ms"])
+                for c in table
+                if c["row"] == row and c["output"] == 128 and c["pool"] == 4 and c["scenario"].startswith("prompts of")
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=row)
+
+    plot("throughput_against_pressure.png", "pool, in requests", "output tokens/s, ratio to stock vLLM", pressure)
+    plot("running_over_time.png", "seconds", "requests that run", running)
+    plot("tpot_against_prompt.png", "prompt tokens", "median TPOT under pressure (ms, this machine)", tpot)
+    return folder / "report.md"
