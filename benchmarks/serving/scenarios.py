@@ -79,7 +79,10 @@ class Scenario:
         return int(self.pool * -(-(self.prompt + self.output + 16) // BLOCK_SIZE)) + 1
 
     def server_args(self, row: Row) -> list[str]:
+        # Eager for every row: compiling takes a busy machine minutes a server, and attention, where these loads spend
+        # their time, is a kernel that is not compiled.
         return [
+            "--enforce-eager",
             "--served-model-name", "model", "--block-size", str(BLOCK_SIZE), "--dtype", "bfloat16",
             "--num-gpu-blocks-override", str(self.pool_blocks), "--max-num-seqs", "64",
             "--max-model-len", str(self.prompt + self.output + 64), "--max-num-batched-tokens", "2048",
