@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def main() -> None:
         wanted = [scenario for preset in args.preset.split(",") for scenario in scenarios(preset)]
     except ValueError as error:
         parser.error(str(error))
+    # A terminated benchmark (by `timeout`, say) must leave through its `with`, or its servers stay behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # One thread for the engine: on two cores the server and the load generator then stay out of each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

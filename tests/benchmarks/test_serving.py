@@ -81,6 +81,7 @@ def test_measured_rounds_are_not_measured_again(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(program, "compare", measure)
     monkeypatch.setattr(sys, "argv", ["serving", "--preset", "quick", "--repeats", "2", "--out", str(tmp_path)])
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest's own stay
     program.main()
     program.main()
     assert runs == ["quick"]
