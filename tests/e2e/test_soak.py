@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.soak import markdown, soak
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(900)]  # two servers, one after the other
 
 
 def test_a_storm_leaks_nothing_breaks_nothing_and_changes_no_answer(tmp_path: Path) -> None:
