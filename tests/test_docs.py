@@ -43,9 +43,16 @@ def test_readme_lists_every_policy_with_its_source() -> None:
 
 
 def test_readme_lists_every_metric() -> None:
-    from vllm_defensive.metrics import COUNTERS, SECONDS  # imports vLLM, which the other tests here do without
+    from vllm_defensive.metrics import (  # imports vLLM, which the other tests here do without
+        BY_POLICY,
+        COUNTERS,
+        GAUGES,
+        KEEP_SHARE,
+        SECONDS,
+    )
 
-    expected = [*(name for name, _ in COUNTERS.values()), SECONDS[0]]
+    expected = [*(name for name, _ in COUNTERS.values()), SECONDS[0], BY_POLICY[0], KEEP_SHARE[0]]
+    expected += [name for name, _ in GAUGES.values()]
     assert [row[0].strip("`") for row in table_rows("metric")] == expected
 
 

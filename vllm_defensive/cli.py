@@ -12,6 +12,7 @@ from typing import Any
 from vllm_defensive import config
 
 _PREFIX = "kv_eviction"
+_STATUS = "vllm_defensive.status.StatusMiddleware"
 
 
 def flag_of(field: str) -> str:
@@ -74,4 +75,7 @@ def fold(namespace: argparse.Namespace) -> None:
         additional.pop(config.KEY, None)
     else:
         additional[config.KEY] = settings.model_dump(exclude_none=True)
+        middleware = getattr(namespace, "middleware", None)  # servers have it, other commands do not
+        if middleware is not None and _STATUS not in middleware:
+            namespace.middleware = [*middleware, _STATUS]
     namespace.additional_config = additional

@@ -1,20 +1,25 @@
 """Counters that prove that eviction ran: from the scheduler to `/metrics` and `LLM.get_metrics()`.
 
 vLLM's stats go from each engine to the API server in `SchedulerStats`, whose fields are fixed, so our counts travel as
-extra integer entries of one of its dictionaries, and are taken out again by the logger below, the first in line.
+extra integer entries of one of its dictionaries, and are taken out again by the logger below, the first in line. A
+record of each eviction travels there too, as JSON in the key of an entry, for the counts by policy and for `status.py`.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
+from vllm_defensive import status
 from vllm_defensive.config import from_vllm_config
 
 _PREFIX = "kv_eviction:"
+_RECORD = _PREFIX + "record:"
 
 
 @dataclass
@@ -43,8 +48,37 @@ COUNTERS = {
 }
 # Seconds are a histogram: `LLM.get_metrics()` cuts counters down to whole numbers.
 SECONDS = ("vllm:kv_eviction_seconds", "Seconds that a step spent on scoring and packing.")
+BY_POLICY = ("vllm:kv_eviction_requests_by_policy", "Evictions, by the policy that chose.")
+KEEP_SHARE = ("vllm:kv_eviction_keep_share", "Share of its prompt's tokens that an evicted request kept.")
+# field of Pool -> (metric, what it says)
+GAUGES = {
+    "used_blocks": ("vllm:kv_eviction_used_blocks", "KV cache blocks that requests hold."),
+    "saved_blocks": ("vllm:kv_eviction_saved_blocks", "Blocks that these requests would hold more without eviction."),
+}
+_SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _LABELS = ("model_name", "engine")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Blocks of the pool now. Saved ones are counted request by request: originals that two requests would share count
+    twice."""
+
+    used_blocks: int = 0
+    saved_blocks: int = 0
+
+
+def attach_records(stats: Any, records: Iterable[dict[str, Any]]) -> None:
+    """Put `status.record_of` each eviction since the last stats on `SchedulerStats`."""
+    for number, record in enumerate(records):
+        stats.waiting_lora_adapters[_RECORD + json.dumps(record)] = number
+
+
+def attach_pool(stats: Any, pool: Pool) -> None:
+    """Put the pool's occupancy on `SchedulerStats`."""
+    for name in GAUGES:
+        stats.waiting_lora_adapters[_PREFIX + name] = getattr(pool, name)
 
 
 def attach(stats: Any, increase: Totals) -> None:
@@ -64,6 +98,17 @@ class EvictionStatLogger(AggregateStatLoggerBase):
         seconds = Histogram(*SECONDS, _LABELS, buckets=_BUCKETS)
         self._counters = {i: {name: c.labels(model, str(i)) for name, c in counters.items()} for i in engine_indexes}
         self._seconds = {i: seconds.labels(model, str(i)) for i in engine_indexes}
+        self._model = model
+        self._by_policy = Counter(*BY_POLICY, (*_LABELS, "policy"))
+        self._shares = Histogram(*KEEP_SHARE, (*_LABELS, "policy"), buckets=_SHARES)
+        # Several API servers take turns at an engine's stats: the latest of them knows.
+        self._gauges = {
+            name: Gauge(metric, text, _LABELS, multiprocess_mode="mostrecent")
+            for name, (metric, text) in GAUGES.items()
+        }
+        for i in engine_indexes:
+            for gauge in self._gauges.values():
+                gauge.labels(model, str(i))
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, *args: Any, engine_idx: int = 0, **kwargs: Any
@@ -77,6 +122,18 @@ class EvictionStatLogger(AggregateStatLoggerBase):
                 counter.inc(value)
         if microseconds := carried.pop(_PREFIX + "microseconds", 0):
             self._seconds[engine_idx].observe(microseconds * 1e-6)
+        for name, gauge in self._gauges.items():
+            if (blocks := carried.pop(_PREFIX + name, None)) is not None:
+                gauge.labels(self._model, str(engine_idx)).set(blocks)
+        for key in [key for key in carried if key.startswith(_RECORD)]:
+            del carried[key]
+            self._record_one(json.loads(key.removeprefix(_RECORD)), str(engine_idx))
+
+    def _record_one(self, record: dict[str, Any], engine: str) -> None:
+        labels = (self._model, engine, record["policy"])
+        self._by_policy.labels(*labels).inc()
+        self._shares.labels(*labels).observe(record["kept_tokens"] / record["prompt_tokens"])
+        status.remember(record)
 
     def log_engine_initialized(self) -> None:
         """Nothing to add to vLLM's own lines."""
@@ -84,4 +141,19 @@ class EvictionStatLogger(AggregateStatLoggerBase):
 
 def make_logger(vllm_config: Any, engine_indexes: list[int]) -> EvictionStatLogger | None:
     """Our logger for an engine with eviction, None for any other."""
-    return EvictionStatLogger(vllm_config, engine_indexes) if from_vllm_config(vllm_config) is not None else None
+    settings = from_vllm_config(vllm_config)
+    if settings is None:
+        return None
+    status.configure(settings.model_dump(exclude_none=True))
+    return EvictionStatLogger(vllm_config, engine_indexes)
+
+
+def read_totals() -> dict[str, int]:
+    """Totals over engines and API server processes, by field of `Totals`, as `/metrics` has them."""
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    sums: dict[str, float] = {}
+    for metric in get_prometheus_registry().collect():
+        for sample in metric.samples:
+            sums[sample.name] = sums.get(sample.name, 0) + sample.value
+    return {name: int(sums.get(f"{metric}_total", 0)) for name, (metric, _) in COUNTERS.items()}

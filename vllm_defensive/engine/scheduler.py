@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from vllm_defensive import metrics, vllm_compat
+from vllm_defensive import metrics, status, vllm_compat
 from vllm_defensive.config import from_vllm_config
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
 
@@ -27,6 +28,9 @@ class _EvictionMixin(Scheduler):
         self.eviction_manager.requests = self.requests
         self._longest_hit: int | None = None
         self._reported = metrics.Totals()
+        self._reported_pool = metrics.Pool()
+        # Bounded, because nothing takes them out where statistics are off.
+        self._evictions: deque[dict[str, Any]] = deque(maxlen=status.REMEMBERED)
         self._bound_prefix_cache()
 
     def _bound_prefix_cache(self) -> None:
@@ -51,7 +55,9 @@ class _EvictionMixin(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.eviction_manager.release_processed()
         output = super().schedule(*args, **kwargs)
-        vllm_compat.attach_message(output, self.eviction_manager.take_message(output.num_scheduled_tokens))
+        message = self.eviction_manager.take_message(output.num_scheduled_tokens)
+        self._evictions.extend(status.record_of(e, self.eviction_manager.block_size) for e in message.evictions)
+        vllm_compat.attach_message(output, message)
         return output
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
@@ -83,7 +89,27 @@ class _EvictionMixin(Scheduler):
             totals = self.eviction_manager.totals
             metrics.attach(stats, totals - self._reported)
             self._reported = replace(totals)
+            metrics.attach_records(stats, self._evictions)
+            self._evictions.clear()
+            self._attach_pool(stats)
         return stats
+
+    def _saved_blocks(self) -> int:
+        """Blocks that the live requests gave back, less those that what they kept fills."""
+        manager = self.eviction_manager
+        return sum(
+            state.full_blocks - state.shared_blocks - len(state.packed)
+            for request_id, state in manager._states.items()
+            if state.packed and request_id not in manager._unreleased
+        )
+
+    def _attach_pool(self, stats: Any) -> None:
+        pool = self.kv_cache_manager.block_pool
+        used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # block 0 is vLLM's null block
+        now = metrics.Pool(used, self._saved_blocks())
+        if now != self._reported_pool:
+            metrics.attach_pool(stats, now)
+            self._reported_pool = now
 
 
 class EvictionScheduler(_EvictionMixin, Scheduler):

@@ -1,0 +1,120 @@
+"""`GET /kv_eviction`: what the server was told to evict, what it has evicted, and the last requests one by one.
+
+An ASGI middleware, added to vLLM's own `--middleware` list when eviction is on. `GET /kv_eviction/requests/{id}`
+reports one request, by the id that its response or its `X-Request-Id` header carries. vLLM guards only some paths by
+the API key, so this one checks it itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from vllm_defensive.config import KEY
+from vllm_defensive.plan import Eviction
+
+PATH = "/kv_eviction"
+SHOWN, REMEMBERED = 20, 1000  # evictions that the status lists; those that can be asked for by id
+_OF_REQUEST = f"{PATH}/requests/"
+_COVERS = (
+    "totals: the whole server; last_evictions and requests: those whose statistics reached this API server process, "
+    "which is all of them with --api-server-count 1"
+)
+
+_config: dict[str, Any] = {}
+_recent: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
+
+
+def record_of(eviction: Eviction, block_size: int) -> dict[str, Any]:
+    """The JSON entry of one eviction. Tokens are means over layers and heads; blocks are net of the packed ones."""
+    packed, tail = len(eviction.packed_blocks), eviction.num_tokens % block_size
+    return {
+        "request_id": eviction.request_id,
+        "policy": eviction.policy,
+        "prompt_tokens": eviction.num_tokens,
+        "kept_tokens": (eviction.shared_blocks + packed) * block_size + tail,
+        "freed_blocks": eviction.num_tokens // block_size - eviction.shared_blocks - packed,
+    }
+
+
+def configure(config: dict[str, Any]) -> None:
+    """State the settings that this process's engine runs with; forget the evictions of an earlier engine."""
+    _config.clear()
+    _config.update(config)
+    _recent.clear()
+
+
+def remember(record: dict[str, Any]) -> None:
+    _recent.append(record)
+
+
+def find(request_id: str) -> list[dict[str, Any]]:
+    """Evictions of the response or `X-Request-Id` called `request_id`, latest first.
+
+    vLLM puts the kind of API before such an id, and the prompt's number and a random suffix after it. Several prompts
+    of one request, and a preempted one, have several entries.
+    """
+    names = tuple(f"{kind}{request_id}" for kind in ("", "cmpl-", "chatcmpl-", "resp_"))
+    return [r for r in reversed(_recent) if any(_names(name, r["request_id"]) for name in names)]
+
+
+def _names(name: str, internal_id: str) -> bool:
+    return internal_id == name or internal_id.startswith(f"{name}-")
+
+
+def summary() -> dict[str, Any]:
+    """The answer to `GET /kv_eviction`."""
+    from vllm_defensive.metrics import read_totals  # which imports vLLM
+
+    last = list(_recent)[: -SHOWN - 1 : -1]
+    return {"config": dict(_config), "totals": read_totals(), "last_evictions": last, "covers": _COVERS}
+
+
+class StatusMiddleware:
+    """Answers the paths above and passes every other request on."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        ours = path == PATH or path.startswith(_OF_REQUEST)
+        if scope["type"] != "http" or not ours or not _config:
+            await self.app(scope, receive, send)
+            return
+        await self._answer(scope, path)(scope, receive, send)
+
+    def _answer(self, scope: Scope, path: str) -> JSONResponse:
+        if not _authorized(scope):
+            return JSONResponse({"error": "Unauthorized"}, status_code=401)
+        if scope["method"] not in ("GET", "HEAD"):
+            return JSONResponse({"error": "Method Not Allowed"}, status_code=405, headers={"Allow": "GET, HEAD"})
+        if path == PATH:
+            return JSONResponse(summary())
+        request_id = path.removeprefix(_OF_REQUEST)
+        found = find(request_id)
+        if request_id and found:
+            return JSONResponse({"evictions": found})
+        return JSONResponse(
+            {
+                "error": f"{KEY} request {request_id!r}: not evicted, not yet reported, or too long ago",
+                "covers": _COVERS,
+            },
+            status_code=404,
+        )
+
+
+def _authorized(scope: Scope) -> bool:
+    """Whether the request carries the server's API key, or the server has none. vLLM's own rule, and its own check."""
+    args = getattr(scope["app"].state, "args", None)
+    tokens = [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
+    if not tokens:
+        return True
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    return bool(AuthenticationMiddleware(scope["app"], tokens).verify_token(Headers(scope=scope)))
