@@ -1,4 +1,4 @@
-"""The files of `docker/` parse, are pinned, and the dashboard asks only for metrics that we or vLLM publish."""
+"""The files of `docker/` parse, are pinned, and the metrics of ours that the dashboard asks for exist."""
 
 from __future__ import annotations
 
