@@ -116,3 +116,25 @@ def test_unusable_configuration_ends_with_2_and_one_line(
     assert main(arguments(folder)) == 2
     error = capsys.readouterr().err
     assert error.startswith("--model") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("pool", [2, 4, 8])
+@pytest.mark.parametrize("policy", [None, "snapkv"])
+def test_as_many_requests_run_as_planned(tiny_model: Path, policy: str | None, pool: int) -> None:
+    """vLLM's own scheduler, without a model: the plan is what is safe, and a peak goes beyond it by a quarter at most.
+
+    At a peak most requests have just begun to grow, and those that meet the end of the memory later are preempted.
+    """
+    from tests.engine.harness import Harness, text
+
+    settings = {"keep": 0.2} if policy else {}
+    h = Harness(tiny_model, num_blocks=pool * 73, policy=policy, chunk=2048, max_num_seqs=128, **settings)
+    for i in range(6 * pool):
+        h.add(text(2048, i), max_tokens=256)
+    peak = 0
+    while h.scheduler.has_requests():
+        h.step()
+        peak = max(peak, len(h.scheduler.running))
+    eviction = EvictionConfig.model_validate({"policy": policy, "keep": 0.2}) if policy else None
+    planned = plan(Model(1, 0, 0, 1), pool * 73 * 32, 2048, 256, eviction)
+    assert planned.at_once <= peak <= 1.25 * planned.at_once_mean
