@@ -75,6 +75,9 @@ class ReferenceLlama:
             self._linear(f"{name}.self_attn.{part}_proj", normed_SM).unflatten(1, (-1, self.head_size))
             for part in "qkv"
         )
+        if f"{name}.self_attn.q_norm.weight" in self._weights:  # Qwen3
+            query_SQD = self._norm(f"{name}.self_attn.q_norm.weight", query_SQD)
+            key_SHD = self._norm(f"{name}.self_attn.k_norm.weight", key_SHD)
         query_SQD, key_SHD = self._rotate(query_SQD), self._rotate(key_SHD)
         key_HSD, value_HSD = key_SHD.transpose(0, 1), value_SHD.transpose(0, 1)
         if attention is not None:

@@ -63,6 +63,26 @@ def test_what_the_request_asked_for_is_recorded(written: audit.Audit) -> None:
     assert written.token_ids.tolist() == list(range(100, 123))
 
 
+def test_the_heads_of_all_ranks_are_read_together(tmp_path: Path) -> None:
+    tokens_PN = torch.tensor([t for head in TOKENS for t in head], dtype=torch.int32).view(8, N)
+    config = EvictionConfig(policy="snapkv", keep=0.2, window=5)
+    whole = audit.load(audit.write(str(tmp_path), EVICTION, Selection(PAGES_LH, tokens_PN), config, N))
+    # Rank 0 has the first head of each layer, rank 1 the second.
+    per_head = tokens_PN.split(PAGES_LH.flatten().tolist())
+    paths = [
+        audit.write(
+            str(tmp_path), EVICTION, Selection(PAGES_LH[:, r : r + 1], torch.cat(per_head[r::2])), config, N, (r, 2)
+        )
+        for r in range(2)
+    ]
+    assert paths[1].name == "chat_7_a.rank1of2.safetensors"
+    for path in paths:
+        assert torch.equal(audit.load(path).mask(), whole.mask())
+    paths[0].unlink()
+    with pytest.raises(FileNotFoundError, match=r"rank0of2"):
+        audit.load(paths[1])
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no audit file .*absent\.safetensors"):
         audit.load(tmp_path / "absent.safetensors")

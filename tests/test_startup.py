@@ -18,7 +18,11 @@ def vllm_config(**changes: Any) -> Any:
     """A config that is accepted, with changes such as `parallel_config__tensor_parallel_size=2`."""
     made = SimpleNamespace(
         model_config=SimpleNamespace(
-            runner_type="generate", is_encoder_decoder=False, use_mla=False, model="some/model"
+            runner_type="generate",
+            is_encoder_decoder=False,
+            use_mla=False,
+            model="some/model",
+            get_total_num_kv_heads=lambda: 6,
         ),
         parallel_config=SimpleNamespace(
             worker_cls=startup.PLATFORMS["cpu"][0],
@@ -41,6 +45,9 @@ def vllm_config(**changes: Any) -> Any:
 
 
 REFUSED = [
+    ({"parallel_config__tensor_parallel_size": 4}, "tensor_parallel_size=4", "divisor of the model's 6 KV heads"),
+    ({"parallel_config__tensor_parallel_size": 12}, "tensor_parallel_size=12", "divisor of the model's 6 KV heads"),
+    ({"speculative_config": object()}, "speculative_config=set", "drop it"),
     ({"parallel_config__pipeline_parallel_size": 2}, "pipeline_parallel_size=2", "use 1"),
     ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size=", "use 1"),
     ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size=", "use 1"),
@@ -69,6 +76,7 @@ def test_unsupported_combinations_name_the_option_and_the_way_out(
 
 def test_a_plain_config_is_accepted() -> None:
     startup.check(vllm_config(), SETTINGS)
+    startup.check(vllm_config(parallel_config__tensor_parallel_size=2), SETTINGS)
 
 
 def test_a_window_longer_than_the_shortest_prompt_is_refused() -> None:

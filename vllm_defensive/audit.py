@@ -1,6 +1,7 @@
 """What was kept of each evicted request, written by the worker that did it and read by whoever wants to know.
 
-One `<request id>.safetensors` per evicted request:
+One `<request id>.safetensors` per evicted request, or with tensor parallelism one `<request id>.rank0of2.safetensors`
+per worker, with the heads of that worker; `load` reads any of them together with the others:
 
     kept_counts   int32 [L, H]     tokens kept by each head, shared blocks, window and tail included
     kept_indices  int32 [sum]      their positions, ascending, for head (0, 0), (0, 1), ... one after the other
@@ -15,7 +16,7 @@ import argparse
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,16 +60,36 @@ class Audit:
         return kept.view(*self.kept_counts.shape, self.num_tokens)
 
 
-def path_of(folder: str | os.PathLike[str], request_id: str) -> Path:
+def path_of(folder: str | os.PathLike[str], request_id: str, rank: tuple[int, int] = (0, 1)) -> Path:
     """Where the audit of a request goes: under vLLM's internal id, the client's followed by a random part.
 
+    rank: (tensor-parallel rank, their number) of the worker that writes it.
     Characters that are unsafe in a file name become underscores, and of a very long id the end is used.
     """
-    return Path(folder) / f"{re.sub(r'[^A-Za-z0-9._-]', '_', request_id)[-200:]}.safetensors"
+    part = f".rank{rank[0]}of{rank[1]}" if rank[1] > 1 else ""
+    return Path(folder) / f"{re.sub(r'[^A-Za-z0-9._-]', '_', request_id)[-200:]}{part}.safetensors"
 
 
 def load(path: str | os.PathLike[str]) -> Audit:
-    """Read one audit file. Raises FileNotFoundError, or ValueError if the file is not an audit."""
+    """The audit of one request, all ranks' heads in their order. Raises FileNotFoundError, or ValueError if the file
+    is not an audit.
+
+    path: its file, or that of any rank; those of the other ranks must lie beside it.
+    """
+    file = Path(path)
+    match = re.fullmatch(r"(.*\.rank)\d+(of(\d+)\.safetensors)", file.name)
+    if match is None:
+        return _load(file)
+    parts = [_load(file.with_name(f"{match[1]}{rank}{match[2]}")) for rank in range(int(match[3]))]
+    heads = range(parts[0].kept_counts.shape[1])
+    positions = [
+        part.positions(layer, head) for layer in range(len(parts[0].kept_counts)) for part in parts for head in heads
+    ]
+    counts_LH = torch.cat([part.kept_counts for part in parts], dim=1)
+    return replace(parts[0], kept_counts=counts_LH, kept_indices=torch.cat(positions))
+
+
+def _load(path: Path) -> Audit:
     if not Path(path).exists():
         raise FileNotFoundError(f"no audit file {os.fspath(path)}")
     with safe_open(os.fspath(path), framework="pt") as file:
@@ -85,15 +106,29 @@ def load(path: str | os.PathLike[str]) -> Audit:
         )
 
 
-def record(folder: str, eviction: Eviction, selection: Selection, config: EvictionConfig, block_size: int) -> None:
+def record(
+    folder: str,
+    eviction: Eviction,
+    selection: Selection,
+    config: EvictionConfig,
+    block_size: int,
+    rank: tuple[int, int] = (0, 1),
+) -> None:
     """`write` for the engine: a full disk costs an audit and a warning, never the engine."""
     try:
-        write(folder, eviction, selection, config, block_size)
+        write(folder, eviction, selection, config, block_size, rank)
     except (OSError, SafetensorError) as error:
         get_logger("kv_eviction").warning("KV eviction: no audit of %s: %s", eviction.request_id, error)
 
 
-def write(folder: str, eviction: Eviction, selection: Selection, config: EvictionConfig, block_size: int) -> Path:
+def write(
+    folder: str,
+    eviction: Eviction,
+    selection: Selection,
+    config: EvictionConfig,
+    block_size: int,
+    rank: tuple[int, int] = (0, 1),
+) -> Path:
     """Write one file, atomically: a reader never sees half of it."""
     pages_LH = selection.pages_LH.cpu()
     start, stop = eviction.shared_blocks * block_size, eviction.num_tokens // block_size * block_size
@@ -102,7 +137,7 @@ def write(folder: str, eviction: Eviction, selection: Selection, config: Evictio
     per_head = tokens.split((pages_LH.flatten().long() * block_size).tolist())
     indices = torch.cat([part for kept in per_head for part in (shared, kept, tail)])
     assert eviction.token_ids is not None
-    target = path_of(folder, eviction.request_id)
+    target = path_of(folder, eviction.request_id, rank)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(f".{os.getpid()}.partial")
     save_file(

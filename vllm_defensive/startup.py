@@ -56,7 +56,12 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     on_cuda = parallel.worker_cls == PLATFORMS["cuda"][0]
     for unsupported, option, value, way_out in (
-        (parallel.tensor_parallel_size > 1, "tensor_parallel_size", parallel.tensor_parallel_size, "use 1"),
+        (
+            model.get_total_num_kv_heads() % parallel.tensor_parallel_size,
+            "tensor_parallel_size",
+            parallel.tensor_parallel_size,
+            f"choose a divisor of the model's {model.get_total_num_kv_heads()} KV heads",
+        ),
         (parallel.pipeline_parallel_size > 1, "pipeline_parallel_size", parallel.pipeline_parallel_size, "use 1"),
         (_get(parallel, "decode_context_parallel_size", 1) > 1, "decode_context_parallel_size", "> 1", "use 1"),
         (_get(parallel, "prefill_context_parallel_size", 1) > 1, "prefill_context_parallel_size", "> 1", "use 1"),

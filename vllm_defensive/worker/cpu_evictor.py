@@ -33,7 +33,7 @@ class CPUEvictor:
         codec: PageCodec,
         scale: float,
         projections: Projections,
-        writes_audit: bool = True,
+        rank: tuple[int, int] = (0, 1),
     ) -> None:
         """scale: of the layers' attention logits."""
         self._config = config
@@ -42,7 +42,7 @@ class CPUEvictor:
         self._codec = codec
         self._scale = scale
         self._projections = projections
-        self._writes_audit = writes_audit and config.audit is not None
+        self._rank = rank
         self._microseconds = 0
 
     def take_microseconds(self) -> int:
@@ -66,9 +66,8 @@ class CPUEvictor:
         choose = self._layer_by_layer if policy.layers_apart else self._across_layers
         selection = choose(eviction, seen.pop(eviction.request_id), pages_LHB, target)
         self._runtime.tables[eviction.request_id] = RequestTable(self._view, eviction, selection.pages_LH)
-        if self._writes_audit:
-            assert self._config.audit is not None
-            audit.record(self._config.audit, eviction, selection, self._config, self._view.page_tokens)
+        if self._config.audit is not None:
+            audit.record(self._config.audit, eviction, selection, self._config, self._view.page_tokens, self._rank)
 
     def _across_layers(self, eviction: Eviction, seen_L: Tensor, pages_LHB: Tensor, target: Tensor) -> Selection:
         """Layers share one budget: every one is scored before the first is packed, and so read twice."""

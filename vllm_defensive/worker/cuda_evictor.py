@@ -59,7 +59,7 @@ class CUDAEvictor:
         scale: float,
         scales: Sequence[LayerScales],
         projections: Projections,
-        writes_audit: bool = True,
+        rank: tuple[int, int] = (0, 1),
     ) -> None:
         """scale: of the layers' attention logits. scales: one a layer."""
         self._config = config
@@ -68,7 +68,7 @@ class CUDAEvictor:
         self._scale = scale
         self._scales = scales
         self._projections = projections
-        self._writes_audit = writes_audit and config.audit is not None
+        self._rank = rank
         self._timers: deque[tuple[Any, Any]] = deque()
 
     def take_microseconds(self) -> int:
@@ -88,10 +88,9 @@ class CUDAEvictor:
         selections = [self._evict(eviction) for eviction in evictions]
         end.record()
         self._timers.append((start, end))
-        if self._writes_audit:
-            assert self._config.audit is not None
+        if self._config.audit is not None:
             for eviction, selection in zip(evictions, selections, strict=True):
-                audit.record(self._config.audit, eviction, selection, self._config, self._pages.page_tokens)
+                audit.record(self._config.audit, eviction, selection, self._config, self._pages.page_tokens, self._rank)
 
     def warm_up(self, max_tokens: int) -> None:
         """Compile the kernels of this engine's policy, on vLLM's null block, which nobody reads: the first prompt

@@ -52,6 +52,11 @@ class EvictionWorker(Worker):
         self._runtime: Runtime | None = None
         self._evictor: Evictor | None = None
 
+    @property
+    def tensor_rank(self) -> tuple[int, int]:
+        """(this worker's tensor-parallel rank, their number)."""
+        return self.rank, self.parallel_config.tensor_parallel_size
+
     @abstractmethod
     def start_eviction(self, group: int, names: list[str], layers: list[Any]) -> tuple[Runtime, Evictor]:
         """Make the per-device parts and hand them to the attention layers and metadata builders of a KV cache group.
