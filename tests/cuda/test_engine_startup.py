@@ -47,6 +47,19 @@ def test_what_does_not_work_is_refused(model: Path, arguments: dict[str, Any], m
         config_of(model, **arguments)
 
 
+def test_policies_of_all_queries_are_refused(model: Path) -> None:
+    """At the start, and of a request where the server has another policy."""
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(ValueError, match="kv_eviction=h2o: supported on CPUs only"):
+        config_of(model, **vllm_defensive.engine_kwargs("h2o"))
+    with engine(model, "snapkv", dtype="float32") as llm:
+        prompt = random_prompts((140,), seed=4)
+        with pytest.raises(VLLMValidationError, match="kv_eviction='h2o': supported on CPUs only"):
+            generate(llm, prompt, 2, extra_args=[{"kv_eviction": "h2o"}])
+        assert len(generate(llm, prompt, 2)[0].tokens) == 2
+
+
 def test_the_old_model_runner_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     with pytest.raises(ValueError, match=r"VLLM_USE_V2_MODEL_RUNNER=0: .* use model runner V2"):
