@@ -122,7 +122,7 @@ def test_the_start_up_line_states_policy_ratio_and_pages(server: str, folder: Pa
     "flags, message",
     [
         (["--kv-eviction", "snapkb"], "--kv-eviction=snapkb: choose one of none, streamingllm"),
-        (["--kv-eviction", "snapkv", "--tensor-parallel-size", "2"], "tensor_parallel_size=2: not supported"),
+        (["--kv-eviction", "snapkv", "--pipeline-parallel-size", "2"], "pipeline_parallel_size=2: not supported"),
     ],
 )
 def test_what_does_not_work_ends_with_exit_code_2_and_one_line(
