@@ -46,13 +46,37 @@ def test_every_query_passes_and_nothing_is_hit(tiny_model: Any, asynchronous: bo
     harness.assert_all_returned()
 
 
-def test_others_of_the_same_prompt_share_nothing_with_it(tiny_model: Any) -> None:
-    """It has blocks of its own, so leaving leading ones whole would save no memory."""
-    harness = Harness(tiny_model, num_blocks=400, policy="h2o", keep=0.5)
-    for _ in range(4):
-        harness.add(text(320, 1))
+def test_it_shares_no_blocks_with_others_of_the_same_prompt(tiny_model: Any) -> None:
+    """It has blocks of its own, so leaving some whole would save no memory; the others share the whole prompt."""
+    harness = Harness(tiny_model, num_blocks=400, keep=0.5, chunk=512)
+    ids = [harness.add(text(320, 1)) for _ in range(4)]
+    for request_id in ids[:2]:
+        harness.scheduler.requests[request_id].sampling_params.extra_args = {"kv_eviction": "h2o"}
     harness.run()
-    assert [e.shared_blocks for e in harness.evictions] == [0] * 4
+    assert [(e.request_id, e.shared_blocks) for e in harness.evictions] == [(ids[0], 0), (ids[1], 0)]
+    harness.assert_all_returned()
+
+
+def test_a_request_preempted_on_the_way_begins_anew(tiny_model: Any) -> None:
+    """Nothing of its own blocks, which the prefix cache still has, is hit; the ghost worker counts its queries."""
+    harness = Harness(
+        tiny_model,
+        num_blocks=16,
+        policy="h2o",
+        keep=0.5,
+        scheduling="priority",
+        chunk=96,
+        long_prefill=32,
+        max_model_len=320,
+    )
+    minor = harness.add(text(319, 0), max_tokens=1, priority=1)
+    harness.step()
+    harness.add(text(200, 1), max_tokens=9, priority=0)
+    rows = [(begin, end) for request_id, begin, end in spans(harness) if request_id == minor]
+    again = [begin for begin, _ in rows].index(0)
+    assert rows[again - 1][1] == 288, "it was not preempted on the way, so the test shows nothing"
+    assert rows[again:] == [(0, 96), (96, 192), (192, 288), (288, 319)]
+    assert [e.num_tokens for e in harness.evictions] == [200, 319]
     harness.assert_all_returned()
 
 
