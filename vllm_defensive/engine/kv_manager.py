@@ -48,6 +48,12 @@ class RequestState:
     shared_blocks: int = 0
     full_blocks: int = 0
     packed: list[KVCacheBlock] = field(default_factory=list)
+    hashed: bool = False  # the prefix cache has every block that it may have
+
+    @property
+    def saved_blocks(self) -> int:
+        """Blocks given back by the release, net of the packed ones."""
+        return self.full_blocks - self.shared_blocks - len(self.packed)
 
     @property
     def accumulates(self) -> bool:
@@ -67,6 +73,7 @@ class EvictionBlockManager(FullAttentionManager):
         # Block managers of the model's other KV cache groups, set by the scheduler: they take from the same pool.
         self.other_managers: Sequence[SingleTypeKVCacheManager] = ()
         self.totals = Totals()
+        self.saved_blocks = 0  # sum over the live requests that were released
         self._states: dict[str, RequestState] = {}
         self._prefilling: set[str] = set()  # still to reach their `T`
         self._unreleased: set[str] = set()  # evicted, originals not yet given back
@@ -97,11 +104,15 @@ class EvictionBlockManager(FullAttentionManager):
             *args,
             **kwargs,
         )
+        if self.is_decided(request_id):
+            return positional
         return positional + self._plan(request_id, num_tokens_main_model)[1]
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Blocks appended to the request's table. The packed blocks are not among them: no position maps to them."""
         new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        if self.is_decided(request_id):
+            return new_blocks
         state = self._state(request_id)
         if state is None:
             return new_blocks
@@ -213,7 +224,8 @@ class EvictionBlockManager(FullAttentionManager):
     ) -> None:
         """Give the originals back once the step that evicted them has been processed."""
         del num_prompt_tokens
-        self.release(request_id, processed_computed_tokens)
+        if request_id in self._unreleased:  # few, and this runs for every request of every step
+            self.release(request_id, processed_computed_tokens)
 
     def release(self, request_id: str, processed_tokens: int) -> None:
         """Free blocks `[s, g)` if `processed_tokens`, tokens whose step is over, cover the whole prefill."""
@@ -222,7 +234,8 @@ class EvictionBlockManager(FullAttentionManager):
         state = self._states[request_id]
         self._remove_blocks_in_range(request_id, state.shared_blocks, state.full_blocks)
         self._unreleased.discard(request_id)
-        self.totals.freed_blocks += state.full_blocks - state.shared_blocks - len(state.packed)
+        self.totals.freed_blocks += state.saved_blocks
+        self.saved_blocks += state.saved_blocks
 
     def release_processed(self) -> None:
         """Release every request that is due, before anybody is scheduled or preempted for want of the memory."""
@@ -232,6 +245,8 @@ class EvictionBlockManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Everything the request holds: the one way out for finish, abort and preemption."""
+        if self.is_released(request_id):
+            self.saved_blocks -= self._states[request_id].saved_blocks
         state = self._states.pop(request_id, None)
         self._planned.pop(request_id, None)
         self._prefilling.discard(request_id)
@@ -274,7 +289,20 @@ class EvictionBlockManager(FullAttentionManager):
         state = self._states.get(request_id)
         if state is None or not state.full_blocks:
             return num_tokens
-        return min(num_tokens, state.full_blocks * self.block_size)
+        limit = state.full_blocks * self.block_size
+        state.hashed = state.hashed or num_tokens >= limit
+        return min(num_tokens, limit)
+
+    def is_hashed(self, request_id: str) -> bool:
+        """Whether `cacheable_tokens` has said its last: the request was evicted and all its cacheable blocks were named
+        before."""
+        state = self._states.get(request_id)
+        return state is not None and state.hashed
+
+    def is_decided(self, request_id: str) -> bool:
+        """Whether the request will never (again) be evicted, as in every step but the few up to its `T`."""
+        state = self._states.get(request_id)
+        return state is not None and state.decided
 
     def longest_hit(self, request_id: str) -> int | None:
         """Tokens that the prefix cache may serve to a request about to be admitted; None: as many as it has.

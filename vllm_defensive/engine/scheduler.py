@@ -47,7 +47,8 @@ class _EvictionMixin(Scheduler):
             return find(block_hashes, limit)
 
         def cache_blocks(request: Request, num_computed_tokens: int) -> None:
-            cache(request, manager.cacheable_tokens(request.request_id, num_computed_tokens))
+            if not manager.is_hashed(request.request_id):
+                cache(request, manager.cacheable_tokens(request.request_id, num_computed_tokens))
 
         coordinator.find_longest_cache_hit = find_longest_cache_hit
         coordinator.cache_blocks = cache_blocks
@@ -76,6 +77,8 @@ class _EvictionMixin(Scheduler):
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM's last word on the length of a chunk; ours is that it ends where the request is evicted."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if self.eviction_manager.is_decided(request.request_id):
+            return num_new_tokens
         stop = self.eviction_manager.next_stop(request.request_id)
         return min(num_new_tokens, stop - num_computed_tokens) if stop else num_new_tokens
 
@@ -87,26 +90,18 @@ class _EvictionMixin(Scheduler):
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
             totals = self.eviction_manager.totals
-            metrics.attach(stats, totals - self._reported)
-            self._reported = replace(totals)
+            if totals != self._reported:
+                metrics.attach(stats, totals - self._reported)
+                self._reported = replace(totals)
             metrics.attach_records(stats, self._evictions)
             self._evictions.clear()
             self._attach_pool(stats)
         return stats
 
-    def _saved_blocks(self) -> int:
-        """Blocks that the live requests gave back, less those that what they kept fills."""
-        manager = self.eviction_manager
-        return sum(
-            state.full_blocks - state.shared_blocks - len(state.packed)
-            for request_id, state in manager._states.items()
-            if state.packed and request_id not in manager._unreleased
-        )
-
     def _attach_pool(self, stats: Any) -> None:
         pool = self.kv_cache_manager.block_pool
         used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # block 0 is vLLM's null block
-        now = metrics.Pool(used, self._saved_blocks())
+        now = metrics.Pool(used, self.eviction_manager.saved_blocks)
         if now != self._reported_pool:
             metrics.attach_pool(stats, now)
             self._reported_pool = now
