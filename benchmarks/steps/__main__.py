@@ -50,7 +50,7 @@ def main() -> None:
             from benchmarks.steps.overhead import overhead
             from benchmarks.tiny_model import write_tiny_llama
 
-            model = write_tiny_llama(Path(scratch))
+            model = write_tiny_llama(Path(scratch), max_positions=8192)
             result = overhead(model, arguments.evicted, arguments.steps, arguments.repeats)
         else:
             from benchmarks.models import ensure_model
