@@ -48,7 +48,6 @@ class RequestState:
     shared_blocks: int = 0
     full_blocks: int = 0
     packed: list[KVCacheBlock] = field(default_factory=list)
-    hashed: bool = False  # the prefix cache has every block that it may have
 
     @property
     def saved_blocks(self) -> int:
@@ -75,6 +74,10 @@ class EvictionBlockManager(FullAttentionManager):
         self.totals = Totals()
         self.saved_blocks = 0  # sum over the live requests that were released
         self._states: dict[str, RequestState] = {}
+        # Sets, because they are asked for every request of every step. Live requests that will never (again) be
+        # evicted, and those evicted of which the prefix cache has every block that it may have.
+        self.decided: set[str] = set()
+        self.hashed: set[str] = set()
         self._prefilling: set[str] = set()  # still to reach their `T`
         self._unreleased: set[str] = set()  # evicted, originals not yet given back
         self._spared: set[str] = set()  # not to be evicted, as the prefix cache was looked up for them without limit
@@ -104,14 +107,14 @@ class EvictionBlockManager(FullAttentionManager):
             *args,
             **kwargs,
         )
-        if self.is_decided(request_id):
+        if request_id in self.decided:
             return positional
         return positional + self._plan(request_id, num_tokens_main_model)[1]
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Blocks appended to the request's table. The packed blocks are not among them: no position maps to them."""
         new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        if self.is_decided(request_id):
+        if request_id in self.decided:
             return new_blocks
         state = self._state(request_id)
         if state is None:
@@ -122,6 +125,8 @@ class EvictionBlockManager(FullAttentionManager):
                 self._prefilling.add(request_id)
         shared, count = self._plan(request_id, num_tokens_main_model)
         state.decided = state.decided or num_tokens_main_model >= state.num_tokens
+        if state.decided:
+            self.decided.add(request_id)
         if count:
             assert num_tokens_main_model == state.num_tokens, "the scheduler ends a chunk where a request is evicted"
             self._start_eviction(request_id, state, shared, count)
@@ -249,6 +254,8 @@ class EvictionBlockManager(FullAttentionManager):
             self.saved_blocks -= self._states[request_id].saved_blocks
         state = self._states.pop(request_id, None)
         self._planned.pop(request_id, None)
+        self.decided.discard(request_id)
+        self.hashed.discard(request_id)
         self._prefilling.discard(request_id)
         self._unreleased.discard(request_id)
         self._spared.discard(request_id)
@@ -290,19 +297,9 @@ class EvictionBlockManager(FullAttentionManager):
         if state is None or not state.full_blocks:
             return num_tokens
         limit = state.full_blocks * self.block_size
-        state.hashed = state.hashed or num_tokens >= limit
+        if num_tokens >= limit:
+            self.hashed.add(request_id)
         return min(num_tokens, limit)
-
-    def is_hashed(self, request_id: str) -> bool:
-        """Whether `cacheable_tokens` has said its last: the request was evicted and all its cacheable blocks were named
-        before."""
-        state = self._states.get(request_id)
-        return state is not None and state.hashed
-
-    def is_decided(self, request_id: str) -> bool:
-        """Whether the request will never (again) be evicted, as in every step but the few up to its `T`."""
-        state = self._states.get(request_id)
-        return state is not None and state.decided
 
     def longest_hit(self, request_id: str) -> int | None:
         """Tokens that the prefix cache may serve to a request about to be admitted; None: as many as it has.
@@ -353,6 +350,10 @@ class EvictionBlockManager(FullAttentionManager):
             for block in blocks:
                 assert block.is_null or block.block_id not in owned, f"{request_id} holds packed block {block.block_id}"
         assert set(self._planned) <= set(self._states)
+        assert self.decided == {request_id for request_id, state in self._states.items() if state.decided}
+        assert self.hashed <= self.decided
+        released = [state for request_id, state in self._states.items() if self.is_released(request_id)]
+        assert self.saved_blocks == sum(state.saved_blocks for state in released)
 
 
 def _common_prefix(a: Sequence[Any], b: Sequence[Any], limit: int) -> int:

@@ -47,7 +47,7 @@ class _EvictionMixin(Scheduler):
             return find(block_hashes, limit)
 
         def cache_blocks(request: Request, num_computed_tokens: int) -> None:
-            if not manager.is_hashed(request.request_id):
+            if request.request_id not in manager.hashed:
                 cache(request, manager.cacheable_tokens(request.request_id, num_computed_tokens))
 
         coordinator.find_longest_cache_hit = find_longest_cache_hit
@@ -77,7 +77,7 @@ class _EvictionMixin(Scheduler):
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM's last word on the length of a chunk; ours is that it ends where the request is evicted."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        if self.eviction_manager.is_decided(request.request_id):
+        if request.request_id in self.eviction_manager.decided:
             return num_new_tokens
         stop = self.eviction_manager.next_stop(request.request_id)
         return min(num_new_tokens, stop - num_computed_tokens) if stop else num_new_tokens
