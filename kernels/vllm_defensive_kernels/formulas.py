@@ -272,8 +272,12 @@ def sort_down(scores_RE: Tensor) -> Tensor:
 
 
 def last_value(sorted_RE: Tensor, count_R: Tensor) -> Tensor:
-    """The smallest of the first `count` values of each sorted row; of an empty choice, the row's largest. -> [R, 1]."""
-    return sorted_RE.gather(-1, (count_R.long() - 1).clamp_min(0).unsqueeze(-1))
+    """The smallest of the first `count` values of each sorted row; of an empty choice, +inf. -> [R, 1].
+
+    The columns may stand for pages, each with its last value: the first column is then not the row's largest value.
+    """
+    count_R1 = count_R.long().unsqueeze(-1)
+    return sorted_RE.gather(-1, (count_R1 - 1).clamp_min(0)).masked_fill(count_R1 == 0, float("inf"))
 
 
 def keep_best(scores_RE: Tensor, count_R: Tensor, sorted_RE: Tensor | None = None) -> Tensor:

@@ -68,6 +68,16 @@ def test_budgets_are_spent_to_the_page_inside_the_range(problem: tuple) -> None:
         assert set(range(stop - forced, stop)) <= set(kept), "what is forced stays"
 
 
+@pytest.mark.parametrize("scope", SCOPES, ids=by_name)
+def test_a_head_without_pages_keeps_nothing(scope: Policy) -> None:
+    """A window that lies in the tail block forces no page, and a head may then get none."""
+    scores = layers_of(torch.tensor([[[9.0, 8, 9, 7, 7, 7], [2, 1, 2, 0, 0, 0]]]))
+    selection = select(scope, scores, page_size=3, packed_blocks=1, evictable=(0, 6))
+    pages = selection.pages_LH.tolist()
+    assert pages == [[1, 1]] if scope.scope == "head" else pages == [[2, 0]]
+    assert [len(kept) for kept in kept_by_head(selection).values()] == [3 * n for n in pages[0]]
+
+
 @FAST
 @given(problems())
 def test_the_same_scores_give_the_same_tokens(problem: tuple) -> None:
