@@ -17,6 +17,7 @@ from vllm_defensive.policy import PRESETS, public_names
 
 KEY = "kv_eviction"
 NONE = "none"
+TURN_OFF = "turn eviction off (--kv-eviction none, without --kv-eviction-per-request)"
 INTERNAL_POLICIES = "VLLM_DEFENSIVE_INTERNAL_POLICIES"
 
 

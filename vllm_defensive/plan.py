@@ -79,6 +79,12 @@ def packed_blocks(
     return needed if needed < evictable else 0
 
 
+def kept_tokens(num_tokens: int, whole_blocks: int, block_size: int) -> int:
+    """How many of `num_tokens` an eviction kept, on average over layers and heads: `K*L*H` pages on `L*H` heads, and
+    what every head keeps. whole_blocks: shared and packed ones."""
+    return whole_blocks * block_size + num_tokens % block_size
+
+
 def forced_tokens(num_tokens: int, shared_blocks: int, window: int, block_size: int) -> int:
     """How many tokens of the packed region `[s*N, g*N)` belong to the observation window and are therefore kept."""
     first, last = shared_blocks * block_size, num_tokens // block_size * block_size

@@ -5,6 +5,7 @@
     kv_eviction_boundary   evict when this many prompt tokens are computed; the rest of the prompt sees what was
                            kept, and is itself kept whole ("compress the document, then ask")
     kv_eviction_protect    leading prompt tokens that stay whole, in place and shared (a system prompt)
+    kv_eviction_report     1: the response tells what was kept
 
 Checked once in the API server, where a mistake is a 400; the scheduler resolves the same fields and must never raise.
 """
@@ -12,7 +13,7 @@ Checked once in the API server, where a mistake is a 400; the scheduler resolves
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -22,7 +23,7 @@ _PREFIX = "kv_eviction"
 
 
 class RequestSettings(BaseModel):
-    """A request's own settings, with the engine's where it has none. boundary, protect: tokens."""
+    """A request's own settings, with the engine's where it has none. boundary, protect: tokens. report: wanted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -30,6 +31,7 @@ class RequestSettings(BaseModel):
     keep: float = Field(gt=0, le=1)
     boundary: int | None = Field(None, ge=1)
     protect: int = Field(0, ge=0)
+    report: bool | Literal[0, 1] = False
 
     @field_validator("policy")
     @classmethod
@@ -56,7 +58,7 @@ def resolve(engine: EvictionConfig, extra_args: Mapping[str, Any] | None, num_pr
         elif name.startswith(_PREFIX):
             raise _wrong(name, value, f"unknown, choose from {', '.join(_ALLOWED)}")
     if not own:
-        return RequestSettings.model_construct(policy=engine.policy, keep=engine.keep, boundary=None, protect=0)
+        return RequestSettings.model_construct(policy=engine.policy, keep=engine.keep)
     try:
         settings = RequestSettings(**{"policy": engine.policy, "keep": engine.keep, **own})
     except ValidationError as error:
@@ -69,6 +71,18 @@ def resolve(engine: EvictionConfig, extra_args: Mapping[str, Any] | None, num_pr
     return settings
 
 
+def may_hold_booleans(fields: Mapping[str, Any] | None) -> bool:
+    """Whether a field of ours holds 0 or 1, as which vLLM's servers pass on `false` and `true`."""
+    return any(type(value) is int and value in (0, 1) and name in _ALLOWED for name, value in (fields or {}).items())
+
+
+def refuse_booleans(fields: Any) -> None:
+    """Raises RequestFieldError if a field of ours holds a boolean. fields: as the client sent them, of any type."""
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        if isinstance(value, bool) and name in _ALLOWED and name not in _SWITCHES:
+            raise _wrong(name, value, _ALLOWED[name])
+
+
 def _field_name(name: str) -> str:
     return _PREFIX if name == "policy" else f"{_PREFIX}_{name}"
 
@@ -78,7 +92,9 @@ _ALLOWED = {
     "kv_eviction_keep": "choose a number in (0, 1]",
     "kv_eviction_boundary": "choose a whole number of prompt tokens, 1 or more",
     "kv_eviction_protect": "choose a whole number of prompt tokens, 0 or more",
+    "kv_eviction_report": "choose 0 or 1",
 }
+_SWITCHES = ("kv_eviction_report",)  # a boolean is what they mean
 
 
 def _wrong(field: str, value: Any, allowed: str) -> RequestFieldError:
@@ -94,4 +110,4 @@ def settings_or_none(engine: EvictionConfig, request: Any) -> RequestSettings:
             return resolve(engine, extra_args, request.num_prompt_tokens)
     except ValueError:
         pass
-    return RequestSettings.model_construct(policy=NONE, keep=engine.keep, boundary=None, protect=0)
+    return RequestSettings.model_construct(policy=NONE, keep=engine.keep)

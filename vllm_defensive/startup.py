@@ -8,7 +8,7 @@ from typing import Any
 from vllm_defensive import config, vllm_compat
 from vllm_defensive.config import EvictionConfig
 from vllm_defensive.policy import PRESETS
-from vllm_defensive.request import RequestFieldError, resolve
+from vllm_defensive.request import RequestFieldError, may_hold_booleans, refuse_booleans, resolve
 
 SCHEDULER = "vllm_defensive.engine.scheduler.make_scheduler"
 # device type -> our worker, and the smallest block that the platform's fast attention takes: small pages waste least
@@ -44,6 +44,8 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
         raise ValueError(_refusal("block_size", engine_args.block_size, f"choose a multiple of {block}"))
     vllm_compat.patch_stat_loggers(_make_stat_logger)
     vllm_compat.patch_validate_request(_check_request)
+    vllm_compat.patch_generators(_check_request)
+    vllm_compat.patch_bodies(_check_body)
     global _settings
     _settings = settings
     # Plain JSON: it is hashed into vLLM's compile cache key and printed with its config.
@@ -158,13 +160,24 @@ def _only_on_cpus(policy: str) -> bool:
 def _check_request(processed_inputs: Any, params: Any) -> None:
     """Refuse a request with wrong `kv_eviction*` fields: HTTP 400, or VLLMValidationError from `LLM`."""
     extra_args = getattr(params, "extra_args", None)
-    if not extra_args or _settings is None:
-        return
+    if not extra_args or _settings is None or not isinstance(processed_inputs, dict):
+        return  # a prompt that is not yet tokenized comes here again
     prompt = processed_inputs.get("decoder", processed_inputs)
     try:
         own = resolve(_settings, extra_args, len(prompt.get("prompt_token_ids", prompt.get("prompt_embeds", ()))))
         if _only_on_cpus(own.policy) and _platform()[0] == PLATFORMS["cuda"][0]:
             raise RequestFieldError(f"{config.KEY}={own.policy!r}: {_CPU_ONLY}", config.KEY, own.policy)
+    except RequestFieldError as error:
+        raise vllm_compat.request_error(str(error), error.field, error.value) from None
+
+
+async def _check_body(fields: Any, raw_request: Any) -> None:
+    """Refuse booleans among a request's `kv_eviction*` fields, which arrive as 0 and 1. Nothing else costs a look."""
+    if raw_request is None or _settings is None or not may_hold_booleans(fields):
+        return
+    body = await raw_request.json()
+    try:
+        refuse_booleans(body.get("vllm_xargs") if isinstance(body, dict) else None)
     except RequestFieldError as error:
         raise vllm_compat.request_error(str(error), error.field, error.value) from None
 
@@ -180,4 +193,4 @@ def _get(owner: Any, name: str, default: Any) -> Any:
 
 
 def _refusal(option: str, value: Any, way_out: str) -> str:
-    return f"{option}={value}: not supported together with --kv-eviction; {way_out}, or set --kv-eviction none"
+    return f"{option}={value}: not supported together with --kv-eviction; {way_out}, or {config.TURN_OFF}"

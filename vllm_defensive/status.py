@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_defensive.config import KEY
-from vllm_defensive.plan import Eviction
+from vllm_defensive.plan import Eviction, kept_tokens
 
 PATH = "/kv_eviction"
 SHOWN, REMEMBERED = 20, 1000  # evictions that the status lists; those that can be asked for by id
@@ -32,12 +32,12 @@ _recent: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
 
 def record_of(eviction: Eviction, block_size: int) -> dict[str, Any]:
     """The JSON entry of one eviction. Tokens are means over layers and heads; blocks are net of the packed ones."""
-    packed, tail = len(eviction.packed_blocks), eviction.num_tokens % block_size
+    packed = len(eviction.packed_blocks)
     return {
         "request_id": eviction.request_id,
         "policy": eviction.policy,
         "prompt_tokens": eviction.num_tokens,
-        "kept_tokens": (eviction.shared_blocks + packed) * block_size + tail,
+        "kept_tokens": kept_tokens(eviction.num_tokens, eviction.shared_blocks + packed, block_size),
         "freed_blocks": eviction.num_tokens // block_size - eviction.shared_blocks - packed,
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 from vllm_defensive.plan import StepMessage
@@ -88,6 +88,51 @@ def patch_validate_request(check: Callable[[Any, Any], None]) -> None:
         return validate_request
 
     patch(current_platform, "validate_request", make)
+
+
+def patch_generators(check: Callable[[Any, Any], None]) -> None:
+    """P6, installed only when eviction is on. Why: vLLM checks a request when its generator is first asked for output,
+    and a stream has answered 200 by then. How: P3's check also runs where a server makes the generator, which is before
+    any answer begins and after the prompt was tokenized. Until: vLLM checks a stream's parameters before it starts."""
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+            check(prompt, sampling_params)
+            return original(self, prompt, sampling_params, *args, **kwargs)
+
+        return generate
+
+    def make_for_responses(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _generate_with_builtin_tools(self: Any, *, engine_input: Any, sampling_params: Any, **kwargs: Any) -> Any:
+            check(engine_input, sampling_params)
+            return original(self, engine_input=engine_input, sampling_params=sampling_params, **kwargs)
+
+        return _generate_with_builtin_tools
+
+    patch(AsyncLLM, "generate", make)
+    patch(OpenAIServingResponses, "_generate_with_builtin_tools", make_for_responses)
+
+
+def patch_bodies(check: Callable[[Any, Any], Awaitable[None]]) -> None:
+    """P7, installed only when eviction is on. Why: vLLM's protocol turns `true` in `vllm_xargs` into 1 before anyone
+    can look. How: `check(vllm_xargs, raw_request)` runs before a request is served, and may read the body again, which
+    is kept. Until: the protocol takes booleans for what they are."""
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def _with_kv_transfer_rejection_cleanup(self: Any, served: Any, request: Any, raw_request: Any) -> Any:
+            try:
+                await check(request.vllm_xargs, raw_request)
+            except BaseException:
+                served.close()  # a coroutine that nobody will await
+                raise
+            return await original(self, served, request, raw_request)
+
+        return _with_kv_transfer_rejection_cleanup
+
+    patch(GenerateBaseServing, "_with_kv_transfer_rejection_cleanup", make)
 
 
 def request_error(message: str, parameter: str, value: Any) -> Exception:

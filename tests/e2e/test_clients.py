@@ -23,7 +23,6 @@ FLAGS = (
     "--kv-eviction", "none", "--kv-eviction-per-request", "--kv-eviction-min-tokens", "100",
 )  # fmt: skip
 OURS: dict[str, Any] = {"vllm_xargs": {"kv_eviction": "layer-defensivekv", "kv_eviction_keep": 0.25}}
-WRONG: dict[str, Any] = {"vllm_xargs": {"kv_eviction_keep": 1.5}}
 PROMPT = [2 + 11 * i % 500 for i in range(700)]
 MESSAGES: Any = [{"role": "user", "content": "a lighthouse and its keeper " * 30}]
 LENGTH: dict[str, Any] = {"model": "tiny", "max_tokens": 16, "temperature": 0}
@@ -80,19 +79,56 @@ def test_the_asynchronous_openai_client_asks_at_once(server: Server) -> None:
     assert evicted(server) == before + 4
 
 
-@pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
-def test_a_wrong_field_is_a_bad_request_error(client: openai.OpenAI, chat: bool) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"kv_eviction_keep=1\.5: choose a number in \(0, 1\]") as error:
-        if chat:
-            client.chat.completions.create(messages=MESSAGES, **LENGTH, extra_body=WRONG)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("route", ["completions", "chat", "responses"])
+@pytest.mark.parametrize(
+    "field, value, allowed",
+    [
+        ("kv_eviction_keep", 1.5, r"=1\.5: choose a number in \(0, 1\]"),
+        ("kv_eviction_boundary", 10**6, r"=1000000: the prompt has \d+ tokens"),
+        ("kv_eviction_boundary", True, "=True: choose a whole number of prompt tokens, 1 or more"),
+    ],
+)
+def test_a_wrong_field_is_a_bad_request_before_any_answer_begins(
+    server: Server, client: openai.OpenAI, route: str, stream: bool, field: str, value: Any, allowed: str
+) -> None:
+    extra = {"vllm_xargs": {"kv_eviction": "snapkv", field: value}}
+    before = server.metric("vllm:prompt_tokens_total")
+    with pytest.raises(openai.BadRequestError, match=field + allowed) as error:
+        if route == "completions":
+            client.completions.create(prompt=[PROMPT, PROMPT], stream=stream, **LENGTH, extra_body=extra)
+        elif route == "chat":
+            client.chat.completions.create(messages=MESSAGES, stream=stream, **LENGTH, extra_body=extra)
         else:
-            client.completions.create(prompt=PROMPT, **LENGTH, extra_body=WRONG)
-    assert error.value.status_code == 400 and error.value.param == "kv_eviction_keep"
+            client.responses.create(model="tiny", input="a lighthouse", stream=stream, extra_body=extra)
+    assert error.value.status_code == 400 and error.value.param == field
+    assert server.metric("vllm:prompt_tokens_total") == before, "the engine has not seen it"
 
 
-def test_a_wrong_field_of_a_stream_is_an_api_error(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.APIError, match=r"kv_eviction_keep=1\.5"):
-        list(client.chat.completions.create(messages=MESSAGES, stream=True, **LENGTH, extra_body=WRONG))
+@pytest.mark.parametrize("route", ["completions", "chat", "responses"])
+def test_a_response_reports_what_was_kept_if_asked(server: Server, client: openai.OpenAI, route: str) -> None:
+    def ask(**fields: Any) -> dict[str, Any] | None:
+        body = {"vllm_xargs": {**OURS["vllm_xargs"], **fields}}
+        if route == "completions":
+            return client.completions.create(prompt=PROMPT, **LENGTH, extra_body=body).kv_transfer_params
+        if route == "chat":
+            return client.chat.completions.create(messages=MESSAGES, **LENGTH, extra_body=body).kv_transfer_params
+        story = MESSAGES[0]["content"]
+        return client.responses.create(
+            model="tiny", input=story, max_output_tokens=16, extra_body=body
+        ).kv_transfer_params
+
+    names = [f"vllm:kv_eviction_{name}_tokens_total" for name in ("prompt", "kept")]
+    before = [server.metric(name) for name in names]
+    report = ask(kv_eviction_report=1)
+    prompt, kept = (server.metric(name) - start for name, start in zip(names, before, strict=True))
+    assert 0 < kept < prompt
+    assert report == {"kv_eviction": {"policy": "layer-defensivekv", "prompt_tokens": prompt, "kept_tokens": kept}}
+    half = ask(kv_eviction_report=True, kv_eviction_boundary=200)["kv_eviction"]
+    assert half["prompt_tokens"] == prompt and half["kept_tokens"] == prompt - 200 + 2 * 32 + 200 % 32
+    whole = ask(kv_eviction_report=1, kv_eviction="none")["kv_eviction"]
+    assert whole == {"policy": "none", "prompt_tokens": prompt, "kept_tokens": prompt}
+    assert ask() is None
 
 
 @pytest.mark.parametrize("extra", [None, OURS], ids=["plain", "extra-body"])

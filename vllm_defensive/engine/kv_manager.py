@@ -26,9 +26,9 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
-from vllm_defensive.config import EvictionConfig
+from vllm_defensive.config import NONE, EvictionConfig
 from vllm_defensive.metrics import Totals
-from vllm_defensive.plan import Eviction, StepMessage
+from vllm_defensive.plan import Eviction, StepMessage, kept_tokens
 from vllm_defensive.policy import PRESETS
 from vllm_defensive.request import RequestSettings, settings_or_none
 
@@ -287,9 +287,8 @@ class EvictionBlockManager(FullAttentionManager):
     def _count(self, eviction: Eviction) -> None:
         self.totals.requests += 1
         self.totals.prompt_tokens += eviction.num_tokens
-        # Mean over heads: `K*L*H` pages on `L*H` heads, and the shared and tail tokens, which every head keeps.
         whole_blocks = eviction.shared_blocks + len(eviction.packed_blocks)
-        self.totals.kept_tokens += whole_blocks * self.block_size + eviction.num_tokens % self.block_size
+        self.totals.kept_tokens += kept_tokens(eviction.num_tokens, whole_blocks, self.block_size)
 
     def cacheable_tokens(self, request_id: str, num_tokens: int) -> int:
         """How many of the first `num_tokens` tokens may be hashed: none of a block filled after the eviction."""
@@ -328,6 +327,20 @@ class EvictionBlockManager(FullAttentionManager):
         """Whether the request was evicted and its originals have gone back to the pool."""
         state = self._states.get(request_id)
         return state is not None and state.full_blocks > 0 and request_id not in self._unreleased
+
+    def report(self, request_id: str) -> dict[str, Any] | None:
+        """For the response of a request that asks for it: its policy, and tokens of its whole prompt, all and kept (a
+        mean over layers and heads)."""
+        state = self._states.get(request_id)
+        if state is None or not state.settings.report:
+            return None
+        prompt = self.requests[request_id].num_prompt_tokens
+        if not state.full_blocks:
+            return {"policy": NONE, "prompt_tokens": prompt, "kept_tokens": prompt}
+        dropped = state.num_tokens - kept_tokens(
+            state.num_tokens, state.shared_blocks + len(state.packed), self.block_size
+        )
+        return {"policy": state.settings.policy, "prompt_tokens": prompt, "kept_tokens": prompt - dropped}
 
     # -- invariants ---------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_defensive import metrics, status, vllm_compat
-from vllm_defensive.config import from_vllm_config
+from vllm_defensive.config import KEY, from_vllm_config
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
 
 
@@ -85,6 +85,13 @@ class _EvictionMixin(Scheduler):
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         self.eviction_manager.totals.microseconds += vllm_compat.read_microseconds(model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's end of a request. A report that it asked for leaves with its last output, in the place for what a KV
+        connector has to say: that goes into the responses that are not streams, and connectors are refused."""
+        report = self.eviction_manager.report(request.request_id)
+        for_response, *others = super()._free_request(request, *args, **kwargs)
+        return (for_response if report is None else {KEY: report}), *others
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)

@@ -11,7 +11,7 @@ import torch
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_defensive import vllm_compat
-from vllm_defensive.config import from_vllm_config
+from vllm_defensive.config import TURN_OFF, from_vllm_config
 from vllm_defensive.engine.spec import EvictableSpec, as_evictable
 from vllm_defensive.plan import Eviction, StepMessage
 from vllm_defensive.worker.window import WindowQueries
@@ -76,7 +76,7 @@ class EvictionWorker(Worker):
         if len(evictable) != 1:
             raise ValueError(
                 f"kv_eviction: this model has {len(evictable)} groups of full-attention layers whose KV cache could be "
-                "evicted, and exactly one is supported; drop --kv-eviction or set it to none"
+                f"evicted, and exactly one is supported; {TURN_OFF}"
             )
         (group,) = evictable
         spec, names = groups[group].kv_cache_spec, groups[group].layer_names
@@ -139,6 +139,4 @@ def check_layers(names: list[str], layers: list[Any], context: Mapping[str, Any]
             (layer.num_heads != layers[0].num_heads, "has another number of query heads than the first"),
         ):
             if wrong:
-                raise ValueError(
-                    f"kv_eviction: layer {name} {what}, which is not supported; drop --kv-eviction or set it to none"
-                )
+                raise ValueError(f"kv_eviction: layer {name} {what}, which is not supported; {TURN_OFF}")
