@@ -48,10 +48,11 @@ def test_readme_lists_every_metric() -> None:
         COUNTERS,
         GAUGES,
         KEEP_SHARE,
+        KEPT_PAGES,
         SECONDS,
     )
 
-    expected = [*(name for name, _ in COUNTERS.values()), SECONDS[0], BY_POLICY[0], KEEP_SHARE[0]]
+    expected = [*(name for name, _ in COUNTERS.values()), SECONDS[0], KEPT_PAGES[0], BY_POLICY[0], KEEP_SHARE[0]]
     expected += [name for name, _ in GAUGES.values()]
     assert [row[0].strip("`") for row in table_rows("metric")] == expected
 

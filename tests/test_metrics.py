@@ -10,7 +10,8 @@ import pytest
 from prometheus_client import REGISTRY
 
 from vllm_defensive import metrics
-from vllm_defensive.metrics import EvictionStatLogger, Totals
+from vllm_defensive.metrics import EvictionStatLogger, Pool, Totals
+from vllm_defensive.plan import WorkerReport
 
 
 def engine_config(policy: str | None) -> Any:
@@ -39,17 +40,23 @@ def stats_with(increase: Totals, **others: int) -> Any:
     return stats
 
 
-def value(name: str, engine: int = 0) -> float | None:
-    return REGISTRY.get_sample_value(name, {"model_name": "m", "engine": str(engine)})
+def value(name: str, engine: int = 0, **labels: str) -> float | None:
+    return REGISTRY.get_sample_value(name, {"model_name": "m", "engine": str(engine), **labels})
 
 
 def test_increases_add_up_engine_by_engine(logger: EvictionStatLogger) -> None:
     for engine, requests in ((0, 1), (1, 5), (0, 2)):
-        logger.record(stats_with(Totals(requests, 100, 30, 4, 1500)), None, engine_idx=engine)
+        stats = stats_with(Totals(requests, 100, 30, prefix_hit_tokens=64, freed_blocks=4))
+        metrics.attach_worker(stats, WorkerReport(1500, [6, 0, 0, 0, 0, 3, 0, 0, 0, 1]))
+        logger.record(stats, None, engine_idx=engine)
+        assert stats.waiting_lora_adapters == {}
     assert value("vllm:kv_eviction_requests_total") == 3 and value("vllm:kv_eviction_requests_total", 1) == 5
     assert value("vllm:kv_eviction_prompt_tokens_total") == 200
     assert value("vllm:kv_eviction_kept_tokens_total") == 60
+    assert value("vllm:kv_eviction_prefix_hit_tokens_total") == 128
     assert value("vllm:kv_eviction_freed_blocks_total") == 8
+    by_decile = [value("vllm:kv_eviction_kept_pages_total", layer_decile=str(i)) for i in range(10)]
+    assert by_decile == [12, 0, 0, 0, 0, 6, 0, 0, 0, 2]
     assert value("vllm:kv_eviction_seconds_sum") == pytest.approx(0.003)
     assert value("vllm:kv_eviction_seconds_count") == 2
 
@@ -71,12 +78,15 @@ def test_steps_without_an_eviction_carry_nothing(logger: EvictionStatLogger) -> 
 
 
 def test_every_total_is_published(logger: EvictionStatLogger) -> None:
-    """A field that is added to Totals must not be lost on the way."""
-    ones = Totals(*(1 for _ in vars(Totals())))
+    """A field that is added to Totals or Pool must not be lost on the way."""
+    ones, pool = Totals(*(1 for _ in vars(Totals()))), Pool(*(2 for _ in vars(Pool())))
     stats = stats_with(ones)
-    assert len(stats.waiting_lora_adapters) == len(vars(ones))
+    metrics.attach_pool(stats, pool)
+    assert len(stats.waiting_lora_adapters) == len(vars(ones)) + len(vars(pool))
     logger.record(stats, None)
     assert stats.waiting_lora_adapters == {}
+    assert all(value(f"{name}_total") == 1 for name, _ in metrics.COUNTERS.values())
+    assert all(value(name) == 2 for name, _ in metrics.GAUGES.values())
 
 
 def test_an_engine_without_eviction_gets_no_logger() -> None:
@@ -85,4 +95,3 @@ def test_an_engine_without_eviction_gets_no_logger() -> None:
 
 def test_totals_subtract_field_by_field() -> None:
     assert Totals(5, 4, 3, 2, 1) - Totals(1, 1, 1, 1, 1) == Totals(4, 3, 2, 1, 0)
-    assert not Totals() and Totals(microseconds=1)

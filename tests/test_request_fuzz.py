@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.server import Server
-from vllm_defensive.config import EvictionConfig, allowed_policies
+from vllm_defensive.config import EvictionConfig, allowed_policies, known_policy
 from vllm_defensive.request import RequestFieldError, RequestSettings, resolve, settings_or_none
 
 NUM_TOKENS = 90
@@ -78,7 +78,7 @@ def test_any_fields_are_taken_or_refused_by_name(extra_args: dict[str, Any]) -> 
 
 def assert_usable(found: RequestSettings) -> None:
     """What the block manager is given: a policy, a ratio and positions that it can count with."""
-    assert found.policy in allowed_policies() or found.policy == "none"
+    assert found.policy == known_policy(found.policy)
     assert math.isfinite(found.keep) and 0 < found.keep <= 1
     assert found.boundary is None or (type(found.boundary) is int and 1 <= found.boundary <= NUM_TOKENS)
     assert type(found.protect) is int and 0 <= found.protect <= NUM_TOKENS

@@ -47,7 +47,10 @@ def vllm_config(**changes: Any) -> Any:
 REFUSED = [
     ({"parallel_config__tensor_parallel_size": 4}, "tensor_parallel_size=4", "divisor of the model's 6 KV heads"),
     ({"parallel_config__tensor_parallel_size": 12}, "tensor_parallel_size=12", "divisor of the model's 6 KV heads"),
-    ({"speculative_config": object()}, "speculative_config=set", "drop it"),
+    *(
+        ({"speculative_config": SimpleNamespace(method=method)}, f"speculative_config.method={method}", "use ngram")
+        for method in ("draft_model", "eagle", "mtp", "medusa", "suffix", "ngram_gpu")
+    ),
     ({"parallel_config__pipeline_parallel_size": 2}, "pipeline_parallel_size=2", "use 1"),
     ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size=", "use 1"),
     ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size=", "use 1"),
@@ -77,6 +80,7 @@ def test_unsupported_combinations_name_the_option_and_the_way_out(
 def test_a_plain_config_is_accepted() -> None:
     startup.check(vllm_config(), SETTINGS)
     startup.check(vllm_config(parallel_config__tensor_parallel_size=2), SETTINGS)
+    startup.check(vllm_config(speculative_config=SimpleNamespace(method="ngram")), SETTINGS)
 
 
 def test_a_window_longer_than_the_shortest_prompt_is_refused() -> None:

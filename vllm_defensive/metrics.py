@@ -17,26 +17,26 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_defensive import status
 from vllm_defensive.config import from_vllm_config
+from vllm_defensive.plan import DECILES, WorkerReport
 
 _PREFIX = "kv_eviction:"
 _RECORD = _PREFIX + "record:"
+_MICROSECONDS = _PREFIX + "microseconds"
+_PAGES = _PREFIX + "pages:"
 
 
 @dataclass
 class Totals:
-    """What eviction has done so far: requests, tokens, blocks, microseconds."""
+    """What eviction has done so far: requests, tokens, blocks."""
 
     requests: int = 0
     prompt_tokens: int = 0
     kept_tokens: int = 0
+    prefix_hit_tokens: int = 0
     freed_blocks: int = 0
-    microseconds: int = 0
 
     def __sub__(self, other: Totals) -> Totals:
         return Totals(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    def __bool__(self) -> bool:
-        return any(astuple(self))
 
 
 # field of Totals -> (metric, what it counts)
@@ -44,15 +44,21 @@ COUNTERS = {
     "requests": ("vllm:kv_eviction_requests", "Requests whose prompt's KV cache was evicted."),
     "prompt_tokens": ("vllm:kv_eviction_prompt_tokens", "Prompt tokens of evicted requests."),
     "kept_tokens": ("vllm:kv_eviction_kept_tokens", "Prompt tokens kept, mean over layers and heads."),
+    "prefix_hit_tokens": (
+        "vllm:kv_eviction_prefix_hit_tokens",
+        "Prompt tokens of evicted requests that came from the prefix cache.",
+    ),
     "freed_blocks": ("vllm:kv_eviction_freed_blocks", "KV cache blocks given back, net of packed ones."),
 }
 # Seconds are a histogram: `LLM.get_metrics()` cuts counters down to whole numbers.
 SECONDS = ("vllm:kv_eviction_seconds", "Seconds that a step spent on scoring and packing.")
+KEPT_PAGES = ("vllm:kv_eviction_kept_pages", "Head pages that evictions kept, by tenth of the layers, 0 the first.")
 BY_POLICY = ("vllm:kv_eviction_requests_by_policy", "Evictions, by the policy that chose.")
 KEEP_SHARE = ("vllm:kv_eviction_keep_share", "Share of its prompt's tokens that an evicted request kept.")
 # field of Pool -> (metric, what it says)
 GAUGES = {
     "used_blocks": ("vllm:kv_eviction_used_blocks", "KV cache blocks that requests hold."),
+    "packed_blocks": ("vllm:kv_eviction_packed_blocks", "Those of them that hold the packed pages of evicted prompts."),
     "saved_blocks": ("vllm:kv_eviction_saved_blocks", "Blocks that these requests would hold more without eviction."),
 }
 _SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -66,6 +72,7 @@ class Pool:
     twice."""
 
     used_blocks: int = 0
+    packed_blocks: int = 0
     saved_blocks: int = 0
 
 
@@ -84,9 +91,16 @@ def attach_pool(stats: Any, pool: Pool) -> None:
 def attach(stats: Any, increase: Totals) -> None:
     """Put what was added since the last stats on `SchedulerStats`. Increases, because several API servers take
     turns."""
-    for name in (*COUNTERS, "microseconds"):
+    for name in COUNTERS:
         if value := getattr(increase, name):
             stats.waiting_lora_adapters[_PREFIX + name] = value
+
+
+def attach_worker(stats: Any, report: WorkerReport) -> None:
+    """Put what the workers did since the last stats on `SchedulerStats`."""
+    stats.waiting_lora_adapters[_MICROSECONDS] = report.microseconds
+    for decile, pages in enumerate(report.decile_pages):
+        stats.waiting_lora_adapters[f"{_PAGES}{decile}"] = pages
 
 
 class EvictionStatLogger(AggregateStatLoggerBase):
@@ -99,6 +113,7 @@ class EvictionStatLogger(AggregateStatLoggerBase):
         self._counters = {i: {name: c.labels(model, str(i)) for name, c in counters.items()} for i in engine_indexes}
         self._seconds = {i: seconds.labels(model, str(i)) for i in engine_indexes}
         self._model = model
+        self._pages = Counter(*KEPT_PAGES, (*_LABELS, "layer_decile"))
         self._by_policy = Counter(*BY_POLICY, (*_LABELS, "policy"))
         self._shares = Histogram(*KEEP_SHARE, (*_LABELS, "policy"), buckets=_SHARES)
         # Several API servers take turns at an engine's stats: the latest of them knows.
@@ -107,6 +122,8 @@ class EvictionStatLogger(AggregateStatLoggerBase):
             for name, (metric, text) in GAUGES.items()
         }
         for i in engine_indexes:
+            for decile in range(DECILES):
+                self._pages.labels(model, str(i), str(decile))
             for gauge in self._gauges.values():
                 gauge.labels(model, str(i))
 
@@ -117,11 +134,16 @@ class EvictionStatLogger(AggregateStatLoggerBase):
         if scheduler_stats is None:
             return
         carried = scheduler_stats.waiting_lora_adapters
+        if not carried:
+            return
         for name, counter in self._counters[engine_idx].items():
             if value := carried.pop(_PREFIX + name, 0):
                 counter.inc(value)
-        if microseconds := carried.pop(_PREFIX + "microseconds", 0):
+        if microseconds := carried.pop(_MICROSECONDS, 0):
             self._seconds[engine_idx].observe(microseconds * 1e-6)
+        for decile in range(DECILES):
+            if pages := carried.pop(f"{_PAGES}{decile}", 0):
+                self._pages.labels(self._model, str(engine_idx), str(decile)).inc(pages)
         for name, gauge in self._gauges.items():
             if (blocks := carried.pop(_PREFIX + name, None)) is not None:
                 gauge.labels(self._model, str(engine_idx)).set(blocks)

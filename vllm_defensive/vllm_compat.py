@@ -11,10 +11,10 @@ import functools
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
-from vllm_defensive.plan import StepMessage
+from vllm_defensive.plan import StepMessage, WorkerReport
 
 _MESSAGE = "kv_eviction_message"
-_MICROSECONDS = "kv_eviction_microseconds"
+_REPORT = "kv_eviction_report"
 _PATCHED = "__kv_eviction_patched__"
 
 
@@ -296,12 +296,12 @@ def read_message(scheduler_output: Any) -> StepMessage:
     return getattr(scheduler_output, _MESSAGE, None) or StepMessage()
 
 
-def attach_microseconds(model_runner_output: Any, microseconds: int) -> None:
-    """Report time spent on evictions with a step's output, which is the only thing that goes back to the scheduler."""
-    if microseconds:
+def attach_report(model_runner_output: Any, report: WorkerReport) -> None:
+    """Send what a worker did with a step's output, which is the only thing that goes back to the scheduler."""
+    if report:
         # Model runner V2 answers with a promise, around the output that it will fill in.
         output = getattr(model_runner_output, "model_runner_output", model_runner_output)
-        setattr(output, _MICROSECONDS, microseconds)
+        setattr(output, _REPORT, report)
 
 
 def is_shared_output(model_runner_output: Any) -> bool:
@@ -311,9 +311,9 @@ def is_shared_output(model_runner_output: Any) -> bool:
     return model_runner_output is EMPTY_MODEL_RUNNER_OUTPUT
 
 
-def read_microseconds(model_runner_output: Any) -> int:
-    """Microseconds that the worker spent on evictions before this output, 0 if it does not say."""
-    return getattr(model_runner_output, _MICROSECONDS, 0)
+def read_report(model_runner_output: Any) -> WorkerReport | None:
+    """What the worker did before this output, None if it does not say."""
+    return getattr(model_runner_output, _REPORT, None)
 
 
 def reset_requests(scheduler_output: Any) -> set[str]:

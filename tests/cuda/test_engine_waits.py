@@ -110,7 +110,7 @@ def test_steps_and_evictions_never_wait(model: Path, kernels: str, monkeypatch: 
             (CUDARuntime, "step"),
             (CUDARuntime, "install"),
             (CUDAEvictor, "evict"),
-            (CUDAEvictor, "take_microseconds"),
+            (CUDAEvictor, "take_report"),
             (Capture, "take"),
             (cuda_backend, "_packed_rows"),
             (cuda_backend, "_rest"),

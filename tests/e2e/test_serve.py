@@ -81,9 +81,17 @@ def counter(server: str, name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
 
+def pages_by_decile(server: str) -> dict[str, float]:
+    name = "vllm:kv_eviction_kept_pages_total{"
+    with urllib.request.urlopen(f"{server}/metrics", timeout=10) as response:
+        lines = [line for line in response.read().decode().splitlines() if line.startswith(name)]
+    return {line.partition('layer_decile="')[2][0]: float(line.rpartition(" ")[2]) for line in lines}
+
+
 def test_a_completion_is_evicted_counted_and_audited(server: str, tiny_model: Path, folder: Path) -> None:
     prompts = random_prompts((700, 40))
     before = counter(server, "vllm:kv_eviction_requests_total")
+    pages_before = pages_by_decile(server)
     for prompt in prompts:
         reply = post(server, tiny_model, prompt=prompt)
         assert reply["usage"]["completion_tokens"] == 8
@@ -102,6 +110,9 @@ def test_a_completion_is_evicted_counted_and_audited(server: str, tiny_model: Pa
     kept = [audit.load(path) for path in (folder / "audit").iterdir()]
     (found,) = (a for a in kept if a.token_ids.tolist() == prompts[0])
     assert (found.policy, found.keep_ratio, found.block_size) == ("layer-defensivekv", 0.25, 32)
+    in_pages_L = found.kept_counts.sum(dim=1) - 2 * (32 * found.shared_blocks + 700 % 32)  # of 2 heads
+    grown = {decile: pages - pages_before[decile] for decile, pages in pages_by_decile(server).items()}
+    assert grown == {**dict.fromkeys(grown, 0), **dict(zip("036", (in_pages_L / 32).tolist(), strict=True))}
 
 
 def test_wrong_request_fields_are_answered_with_400(server: str, tiny_model: Path) -> None:

@@ -17,6 +17,7 @@ from benchmarks.server import Server
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 BLOCK = 32
+HITS = "vllm:kv_eviction_prefix_hit_tokens_total"
 FLAGS = (
     "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096",
     "--block-size", str(BLOCK), "--num-gpu-blocks-override", "400", "--enable-prompt-tokens-details",
@@ -81,9 +82,10 @@ def chat(server: Server) -> list[tuple[list[dict[str, str]], dict[str, Any]]]:
 
 def test_each_turn_of_a_chat_hits_the_prompt_before_it(server: Server) -> None:
     forget(server)
-    evicted = server.metric("vllm:kv_eviction_requests_total")
+    evicted, hit = server.metric("vllm:kv_eviction_requests_total"), server.metric(HITS)
     turns = chat(server)
     assert server.metric("vllm:kv_eviction_requests_total") == evicted + 5, "every turn was evicted"
+    assert server.metric(HITS) - hit == sum(cached(answer) for _, answer in turns)
     assert cached(turns[0][1]) == 0
     for (_, before), (_, answer) in pairwise(turns):
         # All whole blocks of the last prompt; its answer was computed from an evicted context, and is not handed out.

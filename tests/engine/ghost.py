@@ -3,11 +3,13 @@
 A slot holds one int64 that stands for a key and value: the hash of all tokens up to it, if it was computed from the
 full context, or that hash mixed with the eviction it was computed under. So a block that is reused too early, written
 while somebody else reads it, or taken from the prefix cache although it was computed from an evicted context shows up
-as a wrong number in some later read.
+as a wrong number in some later read. Of draft tokens, the slots from the first wrong one on hold nothing of use, and
+must be written again before they are read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,7 @@ from vllm_defensive.plan import Eviction
 from vllm_defensive.policy import PRESETS
 
 _EVICTED = 0x5BD1E995  # mixed into what is computed from an evicted context
+_REJECTED = 0x3C6EF372  # what the slots of wrong drafts hold
 
 
 @dataclass
@@ -42,15 +45,16 @@ class GhostWorker:
         self._exact: dict[str, np.ndarray] = {}
         self._stamp = 0
 
-    def execute(self, output: Any) -> None:
-        """One step: update tables as vLLM's runner does, read, write, then evict."""
+    def execute(self, output: Any, rejected: Mapping[str, int]) -> None:
+        """One step: update tables as vLLM's runner does, read, write, then evict. rejected: of each request's tokens in
+        this step, how many of the last are wrong drafts."""
         message = vllm_compat.read_message(output)
         for request_id in vllm_compat.reset_requests(output):
             self._rows.pop(request_id, None)
         computed = self._update_tables(output)
         written: dict[int, str] = {}
         for request_id, count in output.num_scheduled_tokens.items():
-            self._write(request_id, computed[request_id], count, written)
+            self._write(request_id, computed[request_id], count, rejected.get(request_id, 0), written)
             if (num_tokens := message.observe.get(request_id)) is not None:
                 first = num_tokens - self._window
                 chunk = range(max(computed[request_id], first), min(computed[request_id] + count, num_tokens))
@@ -60,7 +64,7 @@ class GhostWorker:
                 assert row.accumulated == start, f"{request_id}: {row.accumulated} of {start} queries"
                 row.accumulated += count
         for request_id, count in output.num_scheduled_tokens.items():
-            self._read(request_id, computed[request_id] + count)
+            self._read(request_id, computed[request_id] + count - rejected.get(request_id, 0))
         for eviction in message.evictions:
             self._evict(eviction, set(written))
 
@@ -94,15 +98,15 @@ class GhostWorker:
             expected[row.eviction.num_tokens :] ^= _EVICTED * row.stamp
         return expected
 
-    def _write(self, request_id: str, start: int, count: int, written: dict[int, str]) -> None:
+    def _write(self, request_id: str, start: int, count: int, rejected: int, written: dict[int, str]) -> None:
         row = self._rows[request_id]
         positions = np.arange(start, start + count)
         blocks = np.array(row.table)[positions // self._block_size]
         assert (blocks > 0).all(), f"{request_id} writes into the null block"
         for block in set(blocks.tolist()):
             assert written.setdefault(block, request_id) == request_id, f"two requests write block {block} in one step"
-        expected = self._expected(request_id, start + count)[start:]
-        self.memory[blocks, positions % self._block_size] = expected
+        expected = self._expected(request_id, start + count - rejected)[start:]
+        self.memory[blocks, positions % self._block_size] = np.append(expected, np.full(rejected, _REJECTED))
 
     def _read(self, request_id: str, end: int) -> None:
         row, size = self._rows[request_id], self._block_size

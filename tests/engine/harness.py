@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -29,6 +30,7 @@ def _block_hasher(block_size: int) -> Callable[[Any], Any]:
 class Harness:
     """One scheduler over `num_blocks` usable blocks: with eviction if `policy` is given, else stock vLLM's.
 
+    drafts: how many tokens are guessed of each answer in each step, at most: some right, some wrong.
     settings: those of `vllm_defensive.engine_kwargs`, with min_tokens 33 unless given.
     """
 
@@ -46,6 +48,7 @@ class Harness:
         scheduling: str = "fcfs",
         long_prefill: int = 0,
         caching: bool = True,
+        drafts: int = 0,
         **settings: Any,
     ) -> None:
         from vllm.engine.arg_utils import EngineArgs
@@ -68,6 +71,7 @@ class Harness:
             scheduling_policy=scheduling,
             long_prefill_token_threshold=long_prefill,
             enable_prefix_caching=caching,
+            speculative_config={"method": "ngram", "num_speculative_tokens": drafts} if drafts else None,
             **extra,
         ).create_engine_config()
         # The CPU platform turns asynchronous scheduling off; a scheduler does not care who runs its steps.
@@ -94,6 +98,9 @@ class Harness:
         window = self.eviction.window if self.eviction is not None else 0
         self.ghost = GhostWorker(num_blocks + 1, block_size, window, self._tokens_of)
         self._in_flight: deque[Any] = deque()
+        self._max_drafts, self._guesses = drafts, random.Random(drafts)
+        self.accepted: Counter[int] = Counter()
+        """How often so many drafts of a row were right, among rows that had any."""
         self.stats: list[Any] = []
         """Every `SchedulerStats` that went out."""
         self.hits: dict[str, int] = {}
@@ -131,22 +138,48 @@ class Harness:
         output = self.scheduler.schedule()
         for new in output.scheduled_new_reqs:
             self.hits.setdefault(new.req_id, new.num_computed_tokens)
-        self.ghost.execute(output)
-        self._in_flight.append((output, self._draw(output)))
+        accepted = {r: self._count_right(r, drafts) for r, drafts in output.scheduled_spec_decode_tokens.items()}
+        self.accepted.update(accepted.values())
+        rejected = {r: len(output.scheduled_spec_decode_tokens[r]) - count for r, count in accepted.items()}
+        self.ghost.execute(output, rejected)
+        self._in_flight.append((output, self._draw(output, rejected)))
         while len(self._in_flight) > (1 if self.asynchronous and output.total_num_scheduled_tokens else 0):
             outputs = self.scheduler.update_from_output(*self._in_flight.popleft())
             self.stats += [o.scheduler_stats for o in outputs.values() if o.scheduler_stats is not None]
+        if self._max_drafts:
+            self._guess(output)
         return output
 
-    def _draw(self, output: Any) -> Any:
+    def _count_right(self, request_id: str, drafts: list[int]) -> int:
+        """How many of the drafts that end the request's tokens of this step are right, up to the first that is not."""
+        first = self.scheduler.requests[request_id].num_computed_tokens - len(drafts)
+        true = self._tokens_of[request_id][first : first + len(drafts)]
+        return next((i for i, (a, b) in enumerate(zip(drafts, true, strict=False)) if a != b), len(true))
+
+    def _guess(self, output: Any) -> None:
+        """Hand the scheduler drafts for the next step."""
+        from vllm.v1.outputs import DraftTokenIds
+
+        ids = [r for r in output.num_scheduled_tokens if r in self.scheduler.requests]
+        drafts = []
+        for request_id in ids:
+            known = self.scheduler.requests[request_id].num_tokens
+            right = self._tokens_of[request_id][known : known + self._guesses.randrange(self._max_drafts + 1)]
+            right = right[: self._guesses.randrange(self._max_drafts + 1)]
+            drafts.append(right + [0] * self._guesses.randrange(self._max_drafts + 1 - len(right)))  # nobody draws 0
+        self.scheduler.update_draft_token_ids(DraftTokenIds(ids, drafts))
+
+    def _draw(self, output: Any, rejected: dict[str, int]) -> Any:
         from vllm.v1.outputs import ModelRunnerOutput
 
         ids = list(output.num_scheduled_tokens)
         tokens: list[list[int]] = []
         for request_id in ids:
             request = self.scheduler.requests[request_id]
-            done = request.num_computed_tokens
-            tokens.append([] if request.is_prefill_chunk else [self._tokens_of[request_id][done]])
+            drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
+            computed = request.num_computed_tokens
+            first, last = computed - drafts, computed - rejected.get(request_id, 0)
+            tokens.append([] if request.is_prefill_chunk else self._tokens_of[request_id][first : last + 1])
         return ModelRunnerOutput(ids, {r: i for i, r in enumerate(ids)}, sampled_token_ids=tokens)
 
     def run(self, max_steps: int = 2000) -> int:

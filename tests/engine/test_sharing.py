@@ -34,6 +34,7 @@ def test_a_hit_leaves_the_window_to_compute(tiny_model: Path, length: int, async
     assert h.hits[again] == (length - W) // N * N
     assert length - h.hits[again] >= W
     assert len(h.evictions) == 2
+    assert h.manager.totals.prefix_hit_tokens == h.hits[again]
     h.assert_all_returned()
 
 
@@ -43,6 +44,7 @@ def test_a_prompt_that_is_left_alone_hits_all_but_its_last_token(tiny_model: Pat
         last = h.add(text(641, 0))
         h.run()
     assert h.hits[last] == 640
+    assert h.manager.totals.prefix_hit_tokens == 0, "which are of evicted requests"
 
 
 @MODES

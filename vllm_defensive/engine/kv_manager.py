@@ -73,6 +73,7 @@ class EvictionBlockManager(FullAttentionManager):
         self.other_managers: Sequence[SingleTypeKVCacheManager] = ()
         self.totals = Totals()
         self.saved_blocks = 0  # sum over the live requests that were released
+        self.packed_blocks = 0  # sum over all live requests
         self._states: dict[str, RequestState] = {}
         # Sets, because they are asked for every request of every step. Live requests that will never (again) be
         # evicted, and those evicted of which the prefix cache has every block that it may have.
@@ -82,6 +83,7 @@ class EvictionBlockManager(FullAttentionManager):
         self._unreleased: set[str] = set()  # evicted, originals not yet given back
         self._spared: set[str] = set()  # not to be evicted, as the prefix cache was looked up for them without limit
         self._planned: dict[str, Eviction] = {}
+        self._hit_tokens: dict[str, int] = {}  # from the prefix cache, of requests still to be evicted
 
     # -- allocation ---------------------------------------------------------------------------------------------------
 
@@ -135,6 +137,7 @@ class EvictionBlockManager(FullAttentionManager):
     def _start_eviction(self, request_id: str, state: RequestState, shared: int, count: int) -> None:
         state.shared_blocks, state.full_blocks = shared, state.num_tokens // self.block_size
         state.packed = self.block_pool.get_new_blocks(count)
+        self.packed_blocks += count
         self._unreleased.add(request_id)
         blocks = self.req_to_blocks[request_id][: cdiv(state.num_tokens, self.block_size)]
         token_ids = None
@@ -253,7 +256,10 @@ class EvictionBlockManager(FullAttentionManager):
         if self.is_released(request_id):
             self.saved_blocks -= self._states[request_id].saved_blocks
         state = self._states.pop(request_id, None)
+        if state is not None:
+            self.packed_blocks -= len(state.packed)
         self._planned.pop(request_id, None)
+        self._hit_tokens.pop(request_id, None)
         self.decided.discard(request_id)
         self.hashed.discard(request_id)
         self._prefilling.discard(request_id)
@@ -286,6 +292,7 @@ class EvictionBlockManager(FullAttentionManager):
 
     def _count(self, eviction: Eviction) -> None:
         self.totals.requests += 1
+        self.totals.prefix_hit_tokens += self._hit_tokens.pop(eviction.request_id, 0)
         self.totals.prompt_tokens += eviction.num_tokens
         whole_blocks = eviction.shared_blocks + len(eviction.packed_blocks)
         self.totals.kept_tokens += kept_tokens(eviction.num_tokens, whole_blocks, self.block_size)
@@ -317,6 +324,10 @@ class EvictionBlockManager(FullAttentionManager):
         state = self._state(request_id)
         assert state is not None
         return 0 if state.accumulates else max(0, stop - self.eviction.window)
+
+    def note_hit(self, request_id: str, num_tokens: int) -> None:
+        """The prefix cache serves so many tokens to a request that is still to be evicted, if it is admitted now."""
+        self._hit_tokens[request_id] = num_tokens
 
     def next_stop(self, request_id: str) -> int:
         """`T` of a request that is still to be evicted: no chunk may run past it. 0 for all others."""
@@ -367,6 +378,8 @@ class EvictionBlockManager(FullAttentionManager):
         assert self.hashed <= self.decided
         released = [state for request_id, state in self._states.items() if self.is_released(request_id)]
         assert self.saved_blocks == sum(state.saved_blocks for state in released)
+        assert self.packed_blocks == len(owned)
+        assert set(self._hit_tokens) <= set(self.requests)
 
 
 def _common_prefix(a: Sequence[Any], b: Sequence[Any], limit: int) -> int:

@@ -14,6 +14,7 @@ from vllm.v1.request import Request
 from vllm_defensive import metrics, status, vllm_compat
 from vllm_defensive.config import KEY, from_vllm_config
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
+from vllm_defensive.plan import WorkerReport
 
 
 class _EvictionMixin(Scheduler):
@@ -29,6 +30,7 @@ class _EvictionMixin(Scheduler):
         self._longest_hit: int | None = None
         self._reported = metrics.Totals()
         self._reported_pool = metrics.Pool()
+        self._worker_report = WorkerReport()  # since the last statistics
         # Bounded, because nothing takes them out where statistics are off.
         self._evictions: deque[dict[str, Any]] = deque(maxlen=status.REMEMBERED)
         self._bound_prefix_cache()
@@ -72,6 +74,8 @@ class _EvictionMixin(Scheduler):
             # Sliding-window groups cache only the blocks before positions at which a later request may resume. Ours
             # resumes earlier than vLLM thinks, so we name that position, as vLLM itself does for shared prefixes.
             resume_at = limit // self.block_size * self.block_size
+        if limit is not None:
+            self.eviction_manager.note_hit(request.request_id, hit)
         return blocks, hit, resume_at, diverged
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
@@ -83,7 +87,9 @@ class _EvictionMixin(Scheduler):
         return min(num_new_tokens, stop - num_computed_tokens) if stop else num_new_tokens
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
-        self.eviction_manager.totals.microseconds += vllm_compat.read_microseconds(model_runner_output)
+        report = vllm_compat.read_report(model_runner_output)
+        if report is not None:
+            self._worker_report.add(report.microseconds, report.decile_pages)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
@@ -100,6 +106,9 @@ class _EvictionMixin(Scheduler):
             if totals != self._reported:
                 metrics.attach(stats, totals - self._reported)
                 self._reported = replace(totals)
+            if self._worker_report:
+                metrics.attach_worker(stats, self._worker_report)
+                self._worker_report = WorkerReport()
             metrics.attach_records(stats, self._evictions)
             self._evictions.clear()
             self._attach_pool(stats)
@@ -108,7 +117,7 @@ class _EvictionMixin(Scheduler):
     def _attach_pool(self, stats: Any) -> None:
         pool = self.kv_cache_manager.block_pool
         used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # block 0 is vLLM's null block
-        now = metrics.Pool(used, self.eviction_manager.saved_blocks)
+        now = metrics.Pool(used, self.eviction_manager.packed_blocks, self.eviction_manager.saved_blocks)
         if now != self._reported_pool:
             metrics.attach_pool(stats, now)
             self._reported_pool = now

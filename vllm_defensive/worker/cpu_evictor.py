@@ -14,8 +14,9 @@ from torch import Tensor
 
 from vllm_defensive import audit
 from vllm_defensive.config import EvictionConfig
-from vllm_defensive.plan import Eviction
+from vllm_defensive.plan import Eviction, WorkerReport
 from vllm_defensive.policy import PRESETS, LayerScores, Selection, score_layer, select
+from vllm_defensive.policy.budget import layer_deciles, pages_by_decile
 from vllm_defensive.worker.cpu_pages import PageCodec, PageView
 from vllm_defensive.worker.cpu_runtime import CPURuntime
 from vllm_defensive.worker.cpu_tables import RequestTable
@@ -23,7 +24,7 @@ from vllm_defensive.worker.projections import Projections
 
 
 class CPUEvictor:
-    """Evictions on one worker. `microseconds` spent since it was last read are kept for the metrics."""
+    """Evictions on one worker."""
 
     def __init__(
         self,
@@ -43,22 +44,24 @@ class CPUEvictor:
         self._scale = scale
         self._projections = projections
         self._rank = rank
-        self._microseconds = 0
+        self._decile_L = layer_deciles(view.num_layers)
+        self._report = WorkerReport()
 
-    def take_microseconds(self) -> int:
-        spent, self._microseconds = self._microseconds, 0
-        return spent
+    def take_report(self) -> WorkerReport:
+        report, self._report = self._report, WorkerReport()
+        return report
 
     def evict(self, evictions: Sequence[Eviction]) -> None:
         """Evict each request of the list; afterwards nothing reads their blocks `[s, g)` any more."""
         if not evictions:
             return
         started = time.perf_counter()
-        for eviction in evictions:
-            self._evict(eviction)
-        self._microseconds += int((time.perf_counter() - started) * 1e6)
+        pages_L = torch.stack([self._evict(eviction) for eviction in evictions]).sum(dim=0)
+        microseconds = int((time.perf_counter() - started) * 1e6)
+        self._report.add(microseconds, pages_by_decile(pages_L, self._decile_L).tolist())
 
-    def _evict(self, eviction: Eviction) -> None:
+    def _evict(self, eviction: Eviction) -> Tensor:
+        """Returns int64 [L], the pages that each layer got."""
         pages_LHB = self._view.of_blocks(torch.tensor(eviction.source_blocks))
         target = self._view.of_packed(torch.tensor(eviction.packed_blocks))
         policy = PRESETS[eviction.policy]
@@ -68,6 +71,7 @@ class CPUEvictor:
         self._runtime.tables[eviction.request_id] = RequestTable(self._view, eviction, selection.pages_LH)
         if self._config.audit is not None:
             audit.record(self._config.audit, eviction, selection, self._config, self._view.page_tokens, self._rank)
+        return selection.pages_LH.sum(dim=1)
 
     def _across_layers(self, eviction: Eviction, seen_L: Tensor, pages_LHB: Tensor, target: Tensor) -> Selection:
         """Layers share one budget: every one is scored before the first is packed, and so read twice."""

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_defensive import audit, vllm_compat
 from vllm_defensive.config import EvictionConfig
-from vllm_defensive.plan import Eviction
+from vllm_defensive.plan import Eviction, WorkerReport
 from vllm_defensive.policy import PRESETS, Attention, LayerScores, Policy, Selection, score_layer, select, settle
-from vllm_defensive.policy.budget import guarded
+from vllm_defensive.policy.budget import guarded, layer_deciles, pages_by_decile
 from vllm_defensive.worker.cuda_runtime import CUDARuntime
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive_kernels import PageSelection, RaggedTokens, compact, select_pages, value_norm, window_scores
@@ -69,15 +70,17 @@ class CUDAEvictor:
         self._scales = scales
         self._projections = projections
         self._rank = rank
-        self._timers: deque[tuple[Any, Any]] = deque()
+        self._decile_L = layer_deciles(self._pages.num_layers, self._pages.key_PND.device)
+        # Per step with evictions: start, end, and pages by decile in host memory, there once the end is reached
+        self._queued: deque[tuple[Any, Any, np.ndarray]] = deque()
 
-    def take_microseconds(self) -> int:
+    def take_report(self) -> WorkerReport:
         """Of the evictions that the device has finished since the last call; the others are for a later one."""
-        milliseconds = 0.0
-        while self._timers and self._timers[0][1].query():
-            start, end = self._timers.popleft()
-            milliseconds += start.elapsed_time(end)
-        return int(milliseconds * 1000)
+        report = WorkerReport()
+        while self._queued and self._queued[0][1].query():
+            start, end, decile_pages = self._queued.popleft()
+            report.add(int(start.elapsed_time(end) * 1000), decile_pages.tolist())
+        return report
 
     def evict(self, evictions: Sequence[Eviction]) -> None:
         """Queue each request's eviction; steps queued afterwards find its state and do not read its blocks `[s, g)`."""
@@ -86,8 +89,11 @@ class CUDAEvictor:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         selections = [self._evict(eviction) for eviction in evictions]
+        pages_L = torch.stack([selection.pages_LH for selection in selections]).sum(dim=(0, 2))
+        # Into pinned memory, and nobody waits.
+        decile_pages = pages_by_decile(pages_L, self._decile_L).to("cpu", non_blocking=True).numpy()
         end.record()
-        self._timers.append((start, end))
+        self._queued.append((start, end, decile_pages))
         if self._config.audit is not None:
             for eviction, selection in zip(evictions, selections, strict=True):
                 audit.record(self._config.audit, eviction, selection, self._config, self._pages.page_tokens, self._rank)

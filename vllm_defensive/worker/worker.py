@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_defensive import vllm_compat
 from vllm_defensive.config import TURN_OFF, from_vllm_config
 from vllm_defensive.engine.spec import EvictableSpec, as_evictable
-from vllm_defensive.plan import Eviction, StepMessage
+from vllm_defensive.plan import Eviction, StepMessage, WorkerReport
 from vllm_defensive.worker.window import WindowQueries
 
 logger = vllm_compat.get_logger("kv_eviction")
@@ -37,8 +37,8 @@ class Evictor(Protocol):
     def evict(self, evictions: list[Eviction]) -> None:
         """Carry out evictions, ordered before anything the next step does."""
 
-    def take_microseconds(self) -> int:
-        """Time spent in `evict` since the last call."""
+    def take_report(self) -> WorkerReport:
+        """What `evict` has done since the last call."""
 
 
 class EvictionWorker(Worker):
@@ -113,13 +113,13 @@ class EvictionWorker(Worker):
         return self._report(output)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's, with the time that evictions took on its output."""
+        """vLLM's, with a report of evictions on its output."""
         return self._report(super().sample_tokens(*args, **kwargs))
 
     def _report(self, output: Any) -> Any:
         # vLLM answers steps without tokens with one shared object, on which a report would stay for ever.
         if output is not None and self._evictor is not None and not vllm_compat.is_shared_output(output):
-            vllm_compat.attach_microseconds(output, self._evictor.take_microseconds())
+            vllm_compat.attach_report(output, self._evictor.take_report())
         return output
 
 
