@@ -79,6 +79,8 @@ class EvictionBlockManager(FullAttentionManager):
         # evicted, and those evicted of which the prefix cache has every block that it may have.
         self.decided: set[str] = set()
         self.hashed: set[str] = set()
+        # Tokens up to which a request, waiting for nothing, has slots, and no block left to hash.
+        self.settled: dict[str, int] = {}
         self._prefilling: set[str] = set()  # still to reach their `T`
         self._unreleased: set[str] = set()  # evicted, originals not yet given back
         self._spared: set[str] = set()  # not to be evicted, as the prefix cache was looked up for them without limit
@@ -225,6 +227,15 @@ class EvictionBlockManager(FullAttentionManager):
         could_pack.sort(reverse=True)
         return max(pinned, could_pack[others_needed - 1] if len(could_pack) >= others_needed else 0)
 
+    def settle(self, request_id: str) -> None:
+        """Note, after an allocation, up to where the request's next ones have nothing to do."""
+        if self.other_managers or request_id in self._unreleased or request_id not in self.decided:
+            return
+        tokens = len(self.req_to_blocks[request_id]) * self.block_size
+        if self.enable_caching and request_id not in self.hashed:
+            tokens = min(tokens, (self.num_cached_block.get(request_id, 0) + 1) * self.block_size - 1)
+        self.settled[request_id] = tokens
+
     # -- release ------------------------------------------------------------------------------------------------------
 
     def remove_skipped_blocks(
@@ -262,6 +273,7 @@ class EvictionBlockManager(FullAttentionManager):
         self._hit_tokens.pop(request_id, None)
         self.decided.discard(request_id)
         self.hashed.discard(request_id)
+        self.settled.pop(request_id, None)
         self._prefilling.discard(request_id)
         self._unreleased.discard(request_id)
         self._spared.discard(request_id)
@@ -376,6 +388,8 @@ class EvictionBlockManager(FullAttentionManager):
         assert set(self._planned) <= set(self._states)
         assert self.decided == {request_id for request_id, state in self._states.items() if state.decided}
         assert self.hashed <= self.decided
+        for request_id, tokens in self.settled.items():
+            assert request_id in self.decided and tokens <= len(self.req_to_blocks[request_id]) * self.block_size
         released = [state for request_id, state in self._states.items() if self.is_released(request_id)]
         assert self.saved_blocks == sum(state.saved_blocks for state in released)
         assert self.packed_blocks == len(owned)

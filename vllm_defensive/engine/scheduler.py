@@ -34,6 +34,7 @@ class _EvictionMixin(Scheduler):
         # Bounded, because nothing takes them out where statistics are off.
         self._evictions: deque[dict[str, Any]] = deque(maxlen=status.REMEMBERED)
         self._bound_prefix_cache()
+        self._skip_settled_allocations()
 
     def _bound_prefix_cache(self) -> None:
         """Limit what the prefix cache hands out and takes in, for all KV cache groups alike.
@@ -49,11 +50,33 @@ class _EvictionMixin(Scheduler):
             return find(block_hashes, limit)
 
         def cache_blocks(request: Request, num_computed_tokens: int) -> None:
-            if request.request_id not in manager.hashed:
-                cache(request, manager.cacheable_tokens(request.request_id, num_computed_tokens))
+            request_id = request.request_id
+            if num_computed_tokens > manager.settled.get(request_id, 0) and request_id not in manager.hashed:
+                cache(request, manager.cacheable_tokens(request_id, num_computed_tokens))
 
         coordinator.find_longest_cache_hit = find_longest_cache_hit
         coordinator.cache_blocks = cache_blocks
+
+    def _skip_settled_allocations(self) -> None:
+        """Do not ask for slots that a request has: most decode steps write into a block that is there already.
+
+        vLLM walks through its block managers all the same, which takes a quarter of its time for such a step. With
+        several KV cache groups nothing is ever settled, because windows slide.
+        """
+        kv_cache, settled, settle = self.kv_cache_manager, self.eviction_manager.settled, self.eviction_manager.settle
+        allocate, nothing = kv_cache.allocate_slots, kv_cache.empty_kv_cache_blocks
+
+        def allocate_slots(
+            request: Request, num_new_tokens: int, *args: Any, num_lookahead_tokens: int = 0, **kwargs: Any
+        ) -> Any:
+            end = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
+            if end <= settled.get(request.request_id, 0):
+                return nothing
+            blocks = allocate(request, num_new_tokens, *args, num_lookahead_tokens=num_lookahead_tokens, **kwargs)
+            settle(request.request_id)
+            return blocks
+
+        kv_cache.allocate_slots = allocate_slots
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.eviction_manager.release_processed()
