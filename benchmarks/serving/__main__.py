@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.serving import report
-from benchmarks.serving.measure import compare
+from benchmarks.serving.measure import Servers, compare
 from benchmarks.serving.scenarios import PRESETS, scenarios
 
 RESULTS = Path(__file__).parent.parent / "results" / "serving"
@@ -42,16 +42,17 @@ def main() -> None:
     if not args.report:
         with (args.out / "commands.txt").open("a") as commands:
             commands.write(f"python -m benchmarks.serving {' '.join(sys.argv[1:])}\n")
-        for scenario in wanted:
-            done = {(r["scenario"], r["row"], r["repeat"]) for r in report.read(file)}
-            if all((scenario.name, row.name, i) in done for row in scenario.rows for i in range(args.repeats)):
-                continue
-            print(f"{scenario.name}: {', '.join(row.name for row in scenario.rows)}", flush=True)
-            for record in compare(scenario, args.repeats, args.out, args.seed):
-                if (record["scenario"], record["row"], record["repeat"]) not in done:
-                    with file.open("a") as out:
-                        out.write(json.dumps(record) + "\n")
-            report.write(args.out)
+        with Servers(args.out) as servers:
+            for scenario in wanted:
+                done = {(r["scenario"], r["row"], r["repeat"]) for r in report.read(file)}
+                if all((scenario.name, row.name, i) in done for row in scenario.rows for i in range(args.repeats)):
+                    continue
+                print(f"{scenario.name}: {', '.join(row.name for row in scenario.rows)}", flush=True)
+                for record in compare(servers, scenario, args.repeats, args.out, args.seed):
+                    if (record["scenario"], record["row"], record["repeat"]) not in done:
+                        with file.open("a") as out:
+                            out.write(json.dumps(record) + "\n")
+                report.write(args.out)
     print(report.write(args.out))
 
 

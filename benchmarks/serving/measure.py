@@ -56,27 +56,54 @@ class Watch(threading.Thread):
         return self.samples
 
 
-def compare(scenario: Scenario, repeats: int, folder: Path, seed: int = 0) -> Iterator[dict[str, Any]]:
+class Servers:
+    """The servers of a scenario's rows; the next scenario gets the same ones if it asks for the same."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._up: list[Server] = []
+        self._wanted: list[tuple[str, list[str]]] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def of(self, scenario: Scenario) -> list[Server]:
+        wanted = [(scenario.model, scenario.server_args(row)) for row in scenario.rows]
+        if wanted != self._wanted:
+            self._stack.close()
+            self._wanted = []  # should one of them fail to start
+            self._up = [
+                self._stack.enter_context(Server(model_folder(model), args, self._folder / "logs" / f"{i}.log"))
+                for i, (model, args) in enumerate(wanted)
+            ]
+            self._wanted = wanted
+        return self._up
+
+
+def compare(
+    servers: Servers, scenario: Scenario, repeats: int, folder: Path, seed: int = 0
+) -> Iterator[dict[str, Any]]:
     """Records of all rows of a scenario, as they come.
 
     The servers are up together and take turns, so that a change of the machine's speed hits each of them; an idle one
-    waits without computing. The first round warms up and does not count.
+    waits without computing. The first round warms up: it asks for one token of each prompt, and so tells how much of
+    the others is prefill.
     """
-    with ExitStack() as stack:
-        servers = [
-            stack.enter_context(
-                Server(model_folder(scenario.model), scenario.server_args(row), folder / "logs" / f"{i}.log")
-            )
-            for i, row in enumerate(scenario.rows)
-        ]
-        for repeat in range(-1, repeats):
-            for row, server in zip(scenario.rows, servers, strict=True):
-                record = _load(scenario, row, server, seed + repeat + 1, folder, warm_up=repeat < 0)
-                if repeat >= 0:
-                    yield {**record, "repeat": repeat}
+    up = servers.of(scenario)
+    prefill: list[float] = []
+    for row, server in zip(scenario.rows, up, strict=True):
+        prefill.append(_load(scenario, row, server, seed, folder, output=1)["duration"])
+    for repeat in range(repeats):
+        for row, server, seconds in zip(scenario.rows, up, prefill, strict=True):
+            record = _load(scenario, row, server, seed + repeat + 1, folder, scenario.output)
+            yield {**record, "repeat": repeat, "prefill_seconds": seconds}
 
 
-def _load(scenario: Scenario, row: Row, server: Server, seed: int, folder: Path, warm_up: bool) -> dict[str, Any]:
+def _load(scenario: Scenario, row: Row, server: Server, seed: int, folder: Path, output: int) -> dict[str, Any]:
     result = folder / "logs" / "bench.json"
     before = _counters(server)
     watch = Watch(server)
@@ -87,10 +114,8 @@ def _load(scenario: Scenario, row: Row, server: Server, seed: int, folder: Path,
         "--tokenizer", str(model_folder(scenario.model)),
         "--seed", str(seed), "--save-result", "--result-dir", str(result.parent), "--result-filename", result.name,
         "--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99", "--disable-tqdm",
-        *scenario.load_args(),
+        *scenario.load_args(folder / "logs" / "chats.jsonl", seed, output),
     ]  # fmt: skip
-    if warm_up:  # as many requests as a round would take the longest
-        command[command.index("--num-prompts") + 1] = str(min(2, scenario.requests))
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     samples = watch.stop()
     if done.returncode != 0:
@@ -98,7 +123,7 @@ def _load(scenario: Scenario, row: Row, server: Server, seed: int, folder: Path,
             f"vllm bench serve ended with {done.returncode}:\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
         )
     measured = json.loads(result.read_text())
-    if measured["completed"] != (min(2, scenario.requests) if warm_up else scenario.requests):
+    if measured["completed"] != scenario.requests:
         raise RuntimeError(f"{scenario.name}, {row.name}: only {measured['completed']} requests were answered")
     after = _counters(server)
     return {
@@ -108,7 +133,8 @@ def _load(scenario: Scenario, row: Row, server: Server, seed: int, folder: Path,
         "prompt": scenario.prompt,
         "output": scenario.output,
         "requests": scenario.requests,
-        "concurrency": scenario.concurrency,
+        "offered": scenario.offered,
+        "shares": bool(scenario.shared or scenario.turns),
         "pool": scenario.pool,
         "pool_tokens": (scenario.pool_blocks - 1) * BLOCK_SIZE,
         **{name: measured[name] for name in _KEPT},

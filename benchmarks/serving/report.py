@@ -23,6 +23,8 @@ def read(file: Path) -> list[Record]:
 def cells(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One cell for each scenario and row: medians, and ratios to stock vLLM round by round."""
     table = []
+    for r in records:
+        r["decode_throughput"] = r["total_output_tokens"] / (r["duration"] - r["prefill_seconds"])
     for scenario in dict.fromkeys(r["scenario"] for r in records):
         rounds = [r for r in records if r["scenario"] == scenario]
         stock = {r["repeat"]: r for r in rounds if r["row"] == STOCK}
@@ -45,6 +47,10 @@ def cells(records: Sequence[Record]) -> list[dict[str, Any]]:
                     "ttft_ratio": ratio("mean_ttft_ms"),
                     "tpot_ratio": ratio("median_tpot_ms"),
                     "duration_ratio": ratio("duration"),
+                    # Answers' tokens a second beside the time that the prompts alone take, and what would be left of
+                    # stock's time if answers took none: no eviction can be faster.
+                    "decode_ratio": ratio("decode_throughput"),
+                    "bound": [median("duration", list(stock.values())) / mine[0]["prefill_seconds"]] if stock else [],
                     "eviction_share": median("eviction_seconds") / median("duration"),
                     **{
                         name: median(name)
@@ -62,23 +68,26 @@ def cells(records: Sequence[Record]) -> list[dict[str, Any]]:
 def markdown(table: Sequence[Record], commands: Sequence[str]) -> str:
     """The report's text."""
     columns = (
-        "model", "load", "pool", "server", "output tokens/s, ratio", "TTFT, ratio", "TPOT, ratio", "running at peak",
-        "planned", "preemptions", "blocks freed", "eviction's share of the time",
+        "model", "load", "pool", "server", "output tokens/s, ratio", "bound", "decode phase, ratio", "TTFT, ratio",
+        "TPOT, ratio", "running at peak", "planned", "pool in use at peak", "preemptions", "blocks freed",
+        "eviction's share of the time",
     )  # fmt: skip
     lines = [
         "# Serving: stock vLLM and vLLM with eviction, side by side", "",
         "Medians of rounds in which the servers took turns; ratios are to stock vLLM of the same round, with the",
         "smallest and the largest. Absolute times mean nothing on a shared machine and are in `results.json` only.",
         "Pool: KV cache in multiples of one request. Planned: requests at once by `vllm_defensive.planner`, at their",
-        "end and half-way.", "",
+        "end and half-way. Bound: the ratio if answers took no time, given what the prompts alone take (measured by",
+        "asking for one token each). Decode phase: the ratio of the time beyond that.", "",
         f"| {' | '.join(columns)} |", "| --- | --- | ---: | --- |" + " ---: |" * (len(columns) - 4),
     ]  # fmt: skip
     for cell in table:
         load = f"{cell['scenario']}: {cell['requests']} x ({cell['prompt']:,} + {cell['output']})"
-        ratios = " | ".join(_spread(cell[name]) for name in ("throughput_ratio", "ttft_ratio", "tpot_ratio"))
+        ratios = [_spread(cell[name]) for name in ("throughput_ratio", "decode_ratio", "ttft_ratio", "tpot_ratio")]
+        ratios.insert(1, f"{cell['bound'][0]:.2f}" if cell["bound"] and cell["row"] != STOCK else "-")
         lines.append(
-            f"| {cell['model']} | {load} | {cell['pool']:g} | `{cell['row']}` | {ratios} "
-            f"| {cell['peak_running']:.0f} | {_planned(cell)} | {cell['preemptions']:.0f} "
+            f"| {cell['model']} | {load} | {cell['pool']:g} | `{cell['row']}` | {' | '.join(ratios)} "
+            f"| {cell['peak_running']:.0f} | {_planned(cell)} | {cell['peak_pool']:.0%} | {cell['preemptions']:.0f} "
             f"| {cell['freed_blocks']:.0f} | {cell['eviction_share']:.1%} |"
         )
     return "\n".join([*lines, "", "Made by:", "", *(f"- `{c}`" for c in commands), ""])
@@ -94,8 +103,8 @@ def planned(record: Record) -> list[int]:
 
     At most those that are offered; empty where prompts share a prefix or the cache is quantised, which it leaves out.
     """
-    row, scenario = record["row"], record["scenario"]
-    if "prefix" in scenario or "fp8" in row:
+    row = record["row"]
+    if record["shares"] or "fp8" in row:
         return []
     model = read_model(load_config(str(model_folder(record["model"]))))
     eviction = None
@@ -104,8 +113,7 @@ def planned(record: Record) -> list[int]:
         eviction = EvictionConfig.model_validate({"policy": policy, "keep": float(keep)})
     memory = model.bytes(record["pool_tokens"], record["pool_tokens"])
     answer = plan(model, memory, record["prompt"], record["output"], eviction, BLOCK_SIZE)
-    offered = min(record["requests"], record["concurrency"] or record["requests"])
-    return [min(offered, answer.at_once), min(offered, answer.at_once_mean)]
+    return [min(record["offered"], n) for n in (answer.at_once, answer.at_once_mean)]
 
 
 def _spread(ratio: Sequence[float]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,8 @@ class Scenario:
     """One load on one pool.
 
     prompt, output: tokens; pool: KV cache in multiples of one request; shared: leading tokens that all prompts have in
-    common; concurrency: requests at once, all if None.
+    common; concurrency: requests at once, all if None; turns: if not 0, the requests are chats of so many turns, the
+    last of which has the prompt's length.
     """
 
     name: str
@@ -72,6 +74,12 @@ class Scenario:
     rows: tuple[Row, ...]
     shared: int = 0
     concurrency: int | None = None
+    turns: int = 0
+
+    @property
+    def offered(self) -> int:
+        """Requests at once, at most."""
+        return min(self.requests, self.concurrency or self.requests)
 
     @property
     def pool_blocks(self) -> int:
@@ -90,23 +98,65 @@ class Scenario:
             *row.args,
         ]  # fmt: skip
 
-    def load_args(self) -> list[str]:
-        """Of `vllm bench serve`."""
+    def load_args(self, chats: Path, seed: int, output: int) -> list[str]:
+        """Of `vllm bench serve`. chats: a file that this writes if the requests are chats. output: tokens."""
+        concurrency = ("--max-concurrency", str(self.concurrency)) if self.concurrency else ()
+        common = ["--num-prompts", str(self.requests), "--ignore-eos", "--temperature", "0", *concurrency]
+        if self.turns:
+            prompts = chat_prompts(self.requests // self.turns, self.turns, self.prompt, seed)
+            chats.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+            return [
+                "--dataset-name", "custom", "--dataset-path", str(chats), "--custom-output-len", str(output),
+                "--skip-chat-template", "--disable-shuffle", *common,
+            ]  # fmt: skip
         return [
             "--dataset-name", "random", "--random-input-len", str(self.prompt - self.shared),
-            "--random-prefix-len", str(self.shared), "--random-output-len", str(self.output),
-            "--num-prompts", str(self.requests), "--ignore-eos", "--temperature", "0",
-            *(("--max-concurrency", str(self.concurrency)) if self.concurrency else ()),
+            "--random-prefix-len", str(self.shared), "--random-output-len", str(output), *common,
         ]  # fmt: skip
+
+
+_TURN = 256  # tokens that an answer and the next question add to a chat
+_WORDS = (
+    " time",
+    " year",
+    " people",
+    " way",
+    " day",
+    " man",
+    " thing",
+    " woman",
+    " life",
+    " child",
+    " world",
+    " school",
+)
+
+
+def chat_prompts(chats: int, turns: int, last: int, seed: int) -> list[str]:
+    """Prompts of all chats' first turn, then of all their second, and so on; `last` words, each a token, in the last.
+
+    Answers are part of the script, so that each row's server is sent the same.
+    """
+    draw = random.Random(seed)
+    texts = ["".join(draw.choices(_WORDS, k=last)) for _ in range(chats)]
+    words = [text.split(" ")[1:] for text in texts]
+    lengths = [last - (turns - 1 - turn) * _TURN for turn in range(turns)]
+    return [" " + " ".join(chat[:length]) for length in lengths for chat in words]
 
 
 def scenarios(preset: str) -> list[Scenario]:
     """The scenarios of a preset. ValueError names the presets."""
     ours = evicting("halokv", 0.2)
+    both = (STOCK, ours)
     presets = {
-        "quick": [Scenario("quick", HEAVY, 1024, 64, 8, 2, (STOCK, ours))],
+        "quick": [Scenario("quick", HEAVY, 1024, 64, 8, 2, both)],
         "pressure": [
-            Scenario(f"pool of {pool:g}", HEAVY, 2048, 256, 16, pool, (STOCK, ours)) for pool in (4, 2, 8, 16)
+            Scenario(f"pool of {pool:g}", HEAVY, 2048, 256, requests, pool, both)
+            for pool, requests in ((4, 24), (2, 24), (1, 24), (8, 32), (16, 64))
+        ],
+        "concurrency": [
+            Scenario(f"{n} at once", HEAVY, 2048, 256, max(4, min(2 * n, 24)), 4, both, concurrency=n)
+            for n in (1, 4, 8, 16)
         ],
         "policies": [
             Scenario(
@@ -118,22 +168,25 @@ def scenarios(preset: str) -> list[Scenario]:
             ),
         ],
         "lengths": [
-            *(Scenario(f"prompts of {n}", HEAVY, n, 128, 16, 4, (STOCK, ours)) for n in (1024, 2048, 8192)),
-            *(Scenario(f"outputs of {n}", HEAVY, 4096, n, 16, 4, (STOCK, ours)) for n in (32, 128, 512)),
+            *(Scenario(f"prompts of {n}", HEAVY, n, 128, 16, 4, both) for n in (1024, 2048, 8192)),
+            *(Scenario(f"outputs of {n}", HEAVY, 4096, n, 16, 4, both) for n in (32, 128, 512)),
         ],
-        "shared": [Scenario("one prefix of 2,048, 20 requests", HEAVY, 2304, 128, 20, 4, (STOCK, ours), shared=2048)],
+        "shared": [
+            Scenario("one prefix of 2,048, 20 requests", HEAVY, 2304, 128, 20, 6, both, shared=2048),
+            Scenario("chats of 5 turns", HEAVY, 3072, 64, 20, 8, both, concurrency=4, turns=5),
+        ],
         "no-pressure": [
-            Scenario("short prompts, ample pool", HEAVY, 160, 64, 64, 80, (STOCK, ours), concurrency=8),
-            Scenario("long prompts, ample pool, one at a time", HEAVY, 4096, 128, 4, 8, (STOCK, ours), concurrency=1),
+            Scenario("short prompts, ample pool", HEAVY, 160, 64, 64, 80, both, concurrency=8),
+            Scenario("long prompts, ample pool, one at a time", HEAVY, 4096, 128, 6, 8, both, concurrency=1),
         ],
-        "smollm2": [Scenario("SmolLM2, pool of 3", SMOLLM2, 4096, 128, 8, 3, (STOCK, ours))],
+        "smollm2": [Scenario("SmolLM2, pool of 3", SMOLLM2, 4096, 128, 10, 3, both)],
     }  # fmt: skip
     if preset not in presets:
         raise ValueError(f"--preset {preset}: choose from {', '.join(presets)}")
     return presets[preset]
 
 
-PRESETS = ("quick", "pressure", "policies", "lengths", "shared", "no-pressure", "smollm2")
+PRESETS = ("quick", "pressure", "concurrency", "policies", "lengths", "shared", "no-pressure", "smollm2")
 
 
 def model_folder(name: str, folder: Path = Path(".models")) -> Path:
