@@ -1,23 +1,27 @@
 """The engine keeps what the plain formulas choose from a plain model's own queries, keys and values.
 
 Scores come from float64 loops (`tests/policy/naive.py`), pages from the greedy loop below, the tensors from the
-reference model in float32; no line of it is the package's. Policies whose layers have budgets of their own are compared
-with formulas in `tests/policy/` only.
+reference model in float32; no line of it is the package's. An engine in bf16 is compared on the queries, keys and
+values of its own cache: those of another model are off by 2^-9, which decides between many tokens whose scores are as
+close. Policies whose layers have budgets of their own are compared with formulas in `tests/policy/` only.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.e2e.engines import assert_all_returned, audit_of, engine, generate, random_prompts, worker_of
 from tests.policy import naive
 from tests.reference_model import Layer, ReferenceLlama
 from vllm_defensive.audit import Audit
-from vllm_defensive.plan import StepMessage
+from vllm_defensive.plan import Eviction, StepMessage
 from vllm_defensive.policy import PRESETS, Policy
 
 pytestmark = pytest.mark.e2e
@@ -85,38 +89,70 @@ def attention(tiny_model: Path) -> tuple[ReferenceLlama, list[list[Layer]]]:
     return reference, recorded
 
 
-def naive_scores(policy: Policy, reference: ReferenceLlama, layers: list[Layer]) -> Scores:
+def naive_scores(policy: Policy, reference: ReferenceLlama, layers: list[Layer], dtype: str = "float32") -> Scores:
+    """dtype: of the engine, which rounds the output projection to it."""
     scores = []
     for i, layer in enumerate(layers):
-        arrays = (layer.query_TQD[-W:], layer.key_HTD, layer.value_HTD, reference.output_projection(i))
+        output = reference.output_projection(i).to(getattr(torch, dtype))
+        arrays = (layer.query_TQD[-W:], layer.key_HTD, layer.value_HTD, output)
         inputs = naive.Layer(*(x.double().numpy() for x in arrays), layer.query_TQD[:-W].double().numpy())
         scores.append(naive.scores(policy, inputs, index=i, scale=reference.head_size**-0.5, keep_ratio=KEEP))
     return scores
 
 
+@dataclass
+class Found:
+    """What an engine kept, by policy, and the tensors that it chose by (of the window's queries alone)."""
+
+    dtype: str
+    audits: dict[str, list[Audit]]
+    tensors: dict[str, list[list[Layer]]]
+
+
+def watch_evictions(evictor: Any) -> dict[str, list[Layer]]:
+    """By request, the window's queries, the keys and the values of each layer at the moment of its eviction."""
+    seen: dict[str, list[Layer]] = {}
+    carry_out = evictor._evict
+
+    def evict(eviction: Eviction) -> Any:
+        if not PRESETS[eviction.policy].accumulates:
+            window_LWQD = evictor._runtime.windows._buffers[eviction.request_id].clone()
+            pages_LHB = evictor._view.of_blocks(torch.tensor(eviction.source_blocks))
+            seen[eviction.request_id.rpartition("-")[0]] = [
+                Layer(query_WQD, *(x[:, : eviction.num_tokens].clone() for x in evictor._read(pages_HB)))
+                for query_WQD, pages_HB in zip(window_LWQD, pages_LHB, strict=True)
+            ]
+        return carry_out(eviction)
+
+    evictor._evict = evict
+    return seen
+
+
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def audits(
-    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, dict[str, list[Audit]]]:
+def found(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
     folder = tmp_path_factory.mktemp("audit")
-    found = {}
+    result = Found(request.param, {}, {})
     with engine(tiny_model, "snapkv", dtype=request.param, audit=str(folder), enable_prefix_caching=False) as llm:
+        seen = watch_evictions(worker_of(llm)._evictor)
         for policy in POLICIES:
             fields = {"kv_eviction": policy, "kv_eviction_keep": KEEP}
             answers = generate(llm, PROMPTS, 2, extra_args=[fields] * len(PROMPTS))
-            found[policy] = [audit_of(folder, answer.request_id) for answer in answers]
-    return request.param, found
+            result.audits[policy] = [audit_of(folder, answer.request_id) for answer in answers]
+            result.tensors[policy] = [seen.get(answer.request_id, []) for answer in answers]
+    return result
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_kept_sets_are_those_of_the_formulas(
-    audits: tuple[str, dict[str, list[Audit]]], attention: tuple[ReferenceLlama, list[list[Layer]]], policy: str
+    found: Found, attention: tuple[ReferenceLlama, list[list[Layer]]], policy: str
 ) -> None:
-    dtype, found = audits
     reference, recorded = attention
+    own = found.dtype == "bfloat16" and not PRESETS[policy].accumulates
     same = total = moved = 0
-    for prompt, layers, audit in zip(PROMPTS, recorded, found[policy], strict=True):
-        scores = naive_scores(PRESETS[policy], reference, layers)
+    for prompt, layers, audit in zip(
+        PROMPTS, found.tensors[policy] if own else recorded, found.audits[policy], strict=True
+    ):
+        scores = naive_scores(PRESETS[policy], reference, layers, found.dtype)
         pages = greedy_pages(PRESETS[policy], scores, len(prompt), audit.packed_blocks)
         for (layer, head), count in pages.items():
             ours = audit.positions(layer, head).tolist()
@@ -127,13 +163,17 @@ def test_kept_sets_are_those_of_the_formulas(
             same += len(expected & set(ours))
             total += len(expected)
     print(
-        f"{dtype} {policy}: {same / total:.3%} of {total} kept tokens are the same, {moved // 2} pages went elsewhere"
+        f"{found.dtype} {policy}: {same / total:.3%} of {total} kept tokens are the same, "
+        f"{moved // 2} pages went elsewhere"
     )
-    if dtype == "float32":
+    if found.dtype == "float32":
         assert same == total and moved == 0
+    elif own:
+        # Value norms are rounded to bf16 on their way, by up to 2^-8: a few tokens, and a page, are as close as that.
+        assert same >= 0.995 * total
+        assert moved // 2 <= 1
     else:
-        # Its tensors are off by 2^-9, which decides between tokens, and pages, whose scores are as close.
-        assert same > 0.99 * total
+        assert same > 0.99 * total  # another model's tensors
         assert moved // 2 <= len(PROMPTS)
 
 
