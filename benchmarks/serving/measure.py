@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,17 @@ def compare(
     """Records of all rows of a scenario, as they come.
 
     The servers are up together and take turns, so that a change of the machine's speed hits each of them; an idle one
-    waits without computing. The first round warms up: it asks for one token of each prompt, and so tells how much of
-    the others is prefill.
+    waits without computing. A few requests warm up; then a round that asks for one token of each prompt tells how much
+    of the others is prefill.
     """
     up = servers.of(scenario)
-    prefill: list[float] = []
+    few = replace(scenario, requests=max(2, scenario.turns))
     for row, server in zip(scenario.rows, up, strict=True):
-        prefill.append(_load(scenario, row, server, seed, folder, output=1)["duration"])
+        _load(few, row, server, seed, folder, scenario.output)
+    prefill = [
+        _load(scenario, row, server, seed, folder, output=1)["duration"]
+        for row, server in zip(scenario.rows, up, strict=True)
+    ]
     for repeat in range(repeats):
         for row, server, seconds in zip(scenario.rows, up, prefill, strict=True):
             record = _load(scenario, row, server, seed + repeat + 1, folder, scenario.output)

@@ -24,7 +24,9 @@ def cells(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One cell for each scenario and row: medians, and ratios to stock vLLM round by round."""
     table = []
     for r in records:
-        r["decode_throughput"] = r["total_output_tokens"] / (r["duration"] - r["prefill_seconds"])
+        # What answers take beyond the prompts; nothing is left to compare where that drowns in the noise.
+        beyond = r["duration"] - r["prefill_seconds"]
+        r["decode_throughput"] = r["total_output_tokens"] / beyond if beyond > 0.05 * r["duration"] else None
     for scenario in dict.fromkeys(r["scenario"] for r in records):
         rounds = [r for r in records if r["scenario"] == scenario]
         stock = {r["repeat"]: r for r in rounds if r["row"] == STOCK}
@@ -35,7 +37,8 @@ def cells(records: Sequence[Record]) -> list[dict[str, Any]]:
                 return statistics.median(r[name] for r in mine)
 
             def ratio(name: str, mine: list[Record] = mine, stock: dict[int, Record] = stock) -> list[float]:
-                ratios = [r[name] / stock[r["repeat"]][name] for r in mine if r["repeat"] in stock]
+                pairs = [(r[name], stock[r["repeat"]][name]) for r in mine if r["repeat"] in stock]
+                ratios = [ours / theirs for ours, theirs in pairs if ours is not None and theirs is not None]
                 return [statistics.median(ratios), min(ratios), max(ratios)] if ratios else []
 
             table.append(
