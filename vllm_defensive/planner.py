@@ -105,8 +105,8 @@ def read_model(config: Mapping[str, Any], tp: int = 1, kv_dtype: str = "auto") -
     layers, heads = _number(text, "num_hidden_layers"), _number(text, "num_attention_heads")
     kv_heads = text.get("num_key_value_heads") or heads
     head_dim = text.get("head_dim") or _number(text, "hidden_size") // heads
-    if tp < 1 or (kv_heads % tp and tp % kv_heads):
-        raise ValueError(f"--tp {tp}: choose a divisor or a multiple of the model's {kv_heads} KV heads")
+    if tp < 1 or kv_heads % tp:
+        raise ValueError(f"--tp {tp}: choose a divisor of the model's {kv_heads} KV heads, as `vllm serve` wants it")
     dtype = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
     name = str(dtype or "bfloat16").removeprefix("torch.") if kv_dtype == "auto" else kv_dtype
     if name not in _DTYPE_BYTES:
@@ -118,7 +118,7 @@ def read_model(config: Mapping[str, Any], tp: int = 1, kv_dtype: str = "auto") -
         kinds = [_SLIDING[0] if windowed else _FULL] * layers
     if any(kind in _SLIDING for kind in kinds) and not window:
         raise ValueError("--model: its configuration has layers with a window, but not the window's size")
-    token_bytes = 2 * max(1, kv_heads // tp) * head_dim * _DTYPE_BYTES[name]
+    token_bytes = 2 * kv_heads // tp * head_dim * _DTYPE_BYTES[name]
     return Model(kinds.count(_FULL), sum(kind in _SLIDING for kind in kinds), window, token_bytes)
 
 

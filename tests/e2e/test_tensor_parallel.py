@@ -1,4 +1,4 @@
-"""Two ranks on CPUs: each keeps of its own heads what it would keep if there were no others."""
+"""Two ranks on CPUs: each keeps of its own heads what its budget allows, by the scores that one rank would give."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from tests.e2e.engines import Answer, engine, generate, largest_difference, metrics_of, pool_of, random_prompts
 from tests.reference_model import Layer, ReferenceLlama, decode_logprobs
 from vllm_defensive import audit
-from vllm_defensive.policy import PRESETS, score_layer, select
+from vllm_defensive.policy import PRESETS, LayerScores, ReduceHeads, score_layer, select
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
-PER_HEAD = ("streamingllm", "snapkv")
+PER_HEAD = ("streamingllm", "h2o", "snapkv", "pyramidkv", "cake")
 SHARED_BUDGET = ("defensivekv", "layer-defensivekv")
 PROMPTS = random_prompts((300, 601, 96), seed=4)
 KEEP, W, N = 0.3, 32, 32
@@ -68,28 +68,37 @@ def test_policies_with_a_budget_a_head_keep_the_same_tokens_as_one_rank(
 
 
 @pytest.mark.parametrize("policy", SHARED_BUDGET)
-def test_heads_compete_within_their_rank(reference: ReferenceLlama, two: tuple[Run, Any], policy: str) -> None:
-    """What each rank keeps is the selection over its own heads, of the reference model's queries, keys and values.
+def test_heads_are_weighed_as_on_one_rank_and_compete_within_theirs(
+    reference: ReferenceLlama, two: tuple[Run, Any], policy: str
+) -> None:
+    """What each rank keeps is the selection over its own heads, by scores that know of all heads, of the reference
+    model's queries, keys and values.
 
     At this ratio the heads of the random model get equal budgets: which tokens is seen here, how many is not.
     """
+    alone_differs = False
     for prompt, (_, apart) in zip(PROMPTS, two[0][policy], strict=True):
         layers: list[Layer] = []
         reference.forward(prompt, attention=layers)
         for rank in range(2):
-            expected = kept_alone(policy, reference, layers, rank, apart.packed_blocks)
+            expected = kept_by_rank(policy, reference, layers, rank, apart.packed_blocks, together=True)
             assert torch.equal(apart.mask()[:, rank : rank + 1], expected)
+            alone = kept_by_rank(policy, reference, layers, rank, apart.packed_blocks, together=False)
+            alone_differs |= not torch.equal(alone, expected)
+    assert alone_differs, "had the ranks not talked, nobody would have noticed"
 
 
-def kept_alone(policy: str, reference: ReferenceLlama, layers: list[Layer], head: int, blocks: int) -> Tensor:
-    """bool `[L, 1, T]`: the selection over one KV head of each layer."""
-    group = slice(
-        head * reference.query_heads // reference.heads, (head + 1) * reference.query_heads // reference.heads
-    )
+def kept_by_rank(
+    policy: str, reference: ReferenceLlama, layers: list[Layer], head: int, blocks: int, together: bool
+) -> Tensor:
+    """bool `[L, 1, T]`: the selection over one KV head of each layer; together: by sums over both heads."""
     num_tokens = layers[0].key_HTD.shape[1]
     evictable = (0, num_tokens // N * N)
-    scores = [
-        score_layer(
+
+    def score(index: int, head: int, reduce_heads: ReduceHeads) -> LayerScores:
+        layer, size = layers[index], reference.query_heads // reference.heads
+        group = slice(head * size, (head + 1) * size)
+        return score_layer(
             PRESETS[policy],
             layer=index,
             query_WQD=layer.query_TQD[-W:, group],
@@ -101,9 +110,24 @@ def kept_alone(policy: str, reference: ReferenceLlama, layers: list[Layer], head
             scale=reference.head_size**-0.5,
             keep_ratio=KEEP,
             evictable=evictable,
+            reduce_heads=reduce_heads,
         )
-        for index, layer in enumerate(layers)
-    ]
+
+    def sum_of_all(index: int) -> Tensor:
+        parts: list[Tensor] = []
+
+        def note(part: Tensor) -> Tensor:
+            parts.append(part)
+            return part
+
+        for each in range(reference.heads):
+            score(index, each, note)
+        return torch.stack(parts).sum(dim=0)
+
+    scores = []
+    for index in range(len(layers)):
+        total = sum_of_all(index)
+        scores.append(score(index, head, lambda part, total=total: total if together else part))
     chosen = select(PRESETS[policy], scores, page_size=N, packed_blocks=blocks, evictable=evictable)
     kept = torch.zeros(len(layers), 1, num_tokens, dtype=torch.bool)
     kept[:, :, evictable[1] :] = True

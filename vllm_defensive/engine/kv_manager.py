@@ -32,6 +32,10 @@ from vllm_defensive.plan import Eviction, StepMessage, kept_tokens
 from vllm_defensive.policy import PRESETS
 from vllm_defensive.request import RequestSettings, settings_or_none
 
+# Of a thousand requests that wait for one document, this many are compared: the scheduler's step is not the place for
+# all of them, and what they share is seldom more than what the first of them do.
+_MOST_COMPARED = 64
+
 
 @dataclass
 class RequestState:
@@ -83,7 +87,8 @@ class EvictionBlockManager(FullAttentionManager):
         self.settled: dict[str, int] = {}
         self._prefilling: set[str] = set()  # still to reach their `T`
         self._unreleased: set[str] = set()  # evicted, originals not yet given back
-        self._spared: set[str] = set()  # not to be evicted, as the prefix cache was looked up for them without limit
+        # What is planned for requests without an allocation, since the last look into the prefix cache for them.
+        self._waiting: dict[str, RequestState] = {}
         self._planned: dict[str, Eviction] = {}
         self._hit_tokens: dict[str, int] = {}  # from the prefix cache, of requests still to be evicted
 
@@ -123,7 +128,7 @@ class EvictionBlockManager(FullAttentionManager):
         state = self._state(request_id)
         if state is None:
             return new_blocks
-        if request_id not in self._states:
+        if self._waiting.pop(request_id, None) is not None:
             self._states[request_id] = state
             if not state.decided:
                 self._prefilling.add(request_id)
@@ -157,25 +162,27 @@ class EvictionBlockManager(FullAttentionManager):
         )
 
     def _state(self, request_id: str) -> RequestState | None:
-        """The request's state; a new one, not yet stored, before its first allocation; None if we do not know it."""
-        state = self._states.get(request_id)
+        """The request's state, from its first allocation or from what waits for that; None if we do not know it."""
+        state = self._states.get(request_id) or self._waiting.get(request_id)
         if state is None and (request := self.requests.get(request_id)) is not None:
-            settings = settings_or_none(self.eviction, request)
-            num_tokens = request.num_prompt_tokens if settings.boundary is None else settings.boundary
-            count = self._packed(num_tokens, settings)
-            # Originals and packed blocks exist side by side for one step. A request for which the whole pool would not
-            # do is served without eviction: to refuse it, or to let it wait for ever, would be worse.
-            beside = sum(
-                other.get_num_blocks_to_allocate(
-                    request_id, request.num_tokens, [], 0, 0, request.num_tokens, apply_admission_cap=True
-                )
-                for other in self.other_managers
-            )
-            peak = cdiv(request.num_tokens, self.block_size) + count + beside
-            fits = peak < self.block_pool.num_gpu_blocks
-            spared = request_id in self._spared
-            state = RequestState(num_tokens, settings, decided=spared or not (count and fits))
+            state = self._waiting[request_id] = self._foresee(request)
         return state
+
+    def _foresee(self, request: Request) -> RequestState:
+        """The state that a request without blocks begins with."""
+        settings = settings_or_none(self.eviction, request)
+        num_tokens = request.num_prompt_tokens if settings.boundary is None else settings.boundary
+        count = self._packed(num_tokens, settings)
+        # Originals and packed blocks exist side by side for one step. A request for which the whole pool would not do
+        # is served without eviction: to refuse it, or to let it wait for ever, would be worse.
+        beside = sum(
+            other.get_num_blocks_to_allocate(
+                request.request_id, request.num_tokens, [], 0, 0, request.num_tokens, apply_admission_cap=True
+            )
+            for other in self.other_managers
+        )
+        fits = cdiv(request.num_tokens, self.block_size) + count + beside < self.block_pool.num_gpu_blocks
+        return RequestState(num_tokens, settings, decided=not (count and fits))
 
     def _packed(self, num_tokens: int, settings: RequestSettings, shared_blocks: int = 0) -> int:
         """`K` for a request evicted at `num_tokens`; 0 if it is left alone."""
@@ -205,9 +212,14 @@ class EvictionBlockManager(FullAttentionManager):
         if not self.enable_caching or self.block_size != self.block_pool.hash_block_size:
             return 0
         hashes = self.requests[request_id].block_hashes
+        # More than all live requests is enough; a tiny ratio must not overflow.
+        others_needed = max(2, math.ceil(min(1 / mine.settings.keep, len(self.requests) + 1))) - 1
+        most = max(_MOST_COMPARED, 2 * others_needed)
         pinned = 0
         could_pack: list[int] = []
         for other_id, other in self.requests.items():
+            if len(could_pack) >= most:
+                break  # so many tell enough
             theirs = other.block_hashes
             if not theirs or theirs[0] != hashes[0] or other_id == request_id or other.skip_reading_prefix_cache:
                 continue  # most live requests are strangers, and this runs in the scheduler's step
@@ -222,8 +234,6 @@ class EvictionBlockManager(FullAttentionManager):
                 pinned = max(pinned, common)
             else:
                 could_pack.append(min(common, state.num_tokens // self.block_size))
-        # More than all live requests is enough; a tiny ratio must not overflow.
-        others_needed = max(2, math.ceil(min(1 / mine.settings.keep, len(self.requests) + 1))) - 1
         could_pack.sort(reverse=True)
         return max(pinned, could_pack[others_needed - 1] if len(could_pack) >= others_needed else 0)
 
@@ -276,7 +286,7 @@ class EvictionBlockManager(FullAttentionManager):
         self.settled.pop(request_id, None)
         self._prefilling.discard(request_id)
         self._unreleased.discard(request_id)
-        self._spared.discard(request_id)
+        self._waiting.pop(request_id, None)
         blocks = super().pop_blocks_for_free(request_id)
         return blocks + state.packed if state is not None else blocks
 
@@ -326,15 +336,14 @@ class EvictionBlockManager(FullAttentionManager):
         since nobody caches queries, unless there is nothing to evict (all whole blocks are shared, say). That is
         settled here, because queries that were not computed cannot be had later.
         """
-        self._spared.discard(request_id)
-        stop = self.next_stop(request_id)
-        if stop and not self._plan(request_id, stop)[1]:
-            self._spared.add(request_id)
-            return None
-        if not stop:
-            return None
+        self._waiting.pop(request_id, None)  # it may have grown since the last time
         state = self._state(request_id)
-        assert state is not None
+        if state is None or state.decided:
+            return None
+        stop = state.num_tokens
+        if not self._plan(request_id, stop)[1]:
+            state.decided = True
+            return None
         return 0 if state.accumulates else max(0, stop - self.eviction.window)
 
     def note_hit(self, request_id: str, num_tokens: int) -> None:
@@ -394,6 +403,7 @@ class EvictionBlockManager(FullAttentionManager):
         assert self.saved_blocks == sum(state.saved_blocks for state in released)
         assert self.packed_blocks == len(owned)
         assert set(self._hit_tokens) <= set(self.requests)
+        assert set(self._waiting) <= set(self.requests) - set(self._states)
 
 
 def _common_prefix(a: Sequence[Any], b: Sequence[Any], limit: int) -> int:

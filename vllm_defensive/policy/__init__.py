@@ -5,7 +5,7 @@
 
 from vllm_defensive.policy.budget import kept_fraction, reference_budget
 from vllm_defensive.policy.presets import PRESETS, Policy, get_policy, public_names, register
-from vllm_defensive.policy.scoring import Attention, LayerScores, score_layer, settle
+from vllm_defensive.policy.scoring import Attention, LayerScores, ReduceHeads, score_layer, settle
 from vllm_defensive.policy.selection import Selection, select, select_within
 from vllm_defensive.policy.third_party import load as _load_third_party
 
@@ -14,6 +14,7 @@ __all__ = [
     "Attention",
     "LayerScores",
     "Policy",
+    "ReduceHeads",
     "Selection",
     "get_policy",
     "kept_fraction",

@@ -15,6 +15,7 @@ from vllm_defensive.policy.presets import Policy
 from vllm_defensive_kernels import formulas
 
 ReduceHeads = Callable[[Tensor], Tensor]
+"""Sums a tensor over the ranks that share a layer's heads."""
 
 SINK_TOKENS = 4
 FORCED = float("inf")
@@ -75,7 +76,7 @@ def score_layer(
             )
             assert scores_HT.shape == (key_HSD.shape[0], scored), f"{policy.name} returned {tuple(scores_HT.shape)}"
             return LayerScores(_cut_and_force(scores_HT.float(), start, stop))
-        attention = _observe(policy, query_WQD, key_HSD, scale)
+        attention = _observe(policy, query_WQD, key_HSD, scale, reduce_heads)
         norm_HT = _value_norm(policy, value_HSD[:, :scored], output_QDM, factor_QDC)
         return settle(
             policy,
@@ -136,7 +137,9 @@ def settle(
     return LayerScores(_cut_and_force(scores_HT, *evictable), rank_HT, attention.preference)
 
 
-def _observe(policy: Policy, query_WQD: Tensor, key_HSD: Tensor, scale: float) -> Attention:
+def _observe(
+    policy: Policy, query_WQD: Tensor, key_HSD: Tensor, scale: float, reduce_heads: ReduceHeads | None
+) -> Attention:
     """Reduce the window's attention to what policies read, a few query heads at a time: on CPU no more rows than fit
     a core's cache (of one query head, if even these do not), elsewhere a bounded number."""
     window, query_heads, _ = query_WQD.shape
@@ -147,13 +150,15 @@ def _observe(policy: Policy, query_WQD: Tensor, key_HSD: Tensor, scale: float) -
     query_WHGD = query_WQD.unflatten(1, (heads, group))
     some_heads = zip(query_WHGD.split(head_step, dim=1), key_HSD.split(head_step), strict=True)
     parts = [_observe_heads(policy, query, key.float(), scale, group_step) for query, key in some_heads]
-    spreads = [part.preference for part in parts if part.preference is not None]
-    return Attention(
+    attention = Attention(
         torch.cat([part.scores_HT for part in parts]),
         torch.cat([part.mean_HT for part in parts]),
         torch.cat([part.bias_H for part in parts]),
-        formulas.layer_preference(torch.stack(spreads).sum(dim=0)) if spreads else None,
     )
+    if spreads := [part.preference for part in parts if part.preference is not None]:
+        spread_2 = torch.stack(spreads).sum(dim=0)
+        attention.preference = formulas.layer_preference(reduce_heads(spread_2) if reduce_heads else spread_2)
+    return attention
 
 
 def _observe_heads(policy: Policy, query_WHGD: Tensor, key_HSD: Tensor, scale: float, group_step: int) -> Attention:

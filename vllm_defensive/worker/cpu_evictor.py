@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_defensive import audit
 from vllm_defensive.config import EvictionConfig
 from vllm_defensive.plan import Eviction, WorkerReport
-from vllm_defensive.policy import PRESETS, LayerScores, Selection, score_layer, select
+from vllm_defensive.policy import PRESETS, LayerScores, ReduceHeads, Selection, score_layer, select
 from vllm_defensive.policy.budget import layer_deciles, pages_by_decile
 from vllm_defensive.worker.cpu_pages import PageCodec, PageView
 from vllm_defensive.worker.cpu_runtime import CPURuntime
@@ -35,8 +35,9 @@ class CPUEvictor:
         scale: float,
         projections: Projections,
         rank: tuple[int, int] = (0, 1),
+        reduce_heads: ReduceHeads | None = None,
     ) -> None:
-        """scale: of the layers' attention logits."""
+        """scale: of the layers' attention logits. rank, reduce_heads: see `EvictionWorker`."""
         self._config = config
         self._runtime = runtime
         self._view = view
@@ -44,6 +45,7 @@ class CPUEvictor:
         self._scale = scale
         self._projections = projections
         self._rank = rank
+        self._reduce_heads = reduce_heads
         self._decile_L = layer_deciles(view.num_layers)
         self._report = WorkerReport()
 
@@ -120,6 +122,7 @@ class CPUEvictor:
             scale=self._scale,
             keep_ratio=eviction.keep,
             evictable=self._evictable(eviction),
+            reduce_heads=self._reduce_heads,
         )
 
     def _select(self, scores: list[LayerScores], eviction: Eviction) -> Selection:

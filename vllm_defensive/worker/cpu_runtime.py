@@ -67,11 +67,14 @@ class CPURuntime:
             self.tables.pop(request_id, None)
             self.windows.drop(request_id)
             self.accumulations.drop(request_id)
-        self.accumulations.drop_complete()  # what the last step's evictions left
         self._message = message
 
     def end(self) -> None:
         self._message = None
+
+    def drop_untaken(self) -> None:
+        self.windows.drop_complete()
+        self.accumulations.drop_complete()
 
     def step(self, common: Any) -> Step | None:
         """What is special about this batch, or None: nothing is. common: vLLM's `CommonAttentionMetadata`."""

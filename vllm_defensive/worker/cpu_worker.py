@@ -40,4 +40,6 @@ class EvictionCPUWorker(EvictionWorker, CPUWorker):
             for builder in attention_group.metadata_builders:
                 builder.runtime = runtime
         projections = Projections(self.model_runner.get_model(), names, first.num_heads, first.head_size)
-        return runtime, CPUEvictor(self.eviction, runtime, view, codec, scale, projections, self.tensor_rank)
+        return runtime, CPUEvictor(
+            self.eviction, runtime, view, codec, scale, projections, self.tensor_rank, self.reduce_heads
+        )

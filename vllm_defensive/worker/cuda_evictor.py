@@ -18,7 +18,17 @@ from torch import Tensor
 from vllm_defensive import audit, vllm_compat
 from vllm_defensive.config import EvictionConfig
 from vllm_defensive.plan import Eviction, WorkerReport
-from vllm_defensive.policy import PRESETS, Attention, LayerScores, Policy, Selection, score_layer, select, settle
+from vllm_defensive.policy import (
+    PRESETS,
+    Attention,
+    LayerScores,
+    Policy,
+    ReduceHeads,
+    Selection,
+    score_layer,
+    select,
+    settle,
+)
 from vllm_defensive.policy.budget import guarded, layer_deciles, pages_by_decile
 from vllm_defensive.worker.cuda_runtime import CUDARuntime
 from vllm_defensive.worker.projections import Projections
@@ -61,8 +71,9 @@ class CUDAEvictor:
         scales: Sequence[LayerScales],
         projections: Projections,
         rank: tuple[int, int] = (0, 1),
+        reduce_heads: ReduceHeads | None = None,
     ) -> None:
-        """scale: of the layers' attention logits. scales: one a layer."""
+        """scale: of the layers' attention logits. scales: one a layer. rank, reduce_heads: see `EvictionWorker`."""
         self._config = config
         self._runtime = runtime
         self._pages = runtime.pages
@@ -70,6 +81,7 @@ class CUDAEvictor:
         self._scales = scales
         self._projections = projections
         self._rank = rank
+        self._reduce_heads = reduce_heads
         self._decile_L = layer_deciles(self._pages.num_layers, self._pages.key_PND.device)
         # Per step with evictions: start, end, and pages by decile in host memory, there once the end is reached
         self._queued: deque[tuple[Any, Any, np.ndarray]] = deque()
@@ -171,6 +183,7 @@ class CUDAEvictor:
                 window=window,
                 keep_ratio=prompt.eviction.keep,
                 evictable=prompt.evictable,
+                reduce_heads=self._reduce_heads,
             )
             for layer, scores_HT, mean_HT in zip(range(first, last), observed.score_LHT, observed.mean_LHT, strict=True)
         ]
@@ -206,6 +219,7 @@ class CUDAEvictor:
             scale=self._scale,
             keep_ratio=prompt.eviction.keep,
             evictable=prompt.evictable,
+            reduce_heads=self._reduce_heads,
             window=prompt.window_LWQD.shape[1],
         )
 

@@ -75,6 +75,9 @@ class CUDARuntime:
     def end(self) -> None:
         self._message = None
 
+    def drop_untaken(self) -> None:
+        self.windows.drop_complete()
+
     @property
     def observing(self) -> bool:
         """Whether queries of this step are to be kept. Inside a graph of the whole model nobody could."""

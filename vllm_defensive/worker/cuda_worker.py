@@ -86,7 +86,9 @@ class EvictionGPUWorker(EvictionWorker):
         projections = Projections(self.model_runner.get_model(), names, first.num_heads, first.head_size)
         scales = [LayerScales(layer._k_scale_float, layer._v_scale_float) for layer in layers]
         logger.info("KV eviction decodes with its own kernel; prompts take %s", first.get_attn_backend().get_name())
-        return runtime, CUDAEvictor(self.eviction, runtime, first.impl.scale, scales, projections, self.tensor_rank)
+        return runtime, CUDAEvictor(
+            self.eviction, runtime, first.impl.scale, scales, projections, self.tensor_rank, self.reduce_heads
+        )
 
 
 def memory_beside_cache(

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_defensive import vllm_compat
 from vllm_defensive.config import TURN_OFF, from_vllm_config
 from vllm_defensive.engine.spec import EvictableSpec, as_evictable
 from vllm_defensive.plan import Eviction, StepMessage, WorkerReport
-from vllm_defensive.worker.window import WindowQueries
+from vllm_defensive.policy import ReduceHeads
 
 logger = vllm_compat.get_logger("kv_eviction")
 
@@ -22,13 +23,14 @@ logger = vllm_compat.get_logger("kv_eviction")
 class Runtime(Protocol):
     """Per-device state of evicted requests between steps."""
 
-    windows: WindowQueries
-
     def begin(self, message: StepMessage, gone: set[str]) -> None:
         """A real step starts; `gone` requests are forgotten."""
 
     def end(self) -> None:
         """The step's forward pass is over: batches are dummies until the next `begin`."""
+
+    def drop_untaken(self) -> None:
+        """The step's evictions are over: what was kept for one, and none took, is forgotten."""
 
 
 class Evictor(Protocol):
@@ -56,6 +58,11 @@ class EvictionWorker(Worker):
     def tensor_rank(self) -> tuple[int, int]:
         """(this worker's tensor-parallel rank, their number)."""
         return self.rank, self.parallel_config.tensor_parallel_size
+
+    @property
+    def reduce_heads(self) -> ReduceHeads | None:
+        """Sums a tensor over the ranks that share each layer's heads (it may be overwritten); None if there is one."""
+        return tensor_model_parallel_all_reduce if self.parallel_config.tensor_parallel_size > 1 else None
 
     @abstractmethod
     def start_eviction(self, group: int, names: list[str], layers: list[Any]) -> tuple[Runtime, Evictor]:
@@ -109,7 +116,7 @@ class EvictionWorker(Worker):
         finally:
             self._runtime.end()
         self._evictor.evict(message.evictions)
-        self._runtime.windows.drop_complete()
+        self._runtime.drop_untaken()
         return self._report(output)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
