@@ -151,8 +151,11 @@ def scenarios(preset: str) -> list[Scenario]:
     presets = {
         "quick": [Scenario("quick", HEAVY, 1024, 64, 8, 2, both)],
         "pressure": [
-            Scenario(f"pool of {pool:g}", HEAVY, 2048, 256, requests, pool, both)
-            for pool, requests in ((4, 24), (2, 24), (1, 24), (8, 32), (16, 64))
+            *(
+                Scenario(f"pool of {pool:g}", HEAVY, 2048, 256, requests, pool, both)
+                for pool, requests in ((4, 24), (2, 16), (1, 16), (8, 32), (16, 64))
+            ),
+            *(Scenario(f"long answers, pool of {pool}", HEAVY, 2048, 512, 24, pool, both) for pool in (4, 3)),
         ],
         "concurrency": [
             Scenario(f"{n} at once", HEAVY, 2048, 256, max(4, min(2 * n, 24)), 4, both, concurrency=n)
@@ -160,7 +163,7 @@ def scenarios(preset: str) -> list[Scenario]:
         ],
         "policies": [
             Scenario(
-                "policies and ratios", HEAVY, 4096, 256, 16, 4,
+                "policies and ratios", HEAVY, 4096, 256, 12, 4,
                 (
                     STOCK, FP8, *(evicting("halokv", keep) for keep in (0.5, 0.1)),
                     evicting("layer-defensivekv", 0.2), evicting("snapkv", 0.2),
@@ -168,8 +171,8 @@ def scenarios(preset: str) -> list[Scenario]:
             ),
         ],
         "lengths": [
-            *(Scenario(f"prompts of {n}", HEAVY, n, 128, 16, 4, both) for n in (1024, 2048, 8192)),
-            *(Scenario(f"outputs of {n}", HEAVY, 4096, n, 16, 4, both) for n in (32, 128, 512)),
+            *(Scenario(f"prompts of {n}", HEAVY, n, 128, 12, 4, both) for n in (1024, 2048, 8192)),
+            *(Scenario(f"outputs of {n}", HEAVY, 4096, n, 12, 4, both) for n in (32, 128, 512)),
         ],
         "shared": [
             Scenario("one prefix of 2,048, 20 requests", HEAVY, 2304, 128, 20, 6, both, shared=2048),
@@ -179,7 +182,10 @@ def scenarios(preset: str) -> list[Scenario]:
             Scenario("short prompts, ample pool", HEAVY, 160, 64, 64, 80, both, concurrency=8),
             Scenario("long prompts, ample pool, one at a time", HEAVY, 4096, 128, 6, 8, both, concurrency=1),
         ],
-        "smollm2": [Scenario("SmolLM2, pool of 3", SMOLLM2, 4096, 128, 10, 3, both)],
+        "smollm2": [
+            Scenario(f"SmolLM2, prompts of {n}", SMOLLM2, n, 128, requests, 3, both)
+            for n, requests in ((4096, 8), (6144, 6))
+        ],
     }  # fmt: skip
     if preset not in presets:
         raise ValueError(f"--preset {preset}: choose from {', '.join(presets)}")

@@ -161,7 +161,7 @@ _ROWS = (
         scope="model",
         value_weight="l2-gram",
         halo_tokens=8,
-        halo_weight=0.1,
+        halo_weight=0.2,
     ),
     Policy(
         name="keep-all",
