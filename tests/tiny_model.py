@@ -18,7 +18,11 @@ __all__ = [
 
 
 def write_tiny_gemma3(folder: Path, seed: int = 0, global_first: bool = False) -> Path:
-    """Write a random bf16 Gemma 3: two global layers among four with a sliding window of 128 tokens. Return it."""
+    """Write a random bf16 Gemma 3: two global layers among four with a sliding window of 128 tokens. Return it.
+
+    Like `write_tiny_llama`'s: its head is not tied to the embedding, which would have it repeat its last token with
+    certainty whatever it attends to.
+    """
     import torch
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 
@@ -37,10 +41,17 @@ def write_tiny_gemma3(folder: Path, seed: int = 0, global_first: bool = False) -
         query_pre_attn_scalar=32,
         vocab_size=512,
         max_position_embeddings=4096,
+        tie_word_embeddings=False,
         **special_ids,
     )
     model = Gemma3ForCausalLM(config)
     random_weights(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.model.embed_tokens.weight *= config.hidden_size**-0.5  # Gemma multiplies by the root
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):  # scales by 1 + weight; of q and k it undoes the gain of `random_weights`
+                weight += 0.2 * torch.randn(weight.shape, generator=generator) + ("q_norm" in name or "k_norm" in name)
     model.generation_config = GenerationConfig(do_sample=False, **special_ids)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
