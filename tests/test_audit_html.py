@@ -36,7 +36,7 @@ def make_audit(heads: int, num_tokens: int = 6) -> Audit:
 def data_of(page: str) -> dict:
     found = re.search(r"^const data = (.*);$", page, flags=re.MULTILINE)
     assert found
-    return json.loads(found[1].replace("<\\/", "</"))
+    return json.loads(found[1])
 
 
 def test_page_holds_tokens_counts_and_shares() -> None:
@@ -53,10 +53,19 @@ def test_more_heads_than_digits_are_rounded_to_shares() -> None:
     assert data["kept"] == ["".join("0123456789"[(t + 1) * 35 // 70] for t in range(5)) + "z"]
 
 
-def test_a_prompt_cannot_end_the_script() -> None:
-    evil = "</script><script>alert(1)</script>"
+def test_page_holds_the_budget_of_each_layer() -> None:
+    page = render(make_audit(3), list("abcdef"))
+    data = data_of(page)
+    assert (data["layers"], data["mean"], data["most"]) == ([5.0], 5.0, 6)
+    assert "kept 5 each on average, 83.3 % (asked for: 50 %), at least 4 and at most 6" in page
+
+
+@pytest.mark.parametrize("evil", ["</script><script>alert(1)</script>", "<!--<script>", "<!-- <SCRIPT >x"])
+def test_a_prompt_cannot_end_the_script_nor_hide_its_end(evil: str) -> None:
     page = render(make_audit(1, 2), [evil, "x"])
-    assert page.count("</script>") == 1 and data_of(page)["tokens"][0] == evil
+    assert data_of(page)["tokens"][0] == evil
+    script = page.partition("<script>")[2]
+    assert script.count("<script") == 0 and script.count("</script>") == 1 and "<!--" not in script
 
 
 def test_token_texts_must_match_the_prompt() -> None:
@@ -81,3 +90,7 @@ def test_command_prints_draws_and_refuses_in_one_line(tmp_path: Path) -> None:
     for name in ("missing.safetensors", "bad.safetensors"):
         done = run(str(tmp_path / name))
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+    done = run(str(tmp_path / "a.safetensors"), "--html", str(tmp_path / "b.html"), "--tokenizer", str(tmp_path / "no"))
+    assert done.returncode == 2 and f"error: --tokenizer {tmp_path / 'no'}: " in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and not (tmp_path / "b.html").exists()

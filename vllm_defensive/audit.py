@@ -182,19 +182,26 @@ def main(arguments: list[str] | None = None) -> int:
     if given.html:
         from vllm_defensive.audit_html import render
 
-        page = render(audit, _texts(audit.token_ids.tolist(), given.tokenizer))
-        Path(given.html).write_text(page, encoding="utf-8")
+        try:
+            texts = _texts(audit.token_ids.tolist(), given.tokenizer)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            parser.exit(2, f"{parser.prog}: error: --tokenizer {given.tokenizer}: {reason}\n")
+        Path(given.html).write_text(render(audit, texts), encoding="utf-8")
         print(f"picture: {given.html}")
     return 0
 
 
 def _texts(token_ids: list[int], tokenizer: str | None) -> list[str]:
+    """Raises OSError or ValueError if there is no such tokenizer."""
     if tokenizer is None:
         return [f"{token} " for token in token_ids]
     from transformers import AutoTokenizer
 
-    decode = AutoTokenizer.from_pretrained(tokenizer).decode
-    return [decode([token]) for token in token_ids]
+    from vllm_defensive.audit_text import token_texts
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    return token_texts(token_ids, lambda ids: loaded.decode(ids, clean_up_tokenization_spaces=False))
 
 
 if __name__ == "__main__":
