@@ -28,7 +28,7 @@ class MaskedTransformer:
     def logprobs(self, token_ids: list[int], kept_LHT: Tensor | None = None, last: int = 0) -> Tensor:
         """fp32 `[S, vocabulary]` of what follows each token, or each of the `last`.
 
-        kept_LHT: bool, L global layers and the first T tokens: these see each other; later ones see of them what is True.
+        kept_LHT: bool, L global layers, the first T tokens: these see each other; later ones see of them what is True.
         """
         causal_SS = torch.ones(len(token_ids), len(token_ids), dtype=torch.bool).tril()
         for attention in self._attention:

@@ -49,11 +49,12 @@ button.row { cursor: pointer; } button.row:hover, .row.chosen { background: var(
 <h2>Shading of the text: <span id="which"></span></h2>
 <div class="key"><span>dropped by all</span><div class="scale"></div><span>kept by all heads</span></div>
 <h2>Budget: tokens that each layer kept</h2>
-<p>A cell is one KV head, darker the more it kept. The bar is the mean of the layer's heads, the dashed line that of all
+<p>A cell is one KV head: the more colour, the more it kept. The bar is the mean of the layer's heads, the dashed line that of all
 layers. <b>Click a layer</b> to shade the text by its heads, again for all.</p>
 <div class="row head"><span>layer</span><span>heads</span><span>mean of heads</span><span>tokens, share</span></div>
 <div id="layers"></div>
-<p style="margin-top:10px">Underlined: the observation window, which every head keeps.</p>
+<p style="margin-top:10px">Underlined: the observation window, which every head keeps. Layers with sliding windows are not
+evicted, and not counted here.</p>
 </aside></main>
 <script>
 const data = __DATA__;

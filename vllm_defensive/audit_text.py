@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 
 _CONTEXT = 8  # tokens that are decoded anew with each one, more only where a character is cut
@@ -27,7 +26,7 @@ def token_texts(token_ids: Sequence[int], decode: Callable[[list[int]], str]) ->
         text = decode(ids[start:end])
         hopeless = silent == _MOST_PIECES - 1 or end == len(ids)
         whole = text if hopeless else text.rstrip(_UNFINISHED)
-        added = whole[len(os.path.commonprefix([said, whole])) :]
+        added = whole[_common(said, whole) :]
         texts.append(added)
         silent = 0 if added or whole == text else silent + 1
         said = said if said.startswith(whole) else whole
@@ -37,3 +36,9 @@ def token_texts(token_ids: Sequence[int], decode: Callable[[list[int]], str]) ->
         if whole == text:
             border = end
     return texts
+
+
+def _common(one: str, other: str) -> int:
+    """Characters at the beginning of both."""
+    differing = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))

@@ -104,8 +104,9 @@ def test_thrown_out_requests_equal_the_masked_reference(
         before = 0.0
         for fields, evicted_at in (({}, 170), ({"kv_eviction_boundary": 130}, 130)):
             answers = generate(llm, prompts, 120, [fields] * len(prompts))
-            assert (now := metrics_of(llm)["vllm:num_preemptions"]) > before
-            before = now
+            preemptions = metrics_of(llm)["vllm:num_preemptions"]
+            assert preemptions > before
+            before = preemptions
             assert all(audit_of(tmp_path, answer.request_id).num_tokens == evicted_at for answer in answers)
             assert_equal_to_masked(reference, tmp_path, prompts, answers)
             assert_all_returned(llm)
