@@ -19,7 +19,7 @@ from tests.masked_transformer import MaskedTransformer
 
 RESULT = os.environ.get("GEMMA3_RESULT")
 MODEL, KEEP, ANSWER_TOKENS = "gemma-3-270m", 0.2, 32
-POLICIES = ("none", "snapkv", "layer-defensivekv", "halokv")
+POLICIES = ("none", "snapkv", "layer-defensivekv")
 FACT = "Marta keeps the keys of the harbour office in the blue tin under the stairs."
 
 pytestmark = [
