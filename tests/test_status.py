@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from fastapi.testclient import TestClient
+from starlette.types import ASGIApp, Receive, Scope, Send
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_defensive import metrics, status
+from vllm_defensive import config, metrics, status
 from vllm_defensive.plan import Eviction
+from vllm_defensive.plugin import register
 
 
 @pytest.fixture
 def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[FastAPI]:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     status.configure({"policy": "snapkv", "keep": 0.2})
+    status.count()
     app = FastAPI()
     app.add_middleware(status.StatusMiddleware)
     yield app
@@ -39,22 +47,87 @@ def test_a_record_counts_whole_blocks_and_the_tail() -> None:
 
 def test_it_states_settings_totals_and_the_last_evictions(app: FastAPI) -> None:
     for i in range(status.SHOWN + 5):
-        status.remember(record(f"cmpl-{i}-0-x"))
+        status.remember(record(f"cmpl-{i}-0-0123abcd"))
     answer = TestClient(app).get("/kv_eviction").json()
     assert answer["config"] == {"policy": "snapkv", "keep": 0.2}
     assert set(answer["totals"]) == set(metrics.COUNTERS)
     assert [r["request_id"] for r in answer["last_evictions"]] == [
-        f"cmpl-{i}-0-x" for i in range(status.SHOWN + 4, 4, -1)
+        f"cmpl-{i}-0-0123abcd" for i in range(status.SHOWN + 4, 4, -1)
     ]
 
 
-@pytest.mark.parametrize("name", ["mine", "cmpl-mine", "cmpl-mine-0-x"])
+@pytest.mark.parametrize("name", ["mine", "cmpl-mine", "cmpl-mine-0-0123abcd"])
 def test_a_request_is_found_by_any_name_it_has(app: FastAPI, name: str) -> None:
-    status.remember(record("cmpl-mine-0-x"))
-    status.remember(record("cmpl-mine2-0-x"))
+    status.remember(record("cmpl-mine-0-0123abcd"))
+    status.remember(record("cmpl-mine2-0-0123abcd"))
     (found,) = TestClient(app).get(f"/kv_eviction/requests/{name}").json()["evictions"]
-    assert found["request_id"] == "cmpl-mine-0-x"
+    assert found["request_id"] == "cmpl-mine-0-0123abcd"
     assert TestClient(app).get("/kv_eviction/requests/min").status_code == 404
+
+
+# As vLLM's servers were seen to name them, and the two names by which a client knows them.
+NAMES = [
+    ("cmpl-job-1-0-a1c2b39a", {"job-1", "cmpl-job-1"}),
+    ("cmpl-job-1-2-10-12345678", {"job-1-2", "cmpl-job-1-2"}),
+    ("cmpl-job-1-0", {"job-1", "cmpl-job-1"}),  # VLLM_DISABLE_REQUEST_ID_RANDOMIZATION
+    ("1_cmpl-job-1-0-a1c2b39a", {"job-1", "cmpl-job-1"}),
+    ("cmpl-job-937b163925a6f2bf-beam-3-bc26bfe8", {"job", "cmpl-job"}),
+    ("chatcmpl-job-1-926a354d", {"job-1", "chatcmpl-job-1"}),
+    ("1_chatcmpl-job-1-926a354d", {"job-1", "chatcmpl-job-1"}),
+    ("chatcmpl-job_1-926a354d", {"job", "chatcmpl-job", "job_1", "chatcmpl-job_1"}),
+    ("generate-tokens-job-1-926a354d", {"job-1", "generate-tokens-job-1"}),
+    ("generative-scoring-job-1-0-926a354d", {"job-1", "generative-scoring-job-1"}),
+    ("decision-job-1-0-926a354d", {"job-1", "decision-job-1"}),
+    ("resp_902d1e19aa6f08a9_0-89b6da52", {"resp_902d1e19aa6f08a9"}),
+]
+
+
+@pytest.mark.parametrize("internal, names", NAMES, ids=[internal for internal, _ in NAMES])
+def test_an_internal_id_answers_to_its_own_names_only(internal: str, names: set[str]) -> None:
+    assert names <= status.names_of(internal)
+    others = {"job", "job-1", "job-1-2", "job_1", "cmpl-job", "cmpl-job-1", "chatcmpl-job", "chatcmpl-job-1"} - names
+    assert not others & status.names_of(internal)
+
+
+def test_a_server_that_counts_nothing_says_so(app: FastAPI) -> None:
+    status.configure({"policy": "snapkv"})
+    answer = TestClient(app).get("/kv_eviction").json()
+    assert answer["config"] == {"policy": "snapkv"} and answer["totals"] is None
+    assert "--disable-log-stats" in answer["covers"]
+    assert "--disable-log-stats" in TestClient(app).get("/kv_eviction/requests/a").json()["covers"]
+
+
+class Guard:
+    """A middleware of the user's own, which lets nobody in."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        served = self.app if scope["type"] != "http" else Response(status_code=418)
+        await served(scope, receive, send)
+
+
+def test_the_users_own_middleware_guards_it() -> None:
+    """In vLLM's own set-up of a server: `--middleware` given before our flags."""
+    register()
+    parser = make_arg_parser(FlexibleArgumentParser())
+    for guards, status_code in ((), 200), (("--middleware", f"{__name__}.Guard"), 418):
+        arguments = parser.parse_args([*guards, "--kv-eviction", "snapkv"])
+        app = FastAPI()
+        init_entrypoints_middleware(arguments, app, ("generate",))
+        status.configure(arguments.additional_config["kv_eviction"])
+        assert TestClient(app).get("/kv_eviction").status_code == status_code
+    status.configure({})
+
+
+def test_an_engine_is_known_before_it_counts_anything(tiny_model: Path) -> None:
+    """With --disable-log-stats nothing ever will be."""
+    register()
+    settings = {"kv_eviction": {"policy": "snapkv", "keep": 0.3}}
+    AsyncEngineArgs(model=str(tiny_model), disable_log_stats=True, additional_config=settings).create_engine_config()
+    assert status.summary()["config"] == config.parse(settings["kv_eviction"]).model_dump(exclude_none=True)
+    status.configure({})
 
 
 def test_it_wants_the_servers_api_key(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:

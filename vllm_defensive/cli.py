@@ -77,5 +77,6 @@ def fold(namespace: argparse.Namespace) -> None:
         additional[config.KEY] = settings.model_dump(exclude_none=True)
         middleware = getattr(namespace, "middleware", None)  # servers have it, other commands do not
         if middleware is not None and _STATUS not in middleware:
-            namespace.middleware = [*middleware, _STATUS]
+            # Starlette calls the last one first: in this order the user's own, which may guard the server, are asked.
+            namespace.middleware = [_STATUS, *middleware]
     namespace.additional_config = additional

@@ -166,7 +166,7 @@ def make_logger(vllm_config: Any, engine_indexes: list[int]) -> EvictionStatLogg
     settings = from_vllm_config(vllm_config)
     if settings is None:
         return None
-    status.configure(settings.model_dump(exclude_none=True))
+    status.count()
     return EvictionStatLogger(vllm_config, engine_indexes)
 
 

@@ -32,6 +32,8 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
     if settings is None:
         del additional[config.KEY]
         return None
+    from vllm_defensive import status  # it imports a web framework, which engines without eviction need not
+
     worker, block = _platform()
     for name, ours, unset in (("scheduler_cls", SCHEDULER, None), ("worker_cls", worker, "auto")):
         chosen = getattr(engine_args, name)
@@ -50,6 +52,7 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
     _settings = settings
     # Plain JSON: it is hashed into vLLM's compile cache key and printed with its config.
     additional[config.KEY] = settings.model_dump(exclude_none=True)
+    status.configure(additional[config.KEY])
     return settings
 
 

@@ -8,6 +8,7 @@ the API key, so this one checks it itself.
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from typing import Any
 
@@ -25,8 +26,23 @@ _COVERS = (
     "totals: the whole server; last_evictions and requests: those whose statistics reached this API server process, "
     "which is all of them with --api-server-count 1"
 )
+_UNCOUNTED = "nothing: evictions are not counted with --disable-log-stats"
+
+# What vLLM's APIs call a request that they send to the engine: the kind of API, the id, and this. Beam searches send one
+# for each beam and token. A request for n > 1 answers becomes n of them, with a number in front; a random suffix follows.
+_BEAM = r"-[0-9a-f]{16}-beam-\d+"
+_KINDS = (
+    ("cmpl-", rf"-\d+|{_BEAM}"),  # the prompt's number
+    ("chatcmpl-", rf"|{_BEAM}"),
+    ("chatcmpl-", r"_\d+"),  # the conversation's number, in a batch of them
+    ("generate-tokens-", ""),
+    ("(?:decision|generative-scoring)-", r"-\d+"),
+    ("", r"_\d+"),  # responses: their id says what they are
+)
+_INTERNAL = [re.compile(rf"(?:\d+_)?({kind}(.+?))(?:{after})(?:-[0-9a-f]{{8}})?") for kind, after in _KINDS]
 
 _config: dict[str, Any] = {}
+_counted = False  # whether evictions are reported to this process
 _recent: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
 
 
@@ -44,9 +60,17 @@ def record_of(eviction: Eviction, block_size: int) -> dict[str, Any]:
 
 def configure(config: dict[str, Any]) -> None:
     """State the settings that this process's engine runs with; forget the evictions of an earlier engine."""
+    global _counted
     _config.clear()
     _config.update(config)
     _recent.clear()
+    _counted = False
+
+
+def count() -> None:
+    """From now on evictions are counted in this process, and `remember` is called for them."""
+    global _counted
+    _counted = True
 
 
 def remember(record: dict[str, Any]) -> None:
@@ -56,23 +80,31 @@ def remember(record: dict[str, Any]) -> None:
 def find(request_id: str) -> list[dict[str, Any]]:
     """Evictions of the response or `X-Request-Id` called `request_id`, latest first.
 
-    vLLM puts the kind of API before such an id, and the prompt's number and a random suffix after it. Several prompts
-    of one request, and a preempted one, have several entries.
+    Several prompts or answers of one request, and a preempted one, have several entries.
     """
-    names = tuple(f"{kind}{request_id}" for kind in ("", "cmpl-", "chatcmpl-", "resp_"))
-    return [r for r in reversed(_recent) if any(_names(name, r["request_id"]) for name in names)]
+    return [r for r in reversed(_recent) if request_id in names_of(r["request_id"])]
 
 
-def _names(name: str, internal_id: str) -> bool:
-    return internal_id == name or internal_id.startswith(f"{name}-")
+def names_of(internal_id: str) -> set[str]:
+    """By which ids the request that the engine calls `internal_id` can be asked for.
+
+    Only a chat whose own id ends in `_1` cannot be told from the second one of a batch.
+    """
+    found = (pattern.fullmatch(internal_id) for pattern in _INTERNAL)
+    return {internal_id, *(name for match in found if match for name in match.groups())}
 
 
 def summary() -> dict[str, Any]:
-    """The answer to `GET /kv_eviction`."""
+    """The answer to `GET /kv_eviction`. Totals are None where nobody counts."""
     from vllm_defensive.metrics import read_totals  # which imports vLLM
 
     last = list(_recent)[: -SHOWN - 1 : -1]
-    return {"config": dict(_config), "totals": read_totals(), "last_evictions": last, "covers": _COVERS}
+    totals = read_totals() if _counted else None
+    return {"config": dict(_config), "totals": totals, "last_evictions": last, "covers": _covers()}
+
+
+def _covers() -> str:
+    return _COVERS if _counted else _UNCOUNTED
 
 
 class StatusMiddleware:
@@ -103,7 +135,7 @@ class StatusMiddleware:
         return JSONResponse(
             {
                 "error": f"{KEY} request {request_id!r}: not evicted, not yet reported, or too long ago",
-                "covers": _COVERS,
+                "covers": _covers(),
             },
             status_code=404,
         )
