@@ -41,7 +41,7 @@ class Totals:
 
 # field of Totals -> (metric, what it counts)
 COUNTERS = {
-    "requests": ("vllm:kv_eviction_requests", "Requests whose prompt's KV cache was evicted."),
+    "requests": ("vllm:kv_eviction_requests", "Evictions of a request's prompt; a preempted request's counts again."),
     "prompt_tokens": ("vllm:kv_eviction_prompt_tokens", "Prompt tokens of evicted requests."),
     "kept_tokens": ("vllm:kv_eviction_kept_tokens", "Prompt tokens kept, mean over layers and heads."),
     "prefix_hit_tokens": (
@@ -52,6 +52,7 @@ COUNTERS = {
 }
 # Seconds are a histogram: `LLM.get_metrics()` cuts counters down to whole numbers.
 SECONDS = ("vllm:kv_eviction_seconds", "Seconds that a step spent on scoring and packing.")
+# The heads of the first tensor-parallel rank stand for those of all: nothing comes back from the others.
 KEPT_PAGES = ("vllm:kv_eviction_kept_pages", "Head pages that evictions kept, by tenth of the layers, 0 the first.")
 BY_POLICY = ("vllm:kv_eviction_requests_by_policy", "Evictions, by the policy that chose.")
 KEEP_SHARE = ("vllm:kv_eviction_keep_share", "Share of its prompt's tokens that an evicted request kept.")

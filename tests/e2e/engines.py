@@ -146,9 +146,13 @@ def assert_all_returned(llm: Any) -> None:
 
 
 def metrics_of(llm: Any) -> dict[str, float]:
-    """Values of counters and gauges, sums of histograms."""
-    values = {m.name: getattr(m, "value", getattr(m, "sum", None)) for m in llm.get_metrics()}
-    return {name: value for name, value in values.items() if value is not None}
+    """Values of counters and gauges, sums of histograms, over their labels."""
+    values: dict[str, float] = {}
+    for metric in llm.get_metrics():
+        value = getattr(metric, "value", getattr(metric, "sum", None))
+        if value is not None:
+            values[metric.name] = values.get(metric.name, 0) + value
+    return values
 
 
 def audit_of(folder: Path, request_id: str) -> Audit:

@@ -148,3 +148,10 @@ def test_nothing_is_counted_twice(one: tuple[Run, dict[str, float]], two: tuple[
     for name in ("requests", "prompt_tokens", "kept_tokens", "freed_blocks"):
         assert one[1][f"vllm:kv_eviction_{name}"] == two[1][f"vllm:kv_eviction_{name}"] > 0
     assert two[1]["vllm:kv_eviction_requests"] == len(PROMPTS) * len(two[0])
+
+
+def test_pages_of_all_ranks_are_counted(one: tuple[Run, dict[str, float]], two: tuple[Run, dict[str, float]]) -> None:
+    """Only the first rank's output reaches the scheduler."""
+    files = [apart for found in two[0].values() for _, apart in found]
+    packed = sum(apart.packed_blocks * apart.kept_counts.numel() for apart in files)  # K*L*H
+    assert one[1]["vllm:kv_eviction_kept_pages"] == two[1]["vllm:kv_eviction_kept_pages"] == packed > 0

@@ -112,7 +112,9 @@ class _EvictionMixin(Scheduler):
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         report = vllm_compat.read_report(model_runner_output)
         if report is not None:
-            self._worker_report.add(report.microseconds, report.decile_pages)
+            # vLLM hands on the first rank's output only. Each rank packs as many pages as that one.
+            ranks = self.vllm_config.parallel_config.tensor_parallel_size
+            self._worker_report.add(report.microseconds, [pages * ranks for pages in report.decile_pages])
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
