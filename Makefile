@@ -42,10 +42,11 @@ test-gpu: $(READY)  ## kernels and engine on this machine's GPU (BACKEND=cuda)
 bench-gpu: $(READY)  ## each kernel beside what the GPU can do (BACKEND=cuda)
 	$(BIN)/python -m benchmarks.kernels
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff, mypy and hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 clean:  ## remove builds and caches; keep the environment and the models
 	rm -rf build dist *.egg-info packaging/*/build packaging/*/*.egg-info

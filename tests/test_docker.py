@@ -5,11 +5,15 @@ Whether a server has what the queries ask for is seen in `tests/e2e/test_totals.
 
 from __future__ import annotations
 
+import contextlib
 import re
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from prometheus_client.samples import Sample
 
 from tests.dashboard import dashboard, missing, needs, targets
@@ -17,13 +21,63 @@ from vllm_defensive import metrics
 
 DOCKER = Path(__file__).parents[1] / "docker"
 DOCKERFILES = ("Dockerfile", "Dockerfile.cpu")
+
+
+def steps(name: str, step: str) -> list[str]:
+    """What follows each `step` of a Dockerfile, on its first line."""
+    return re.findall(rf"^{step} +(.*)", (DOCKER / name).read_text(), flags=re.MULTILINE)
+
+
 @pytest.mark.parametrize("name", DOCKERFILES)
 def test_an_image_is_pinned_unprivileged_and_says_how_it_is(name: str) -> None:
-    steps = re.findall(r"^([A-Z]+) +(.*)", (DOCKER / name).read_text(), flags=re.MULTILINE)
-    (base,) = (value for step, value in steps if step == "FROM")
+    (base,) = steps(name, "FROM")
     assert re.fullmatch(r"\S+:v?\d+\.\d+\.\d+\S*", base)
-    assert [value for step, value in steps if step == "USER"] == ["10001"]
-    assert [step for step, _ in steps].count("HEALTHCHECK") == 1
+    assert steps(name, "USER") == ["10001"]
+    assert len(steps(name, "HEALTHCHECK")) == 1
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_what_an_image_copies_is_there_and_not_ignored(name: str) -> None:
+    copied = [p for line in steps(name, "COPY") for p in line.split()[:-1]]
+    sent = {line[1:] for line in (DOCKER.parent / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied and set(copied) <= sent
+    assert all((DOCKER.parent / path).exists() for path in sent)
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_the_volume_is_mounted_where_the_images_user_may_write(name: str) -> None:
+    """An empty volume takes its owner from the folder that the image has there; where it has none, it is root's."""
+    (volume,) = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["server"]["volumes"]
+    folder = volume.split(":")[1]
+    text = (DOCKER / name).read_text()
+    assert f"install --directory --owner server --group server {folder}" in text
+    assert re.search(r"useradd .*--uid 10001 server", text) and f"HOME={folder.removesuffix('/.cache')}" in text
+
+
+def test_the_cpu_image_pins_all_that_it_installs() -> None:
+    lines = (DOCKER.parent / "packaging" / "constraints-cpu.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"==[^*]+", str(pin.specifier)) for pin in pins)
+    names = {canonicalize_name(pin.name) for pin in pins}
+    assert len(names) == len(pins)
+    left = required("vllm-defensive", "cpu") - {"torchvision", "torchaudio", "torchcodec"}  # taken out again
+    assert left <= names
+
+
+def required(project: str, extra: str = "") -> set[str]:
+    """Names of what an installed distribution requires here, and what that requires."""
+    found: set[str] = set()
+    todo = [Requirement(f"{project}[{extra}]")]
+    while todo:
+        wanted = todo.pop()
+        with contextlib.suppress(PackageNotFoundError):
+            for line in distribution(wanted.name).requires or ():
+                one = Requirement(line)
+                extras = ("", *wanted.extras)
+                if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in extras):
+                    todo += [one] if canonicalize_name(one.name) not in found or one.extras else []
+                    found.add(canonicalize_name(one.name))
+    return found
 
 
 def test_every_service_is_pinned_or_built_from_a_file_that_is_there() -> None:
@@ -35,6 +89,8 @@ def test_every_service_is_pinned_or_built_from_a_file_that_is_there() -> None:
         for volume in service["volumes"]:
             source = volume.split(":")[0]
             assert not source.startswith("./") or (DOCKER / source).exists()
+        # Our images have their health check inside.
+        assert "healthcheck" in service or "build" in service
 
 
 def test_panels_have_their_own_ids_and_places() -> None:

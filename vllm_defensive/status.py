@@ -28,8 +28,8 @@ _COVERS = (
 )
 _UNCOUNTED = "nothing: evictions are not counted with --disable-log-stats"
 
-# What vLLM's APIs call a request that they send to the engine: the kind of API, the id, and this. Beam searches send one
-# for each beam and token. A request for n > 1 answers becomes n of them, with a number in front; a random suffix follows.
+# What vLLM's APIs call a request that they send to the engine: the kind of API, the id, and this; a random suffix
+# follows. Beam searches send one for each beam and token. A request for n > 1 answers is n of them, a number in front.
 _BEAM = r"-[0-9a-f]{16}-beam-\d+"
 _KINDS = (
     ("cmpl-", rf"-\d+|{_BEAM}"),  # the prompt's number
