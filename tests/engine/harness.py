@@ -108,8 +108,15 @@ class Harness:
 
     # -- driving ------------------------------------------------------------------------------------------------------
 
-    def add(self, prompt: Iterable[int], max_tokens: int = MAX_TOKENS, priority: int = 0) -> str:
-        """Queue a request; returns its id. The token that it draws at a position depends on both."""
+    def add(
+        self,
+        prompt: Iterable[int],
+        max_tokens: int = MAX_TOKENS,
+        priority: int = 0,
+        extra_args: dict[str, Any] | None = None,
+    ) -> str:
+        """Queue a request; returns its id. The token that it draws at a position depends on both. extra_args: its
+        `kv_eviction*` fields."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
@@ -117,7 +124,7 @@ class Harness:
         request = Request(
             request_id,
             prompt,
-            SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0),
+            SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0, extra_args=extra_args),
             None,
             block_hasher=_block_hasher(self.block_size) if self.pool.enable_caching else None,
             priority=priority,

@@ -38,6 +38,29 @@ def test_a_hit_leaves_the_window_to_compute(tiny_model: Path, length: int, async
     h.assert_all_returned()
 
 
+@pytest.mark.parametrize(
+    "length, boundary, drafts, hit",
+    [(641, None, 0, 640), (641, None, 3, 608), (642, None, 3, 640), (673, 641, 3, 640), (642, 641, 3, 640)],
+)
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_hit_leaves_more_than_a_row_that_vllm_would_fill_with_drafts(
+    tiny_model: Path, length: int, boundary: int | None, drafts: int, hit: int, others: int
+) -> None:
+    """A window of one token leaves one to compute; vLLM pads such a row as if it were decoded already."""
+    h = Harness(tiny_model, num_blocks=100, window=1, drafts=drafts)
+    own = None if boundary is None else {"kv_eviction_boundary": boundary}
+    h.add(text(length, 0), extra_args=own)
+    h.run()
+    for i in range(others):
+        h.add(text(20, i + 1), max_tokens=30)
+    h.step()
+    again = h.add(text(length, 0), extra_args=own)
+    h.run()
+    assert h.hits[again] == hit
+    assert [e.num_tokens for e in h.evictions] == [boundary or length] * 2
+    h.assert_all_returned()
+
+
 def test_a_prompt_that_is_left_alone_hits_all_but_its_last_token(tiny_model: Path) -> None:
     h = Harness(tiny_model, num_blocks=100, min_tokens=700)
     for _ in range(2):
@@ -102,6 +125,35 @@ def test_a_prefix_is_left_in_place_once_its_copies_would_cost_more(
 def test_shared_blocks_are_evicted_when_asked_to(tiny_model: Path) -> None:
     h = two_requests(tiny_model, "evict", 0.8)
     assert [e.shared_blocks for e in h.evictions] == [0, 0]
+
+
+@MODES
+@pytest.mark.parametrize("shared", ["keep", "evict"])
+def test_a_protected_prefix_is_shared_in_place(tiny_model: Path, asynchronous: bool, shared: str) -> None:
+    """Whatever else is evicted: two live requests read, and hold, the same blocks of a system prompt."""
+    h = Harness(tiny_model, num_blocks=200, keep=0.1, shared=shared, asynchronous=asynchronous)
+    protect = {"kv_eviction_protect": 128}
+    first = h.add(text(128, 0) + text(500, 1), max_tokens=60, extra_args=protect)
+    while not h.manager.is_released(first):
+        h.step()
+    second = h.add(text(128, 0) + text(300, 2), max_tokens=60, extra_args=protect)
+    while not h.manager.is_released(second):
+        h.step()
+        h.check()
+    assert h.hits[second] == 128
+    assert [e.shared_blocks for e in h.evictions] == [4, 4]
+    assert h.evictions[0].source_blocks[:4] == h.evictions[1].source_blocks[:4]
+    tables = [h.manager.req_to_blocks[request_id] for request_id in (first, second)]
+    for place in range(4):
+        mine, theirs = (table[place] for table in tables)
+        assert mine is theirs and mine.ref_cnt == 2
+    for table, length in zip(tables, (628, 428), strict=True):
+        assert all(block.is_null for block in table[4 : length // N])
+    h.abort(first)
+    h.step()
+    assert [block.ref_cnt for block in tables[1][:4]] == [1] * 4, "the other still reads them"
+    h.run()
+    h.assert_all_returned()
 
 
 def test_blocks_that_an_evicted_request_shares_stay_with_it(tiny_model: Path) -> None:

@@ -89,6 +89,10 @@ class _EvictionMixin(Scheduler):
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
         """vLLM's lookup for a request about to be admitted, no longer than the block manager allows."""
         self._longest_hit = self.eviction_manager.longest_hit(request.request_id)
+        if self._longest_hit is not None and self.num_spec_tokens:
+            # With one token left, vLLM would fill the row up with placeholders for drafts and assert that they stay;
+            # a row that ends where its request is evicted has no room for them.
+            self._longest_hit = min(self._longest_hit, request.num_tokens - 2)
         try:
             blocks, hit, resume_at, diverged = super()._get_local_prefix_cache_hit(request)
         finally:
