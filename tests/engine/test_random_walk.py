@@ -1,4 +1,5 @@
-"""Thousands of random steps: requests come, share prefixes, run out of memory, are aborted; nothing leaks.
+"""Thousands of random steps: requests with settings of their own come, share prefixes, guess ahead, run out of memory,
+are aborted; nothing leaks.
 
 Every step runs on the ghost worker, which checks what each request would read; every reference to a block is counted.
 """
@@ -7,16 +8,30 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.engine.harness import Harness, text
 
 
+def own_settings(rng: random.Random, num_tokens: int) -> dict[str, Any] | None:
+    """Fields of a request of so many prompt tokens: every second one has none, the others any of them at once."""
+    fields = {
+        "kv_eviction": rng.choice(["none", "streamingllm", "layer-defensivekv", "h2o", "keep-all"]),
+        "kv_eviction_keep": rng.choice([0.05, 0.3, 0.6]),
+        "kv_eviction_boundary": rng.randint(num_tokens // 2 + 1, num_tokens),
+        "kv_eviction_protect": min(rng.choice([1, 64, 100]), num_tokens),
+    }
+    chosen = {name: value for name, value in fields.items() if rng.random() < 0.4}
+    return chosen if rng.random() < 0.5 else None
+
+
 def walk(h: Harness, seed: int, steps: int, *, max_len: int, abort: float) -> dict[str, int]:
     """Random work for `steps` steps, then until all is done; returns what happened. Turns extend earlier answers."""
     rng = random.Random(seed)
     finished: list[str] = []
+    lengths: dict[str, int] = {}
     happened = {"aborted": 0, "preempted": 0, "second turns": 0}
     for _ in range(steps):
         if len(h.live) < 12 and rng.random() < 0.4:
@@ -25,7 +40,10 @@ def walk(h: Harness, seed: int, steps: int, *, max_len: int, abort: float) -> di
                 happened["second turns"] += 1
                 prompt = h.tokens(rng.choice(finished)) + text(rng.randrange(1, 60), rng.randrange(400))
             prompt = prompt[: max_len - 200]
-            finished.append(h.add(prompt, max_tokens=rng.choice([1, 20, 200]), priority=rng.randrange(3)))
+            own = own_settings(rng, len(prompt))
+            added = h.add(prompt, max_tokens=rng.choice([1, 20, 200]), priority=rng.randrange(3), extra_args=own)
+            finished.append(added)
+            lengths[added] = len(prompt)
         if h.live and rng.random() < abort:
             happened["aborted"] += 1
             h.abort(rng.choice(h.live))
@@ -35,11 +53,15 @@ def walk(h: Harness, seed: int, steps: int, *, max_len: int, abort: float) -> di
         h.check()
     h.run()
     h.assert_all_returned()
+    happened["boundaries"] = sum(e.num_tokens < lengths[e.request_id] for e in h.evictions)
+    happened["policies"] = len({e.policy for e in h.evictions})
     return happened
 
 
 @pytest.mark.parametrize("scheduling", ["fcfs", "priority"])
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "asynchronous, drafts", [(False, 0), (True, 0), (False, 4)], ids=["sync", "async", "drafts"]
+)
 @pytest.mark.parametrize(
     "num_blocks, shared, policy, keep, caching",
     [
@@ -54,6 +76,7 @@ def walk(h: Harness, seed: int, steps: int, *, max_len: int, abort: float) -> di
 def test_random_work_leaks_nothing_and_reads_nothing_wrong(
     tiny_model: Path,
     asynchronous: bool,
+    drafts: int,
     scheduling: str,
     num_blocks: int,
     shared: str,
@@ -72,10 +95,13 @@ def test_random_work_leaks_nothing_and_reads_nothing_wrong(
         shared=shared,
         keep=keep,
         caching=caching,
+        drafts=drafts,
     )
     happened = walk(h, seed=len(scheduling), steps=800, max_len=640, abort=0.05)
     assert len(h.evictions) > 10
     assert happened["aborted"] and happened["second turns"]
+    assert happened["boundaries"] and (happened["policies"] > 1 or policy == "keep-all")
+    assert not drafts or (h.accepted[0] and h.accepted[drafts])
     assert happened["preempted"] or keep != 0.3, "the small pool is there to force some out"
 
 
@@ -87,6 +113,8 @@ def test_a_long_random_walk(tiny_model: Path, asynchronous: bool, seed: int) -> 
     h = Harness(
         tiny_model,
         num_blocks=rng.choice([36, 44, 200]),
+        drafts=0 if asynchronous else rng.choice([0, 2, 5]),
+        window=rng.choice([1, 32]),
         asynchronous=asynchronous,
         scheduling=rng.choice(["fcfs", "priority"]),
         chunk=rng.choice([33, 64, 100, 512]),
@@ -95,5 +123,5 @@ def test_a_long_random_walk(tiny_model: Path, asynchronous: bool, seed: int) -> 
         keep=rng.choice([0.05, 0.3, 0.6]),
         max_num_seqs=rng.choice([3, 32]),
     )
-    walk(h, seed, steps=3000, max_len=640, abort=0.03)
-    assert len(h.evictions) > 100
+    happened = walk(h, seed, steps=3000, max_len=640, abort=0.03)
+    assert len(h.evictions) > 60 and happened["boundaries"] > 10 and happened["policies"] > 3
