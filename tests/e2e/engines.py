@@ -92,13 +92,17 @@ def random_prompts(lengths: Iterable[int], seed: int = 1) -> list[list[int]]:
 
 
 def generate(
-    llm: Any, prompts: Sequence[list[int]], num_tokens: int = 64, extra_args: Sequence[dict[str, Any]] | None = None
+    llm: Any,
+    prompts: Sequence[list[int]],
+    num_tokens: int = 64,
+    extra_args: Sequence[dict[str, Any]] | None = None,
+    **sampling: Any,
 ) -> list[Answer]:
-    """Greedy answers of exactly `num_tokens` tokens. extra_args: of each request."""
+    """Greedy answers of exactly `num_tokens` tokens. extra_args: of each request. sampling: more parameters of all."""
     from vllm import SamplingParams
 
     params = [
-        SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=1, extra_args=extra)
+        SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=1, extra_args=extra, **sampling)
         for extra in extra_args or [None] * len(prompts)
     ]
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
