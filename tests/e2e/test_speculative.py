@@ -18,7 +18,8 @@ import pytest
 from tests.e2e.engines import Answer, audit_of, engine, generate, largest_difference, metrics_of
 from tests.reference_model import ReferenceLlama, decode_logprobs
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+# Two engines answer everything before the first test: half a minute, and more on a machine that has other work.
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 1}
 FLOAT_NOISE = 2e-4  # a few hundred float32 roundings of logits up to 16
