@@ -83,6 +83,15 @@ def test_a_plain_config_is_accepted() -> None:
     startup.check(vllm_config(speculative_config=SimpleNamespace(method="ngram")), SETTINGS)
 
 
+def test_the_server_in_rust_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would pass wrong fields on to the scheduler, which then evicts nothing, and has no metrics of ours."""
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
+    startup.check(vllm_config(), SETTINGS)
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match=r"^VLLM_USE_RUST_FRONTEND=1: .* unset it.*--kv-eviction none"):
+        startup.check(vllm_config(), SETTINGS)
+
+
 def test_a_window_longer_than_the_shortest_prompt_is_refused() -> None:
     settings = config.parse({"policy": "snapkv", "window": 32, "min_tokens": 31})
     assert settings is not None
@@ -118,6 +127,47 @@ def test_our_classes_and_the_smallest_block_are_chosen() -> None:
     assert (chosen.worker_cls, chosen.block_size) == startup.PLATFORMS["cpu"]
     again = arguments(**{k: v for k, v in vars(chosen).items() if k != "additional_config"})
     assert startup.prepare(again) is not None, "arguments that went through once may go through again"
+
+
+def test_a_platform_without_a_worker_of_ours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.platforms
+
+    tpu = SimpleNamespace(is_cuda=lambda: False, is_cpu=lambda: False, device_name="tpu")
+    monkeypatch.setattr(vllm.platforms, "current_platform", tpu)
+    with pytest.raises(ValueError, match=r"^device=tpu: .* use an NVIDIA GPU or the CPU build of vLLM, or turn"):
+        startup.prepare(arguments())
+
+
+def generate(engine: Any, prompt: Any, **fields: Any) -> None:
+    """Ask an `AsyncLLM`, as far as the generator that it answers with."""
+    from vllm import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    AsyncLLM.generate(engine, prompt, SamplingParams(extra_args=fields), "request")
+
+
+def test_each_engine_of_a_process_judges_requests_by_its_own_settings() -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    chosen = arguments()
+    startup.prepare(chosen)
+    evicting, stock = (
+        SimpleNamespace(vllm_config=SimpleNamespace(additional_config=additional))
+        for additional in (chosen.additional_config, {})
+    )
+    tokens = {"type": "token", "prompt_token_ids": [1] * 20}
+    generate(evicting, tokens, kv_eviction_boundary=20)
+    with pytest.raises(VLLMValidationError, match="kv_eviction_boundary=21: the prompt has 20 tokens"):
+        generate(evicting, tokens, kv_eviction_boundary=21)
+    generate(stock, tokens, kv_eviction_boundary=21)
+
+
+@pytest.mark.parametrize("prompt", ["text", {"prompt": "text"}, {"prompt_token_ids": None}], ids=repr)
+def test_a_prompt_that_is_not_yet_tokenized_is_judged_later(prompt: Any) -> None:
+    chosen = arguments()
+    startup.prepare(chosen)
+    engine = SimpleNamespace(vllm_config=SimpleNamespace(additional_config=chosen.additional_config))
+    generate(engine, prompt, kv_eviction_boundary=3)
 
 
 def test_a_block_size_of_the_users_is_kept() -> None:

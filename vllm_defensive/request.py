@@ -71,9 +71,17 @@ def resolve(engine: EvictionConfig, extra_args: Mapping[str, Any] | None, num_pr
     return settings
 
 
-def may_hold_booleans(fields: Mapping[str, Any] | None) -> bool:
-    """Whether a field of ours holds 0 or 1, as which vLLM's servers pass on `false` and `true`."""
-    return any(type(value) is int and value in (0, 1) and name in _ALLOWED for name, value in (fields or {}).items())
+def names_fields(fields: Any) -> bool:
+    """Whether a request names fields of ours at all, right or wrong ones."""
+    return isinstance(fields, dict) and any(name.startswith(_PREFIX) for name in fields)
+
+
+def refuse_beam_search(fields: Mapping[str, Any]) -> None:
+    """Raises RequestFieldError if a field of ours comes with a beam search, of which every step is a request of one token
+    over the whole cache."""
+    for name, value in fields.items():
+        if name.startswith(_PREFIX):
+            raise _wrong(name, value, "has no effect with use_beam_search, which reads the whole cache; leave it out")
 
 
 def refuse_booleans(fields: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from vllm_defensive import config, vllm_compat
 from vllm_defensive.config import EvictionConfig
 from vllm_defensive.policy import PRESETS
-from vllm_defensive.request import RequestFieldError, may_hold_booleans, refuse_booleans, resolve
+from vllm_defensive.request import RequestFieldError, names_fields, refuse_beam_search, refuse_booleans, resolve
 
 SCHEDULER = "vllm_defensive.engine.scheduler.make_scheduler"
 # device type -> our worker, and the smallest block that the platform's fast attention takes: small pages waste least
@@ -17,7 +17,6 @@ PLATFORMS = {
     "cuda": ("vllm_defensive.worker.cuda_worker.EvictionGPUWorker", 16),
 }
 _FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
-_settings: EvictionConfig | None = None  # of the engine that this process talks to, for checking its requests
 
 
 def prepare(engine_args: Any) -> EvictionConfig | None:
@@ -45,11 +44,9 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
     elif engine_args.block_size % block:
         raise ValueError(_refusal("block_size", engine_args.block_size, f"choose a multiple of {block}"))
     vllm_compat.patch_stat_loggers(_make_stat_logger)
-    vllm_compat.patch_validate_request(_check_request)
+    vllm_compat.patch_requests(_check_request)
     vllm_compat.patch_generators(_check_request)
     vllm_compat.patch_bodies(_check_body)
-    global _settings
-    _settings = settings
     # Plain JSON: it is hashed into vLLM's compile cache key and printed with its config.
     additional[config.KEY] = settings.model_dump(exclude_none=True)
     status.configure(additional[config.KEY])
@@ -74,6 +71,12 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
         _refused_drafts(vllm_config.speculative_config, on_cuda),
         (vllm_config.kv_transfer_config is not None, "kv_transfer_config", "set", "drop it"),
         (_get(vllm_config, "ec_transfer_config", None) is not None, "ec_transfer_config", "set", "drop it"),
+        (
+            os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0",
+            "VLLM_USE_RUST_FRONTEND",
+            os.environ.get("VLLM_USE_RUST_FRONTEND"),
+            "unset it: that server neither checks requests' fields nor has our metrics",
+        ),
         (model.runner_type != "generate", "runner", model.runner_type, "use a model that generates text"),
         (model.is_encoder_decoder, "model", model.model, "use a decoder-only model"),
         (model.use_mla, "model", f"{model.model} (multi-head latent attention)", "use a model with KV heads"),
@@ -169,26 +172,46 @@ def _only_on_cpus(policy: str) -> bool:
     return policy in PRESETS and PRESETS[policy].accumulates
 
 
-def _check_request(processed_inputs: Any, params: Any) -> None:
-    """Refuse a request with wrong `kv_eviction*` fields: HTTP 400, or VLLMValidationError from `LLM`."""
+def _check_request(vllm_config: Any, prompt: Any, params: Any) -> None:
+    """Refuse a request with wrong `kv_eviction*` fields: HTTP 400, or VLLMValidationError from `LLM`.
+
+    vllm_config: of the engine that is asked, which may be a stock one: other engines of the process are not its concern.
+    """
     extra_args = getattr(params, "extra_args", None)
-    if not extra_args or _settings is None or not isinstance(processed_inputs, dict):
-        return  # a prompt that is not yet tokenized comes here again
-    prompt = processed_inputs.get("decoder", processed_inputs)
+    settings = config.from_vllm_config(vllm_config) if extra_args else None
+    num_tokens = _length(prompt)
+    if settings is None or num_tokens is None:
+        return
     try:
-        own = resolve(_settings, extra_args, len(prompt.get("prompt_token_ids", prompt.get("prompt_embeds", ()))))
+        own = resolve(settings, extra_args, num_tokens)
         if _only_on_cpus(own.policy) and _platform()[0] == PLATFORMS["cuda"][0]:
             raise RequestFieldError(f"{config.KEY}={own.policy!r}: {_CPU_ONLY}", config.KEY, own.policy)
     except RequestFieldError as error:
         raise vllm_compat.request_error(str(error), error.field, error.value) from None
 
 
-async def _check_body(fields: Any, raw_request: Any) -> None:
-    """Refuse booleans among a request's `kv_eviction*` fields, which arrive as 0 and 1. Nothing else costs a look."""
-    if raw_request is None or _settings is None or not may_hold_booleans(fields):
+def _length(prompt: Any) -> int | None:
+    """Tokens of a prompt, None if it is not yet tokenized: it comes again once it is."""
+    if not isinstance(prompt, dict):
+        return None
+    for name in ("prompt_token_ids", "prompt_embeds"):
+        if prompt.get(name) is not None:
+            return len(prompt[name])
+    return None
+
+
+async def _check_body(vllm_config: Any, request: Any, raw_request: Any) -> None:
+    """Refuse what does not reach `_check_request`: fields of a beam search, and booleans, which arrive there as 0 and 1.
+
+    raw_request: None in `vllm run-batch`, where only what vLLM made of the body can be seen.
+    """
+    fields = getattr(request, "vllm_xargs", None)
+    if not names_fields(fields) or config.from_vllm_config(vllm_config) is None:
         return
-    body = await raw_request.json()
     try:
+        if getattr(request, "use_beam_search", False):
+            refuse_beam_search(fields)
+        body = {"vllm_xargs": fields} if raw_request is None else await raw_request.json()
         refuse_booleans(body.get("vllm_xargs") if isinstance(body, dict) else None)
     except RequestFieldError as error:
         raise vllm_compat.request_error(str(error), error.field, error.value) from None

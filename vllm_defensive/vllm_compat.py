@@ -74,23 +74,25 @@ def patch_engine_config(before: Callable[[Any], Any], after: Callable[[Any, Any]
     patch(EngineArgs, "create_engine_config", make)
 
 
-def patch_validate_request(check: Callable[[Any, Any], None]) -> None:
+def patch_requests(check: Callable[[Any, Any, Any], None]) -> None:
     """P3, installed only when eviction is on. Why: unknown `extra_args` are not checked by vLLM, and the scheduler must
-    never see a bad one. How: the platform's check of each request is asked first, then ours. Until: vLLM checks such
-    fields."""
-    from vllm.platforms import current_platform
+    never see a bad one. How: `check(vllm_config, prompt, params)` sees what vLLM made of each request, tokens
+    included, before the engine does. Until: vLLM checks such fields."""
+    from vllm.v1.engine.input_processor import InputProcessor
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def validate_request(processed_inputs: Any, params: Any) -> None:
-            original(processed_inputs, params)
-            check(processed_inputs, params)
+        def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+            request = original(self, *args, **kwargs)
+            prompt = {"prompt_token_ids": request.prompt_token_ids, "prompt_embeds": request.prompt_embeds}
+            check(self.vllm_config, prompt, request.sampling_params)
+            return request
 
-        return validate_request
+        return process_inputs
 
-    patch(current_platform, "validate_request", make)
+    patch(InputProcessor, "process_inputs", make)
 
 
-def patch_generators(check: Callable[[Any, Any], None]) -> None:
+def patch_generators(check: Callable[[Any, Any, Any], None]) -> None:
     """P6, installed only when eviction is on. Why: vLLM checks a request when its generator is first asked for output,
     and a stream has answered 200 by then. How: P3's check also runs where a server makes the generator, which is before
     any answer begins and after the prompt was tokenized. Until: vLLM checks a stream's parameters before it starts."""
@@ -99,14 +101,14 @@ def patch_generators(check: Callable[[Any, Any], None]) -> None:
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-            check(prompt, sampling_params)
+            check(self.vllm_config, prompt, sampling_params)
             return original(self, prompt, sampling_params, *args, **kwargs)
 
         return generate
 
     def make_for_responses(original: Callable[..., Any]) -> Callable[..., Any]:
         def _generate_with_builtin_tools(self: Any, *, engine_input: Any, sampling_params: Any, **kwargs: Any) -> Any:
-            check(engine_input, sampling_params)
+            check(self.engine_client.vllm_config, engine_input, sampling_params)
             return original(self, engine_input=engine_input, sampling_params=sampling_params, **kwargs)
 
         return _generate_with_builtin_tools
@@ -115,16 +117,18 @@ def patch_generators(check: Callable[[Any, Any], None]) -> None:
     patch(OpenAIServingResponses, "_generate_with_builtin_tools", make_for_responses)
 
 
-def patch_bodies(check: Callable[[Any, Any], Awaitable[None]]) -> None:
-    """P7, installed only when eviction is on. Why: vLLM's protocol turns `true` in `vllm_xargs` into 1 before anyone
-    can look. How: `check(vllm_xargs, raw_request)` runs before a request is served, and may read the body again, which
-    is kept. Until: the protocol takes booleans for what they are."""
+def patch_bodies(check: Callable[[Any, Any, Any], Awaitable[None]]) -> None:
+    """P7, installed only when eviction is on. Why: vLLM's protocol turns `true` in `vllm_xargs` into 1, and drops them
+    for beam search, before anyone can look. How: `check(vllm_config, request, raw_request)` runs before a request is
+    served, and may read the body again, which is kept. Until: the protocol takes booleans for what they are, and gives
+    beam search the fields."""
     from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+    from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         async def _with_kv_transfer_rejection_cleanup(self: Any, served: Any, request: Any, raw_request: Any) -> Any:
             try:
-                await check(request.vllm_xargs, raw_request)
+                await check(self.engine_client.vllm_config, request, raw_request)
             except BaseException:
                 served.close()  # a coroutine that nobody will await
                 raise
@@ -132,7 +136,15 @@ def patch_bodies(check: Callable[[Any, Any], Awaitable[None]]) -> None:
 
         return _with_kv_transfer_rejection_cleanup
 
+    def make_for_batches(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def create_batch_chat_completion(self: Any, request: Any, raw_request: Any = None) -> Any:
+            await check(self.engine_client.vllm_config, request, raw_request)
+            return await original(self, request, raw_request)
+
+        return create_batch_chat_completion
+
     patch(GenerateBaseServing, "_with_kv_transfer_rejection_cleanup", make)
+    patch(OpenAIServingChatBatch, "create_batch_chat_completion", make_for_batches)
 
 
 def request_error(message: str, parameter: str, value: Any) -> Exception:

@@ -1,4 +1,4 @@
-"""Layers whose attention packed pages could not reproduce are refused by name, at start."""
+"""Layers whose attention packed pages could not reproduce, or whose cache differs, are refused by name, at start."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 
-from vllm_defensive.worker.worker import check_layers
+from vllm_defensive.config import EvictionConfig
+from vllm_defensive.engine.spec import as_evictable
+from vllm_defensive.worker.worker import check_layers, evictable_group
 
 NAMES = ["model.layers.0.attn", "model.layers.1.attn"]
 
@@ -47,3 +58,38 @@ def test_a_layer_whose_cache_another_reads_is_refused() -> None:
     context["model.layers.2.attn"] = layer(kv_sharing_target_layer_name=NAMES[1])
     with pytest.raises(ValueError, match=r"layers\.1\.attn shares its KV cache with model\.layers\.2\.attn"):
         check_layers(NAMES, layers, context)
+
+
+SHAPE: dict[str, Any] = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+EVICTED = as_evictable(FullAttentionSpec(**SHAPE), EvictionConfig(policy="snapkv"))
+WINDOW = SlidingWindowSpec(**SHAPE, sliding_window=128)
+
+
+def group(name: str, spec: KVCacheSpec) -> KVCacheGroupSpec:
+    return KVCacheGroupSpec([f"model.layers.{name}.attn"], spec)
+
+
+def test_sliding_windows_may_stand_beside_the_evicted_group() -> None:
+    assert evictable_group([group("0", EVICTED)]) == 0
+    assert evictable_group([group("0", WINDOW), group("1", WINDOW), group("2", EVICTED)]) == 2
+
+
+@pytest.mark.parametrize("evicted", [0, 2])
+def test_any_number_but_one_of_groups_to_evict_is_refused(evicted: int) -> None:
+    groups = [group("0", WINDOW), *(group(str(1 + i), EVICTED) for i in range(evicted))]
+    with pytest.raises(ValueError, match=rf"has {evicted} groups of full-attention layers .*--kv-eviction"):
+        evictable_group(groups)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        MambaSpec(block_size=32, shapes=((4, 4),), dtypes=(torch.float32,)),
+        ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=64),
+        as_evictable(FullAttentionSpec(**SHAPE, sliding_window=128), EvictionConfig(policy="snapkv")),
+    ],
+    ids=lambda spec: type(spec).__name__,
+)
+def test_other_caches_beside_the_evicted_group_are_refused_by_name(spec: KVCacheSpec) -> None:
+    with pytest.raises(ValueError, match=rf"layers\.7\.attn .* kind {type(spec).__name__}, .*--kv-eviction"):
+        evictable_group([group("0", EVICTED), group("1", WINDOW), group("7", spec)])

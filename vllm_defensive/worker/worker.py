@@ -4,11 +4,12 @@ pass, and reports what that took."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_defensive import vllm_compat
@@ -79,13 +80,7 @@ class EvictionWorker(Worker):
         """Allocate the KV cache, then start eviction on the group that can be evicted."""
         super().initialize_from_config(kv_cache_config)
         groups = kv_cache_config.kv_cache_groups
-        evictable = [i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, EvictableSpec)]
-        if len(evictable) != 1:
-            raise ValueError(
-                f"kv_eviction: this model has {len(evictable)} groups of full-attention layers whose KV cache could be "
-                f"evicted, and exactly one is supported; {TURN_OFF}"
-            )
-        (group,) = evictable
+        group = evictable_group(groups)
         spec, names = groups[group].kv_cache_spec, groups[group].layer_names
         context = self.vllm_config.compilation_config.static_forward_context
         layers = [context[name] for name in names]
@@ -128,6 +123,27 @@ class EvictionWorker(Worker):
         if output is not None and self._evictor is not None and not vllm_compat.is_shared_output(output):
             vllm_compat.attach_report(output, self._evictor.take_report())
         return output
+
+
+def evictable_group(groups: Sequence[Any]) -> int:
+    """The index of the KV cache group to evict. Raises ValueError unless there is exactly one, and all others slide.
+
+    A sliding window has its blocks at their positions, whatever ours hold. Of other kinds (states of Mamba layers, chunks,
+    attention that we do not evict) nobody has tried what becomes of them beside packed blocks.
+    """
+    evictable = [i for i, group in enumerate(groups) if isinstance(group.kv_cache_spec, EvictableSpec)]
+    if len(evictable) != 1:
+        raise ValueError(
+            f"kv_eviction: this model has {len(evictable)} groups of full-attention layers whose KV cache could be "
+            f"evicted, and exactly one is supported; {TURN_OFF}"
+        )
+    for i, group in enumerate(groups):
+        if i not in evictable and type(group.kv_cache_spec) is not SlidingWindowSpec:
+            raise ValueError(
+                f"kv_eviction: layer {group.layer_names[0]} has a cache of the kind {type(group.kv_cache_spec).__name__}, "
+                f"which is not supported beside evicted layers; {TURN_OFF}"
+            )
+    return evictable[0]
 
 
 def check_layers(names: list[str], layers: list[Any], context: Mapping[str, Any]) -> None:
