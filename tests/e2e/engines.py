@@ -96,16 +96,19 @@ def generate(
     prompts: Sequence[list[int]],
     num_tokens: int = 64,
     extra_args: Sequence[dict[str, Any]] | None = None,
+    adapter: Any = None,
     **sampling: Any,
 ) -> list[Answer]:
-    """Greedy answers of exactly `num_tokens` tokens. extra_args: of each request. sampling: more parameters of all."""
+    """Greedy answers of exactly `num_tokens` tokens. extra_args: of each request. adapter: a `LoRARequest` for all.
+    sampling: more parameters of all."""
     from vllm import SamplingParams
 
     params = [
         SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=1, extra_args=extra, **sampling)
         for extra in extra_args or [None] * len(prompts)
     ]
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    tokens = [{"prompt_token_ids": p} for p in prompts]
+    outputs = llm.generate(tokens, params, use_tqdm=False, lora_request=adapter)
     return [answer_of(output) for output in outputs]
 
 

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.e2e.engines import assert_all_returned, audit_of, engine, generate, make_params, random_prompts
+from tests.e2e.engines import assert_all_returned, audit_of, engine, generate, random_prompts, worker_of
 from tests.reference_model import ReferenceLlama, decode_logprobs
+from vllm_defensive.worker.projections import output_slices
 
 pytestmark = pytest.mark.e2e
 
@@ -43,3 +44,32 @@ def write_adapter(model: Path, adapter: Path, merged: Path) -> None:
     save_file(parts, adapter / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": list(TARGETS), "bias": "none"}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_a_request_with_an_adapter_keeps_and_answers_as_the_merged_model(tiny_model: Path, tmp_path: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    write_adapter(tiny_model, tmp_path / "adapter", tmp_path / "merged")
+    settings = {"keep": 0.3, "dtype": "float32"}
+    here, there = tmp_path / "here", tmp_path / "there"
+    with engine(tmp_path / "merged", "layer-defensivekv", audit=str(there), **settings) as llm:
+        merged = generate(llm, PROMPTS, 24)
+    lora = {"enable_lora": True, "max_lora_rank": 8}
+    with engine(tiny_model, "layer-defensivekv", audit=str(here), **lora, **settings) as llm:
+        plain = generate(llm, PROMPTS, 24)
+        adapted = generate(llm, PROMPTS, 24, adapter=LoRARequest("adapter", 1, str(tmp_path / "adapter")))
+        assert all(answer.cached_tokens == 0 for answer in adapted), "another adapter's cache is not this one's"
+        assert_all_returned(llm)
+        model, base = worker_of(llm).model_runner.model, ReferenceLlama(tiny_model)
+        for layer in range(base.layers):
+            found = output_slices(model, f"model.layers.{layer}.self_attn.attn", base.query_heads, base.head_size)
+            torch.testing.assert_close(found, base.output_projection(layer))
+    reference, differs = ReferenceLlama(tmp_path / "merged"), 0.0
+    for prompt, ours, theirs, unchanged in zip(PROMPTS, adapted, merged, plain, strict=True):
+        mask = audit_of(here, ours.request_id).mask()
+        # Scores differ by float noise only, which can swap tokens (and so pages) at the border.
+        assert float((mask != audit_of(there, theirs.request_id).mask()).float().mean()) <= 0.01
+        expected = decode_logprobs(reference, prompt, ours.tokens, mask)
+        assert float((ours.logprobs - expected).abs().max()) <= FLOAT_NOISE
+        differs = max(differs, float((mask != audit_of(here, unchanged.request_id).mask()).float().mean()))
+    assert differs > 0.05  # else the adapter changes nothing that could be compared

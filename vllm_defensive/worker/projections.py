@@ -34,7 +34,6 @@ def output_slices(model: nn.Module, attention_name: str, num_heads: int, head_si
         parent = None
     for name in NAMES:
         linear = getattr(parent, name, None)
-        linear = getattr(linear, "base_layer", linear)  # where LoRA is enabled; norms are those without the adapter
         if linear is None or getattr(linear, "input_size_per_partition", None) != width:
             continue
         if _holds_plain_weight(linear, width):
