@@ -1,9 +1,17 @@
-"""Whatever a request puts in its `kv_eviction*` fields: it is answered, or refused with HTTP 400; nothing breaks."""
+"""Whatever a request puts in its `kv_eviction*` fields: it is answered, or refused with HTTP 400; nothing breaks.
+
+FUZZ_CASES in the environment sets how many cases each test tries, FUZZ_SUMMARY names a file for what came of those over
+HTTP. `--hypothesis-profile random` tries other ones.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.server import Server
+from tests.processes import ROOT
 from vllm_defensive.config import EvictionConfig, allowed_policies, known_policy
 from vllm_defensive.request import RequestFieldError, RequestSettings, resolve, settings_or_none
 
+CASES = os.environ.get("FUZZ_CASES")
 NUM_TOKENS = 90
 FIELDS = ("kv_eviction", "kv_eviction_keep", "kv_eviction_boundary", "kv_eviction_protect", "kv_eviction_report")
 
@@ -62,7 +72,7 @@ class InScheduler:
         self.extra_args = extra_args
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=int(CASES or 3000), deadline=None)
 @given(fields)
 def test_any_fields_are_taken_or_refused_by_name(extra_args: dict[str, Any]) -> None:
     try:
@@ -89,6 +99,24 @@ def assert_usable(found: RequestSettings) -> None:
 
 
 @pytest.fixture(scope="module")
+def seen() -> Iterator[Counter[str]]:
+    """How often what came back, by the kind of request."""
+    counts: Counter[str] = Counter()
+    yield counts
+    if "FUZZ_SUMMARY" in os.environ:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        command = f"FUZZ_CASES={CASES or 'unset'} python -m pytest {' '.join(sys.argv[1:])}"
+        by_status = Counter(
+            {status: sum(n for k, n in counts.items() if k.endswith(status)) for status in ("200", "400")}
+        )
+        summary = {
+            "command": command, "commit": commit, "requests": counts.total(), "by_status": by_status,
+            "others": counts.total() - by_status.total(), "by_kind": dict(sorted(counts.items())),
+        }  # fmt: skip
+        Path(os.environ["FUZZ_SUMMARY"]).write_text(json.dumps(summary, indent=1) + "\n")
+
+
+@pytest.fixture(scope="module")
 def client(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     log = tmp_path_factory.mktemp("fuzz") / "log"
     flags = (
@@ -102,32 +130,51 @@ def client(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         assert "EngineDeadError" not in log.read_text(errors="replace")
 
 
-def status_of(client: httpx.Client, chat: bool, body: dict[str, Any]) -> int:
-    """HTTP status; a stream that began must end without an error event."""
+CHAT = {"messages": [{"role": "user", "content": "é#" * (NUM_TOKENS // 3)}]}
+# What else a request may ask for; several prompts are of different lengths, the shortest of NUM_TOKENS.
+shapes = st.fixed_dictionaries(
+    {"chat": st.booleans(), "stream": st.booleans(), "n": st.integers(1, 3), "prompts": st.integers(1, 3)}
+)
+
+
+def status_of(client: httpx.Client, extra_args: Any, chat: bool, stream: bool, n: int, prompts: int) -> int:
+    """HTTP status; a stream that began must end without an error event, and every answer must be there."""
     if chat:
-        path, prompt = "/v1/chat/completions", {"messages": [{"role": "user", "content": "é#" * (NUM_TOKENS // 3)}]}
+        path, prompt, answers = "/v1/chat/completions", CHAT, n
     else:
-        path, prompt = "/v1/completions", {"prompt": [7] * NUM_TOKENS}
+        several = [[7 + i] * (NUM_TOKENS + 20 * i) for i in range(prompts)]
+        path, prompt, answers = "/v1/completions", {"prompt": several if prompts > 1 else several[0]}, n * prompts
+    # vLLM takes n > 1 only of what it calls random, which with one token to choose from is not.
+    body = {"model": "tiny", "max_tokens": 1, "temperature": 1, "top_k": 1, "n": n, "stream": stream, **prompt}
     # As other clients may: numbers that JSON does not know, lone surrogates escaped.
-    content = json.dumps({"model": "tiny", "max_tokens": 1, "temperature": 0, **prompt, **body})
-    reply = client.post(path, content=content)
-    if body.get("stream") and reply.status_code == 200:
-        events = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: {")]
-        assert events and not [event for event in map(json.loads, events) if "error" in event]
+    reply = client.post(path, content=json.dumps({**body, "vllm_xargs": extra_args}))
+    if reply.status_code == 200:
+        lines = reply.text.splitlines() if stream else [f"data: {reply.text}"]
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        assert not [event for event in events if "error" in event]
+        assert {choice["index"] for event in events for choice in event["choices"]} == set(range(answers))
     return reply.status_code
+
+
+@pytest.fixture(scope="module")
+def chat_tokens(client: httpx.Client) -> int:
+    """Tokens of the chat's prompt."""
+    return client.post("/v1/chat/completions", json={"max_tokens": 1, **CHAT}).json()["usage"]["prompt_tokens"]
 
 
 @pytest.mark.slow
 @pytest.mark.e2e
-@pytest.mark.timeout(900)
-@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(extra_args=fields | values, chat=st.booleans(), stream=st.booleans())
+@pytest.mark.timeout(3600)
+@settings(max_examples=int(CASES or 2000), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(extra_args=fields | values, shape=shapes)
 def test_any_fields_over_http_are_answered_or_refused_with_400(
-    client: httpx.Client, extra_args: Any, chat: bool, stream: bool
+    client: httpx.Client, seen: Counter[str], chat_tokens: int, extra_args: Any, shape: dict[str, Any]
 ) -> None:
-    status = status_of(client, chat, {"vllm_xargs": extra_args, "stream": stream})
+    status = status_of(client, extra_args, **shape)
+    kind = "chat" if shape["chat"] else f"completion of {shape['prompts']} prompts"
+    seen[f"{kind}, n={shape['n']}{', stream' * shape['stream']}: {status}"] += 1
     assert status in (200, 400), extra_args
     if not isinstance(extra_args, dict) or not any(name in right for name in extra_args):
         return
-    if status == 200:
-        resolve(ENGINE, json.loads(json.dumps(extra_args)), NUM_TOKENS)  # what was taken is right
+    if status == 200:  # what was taken is right
+        resolve(ENGINE, json.loads(json.dumps(extra_args)), chat_tokens if shape["chat"] else NUM_TOKENS)

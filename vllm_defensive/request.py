@@ -77,8 +77,8 @@ def names_fields(fields: Any) -> bool:
 
 
 def refuse_beam_search(fields: Mapping[str, Any]) -> None:
-    """Raises RequestFieldError if a field of ours comes with a beam search, of which every step is a request of one token
-    over the whole cache."""
+    """Raises RequestFieldError for fields of ours in a beam search, of which every step is a request of one token over
+    the whole cache."""
     for name, value in fields.items():
         if name.startswith(_PREFIX):
             raise _wrong(name, value, "has no effect with use_beam_search, which reads the whole cache; leave it out")

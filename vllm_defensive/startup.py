@@ -175,7 +175,7 @@ def _only_on_cpus(policy: str) -> bool:
 def _check_request(vllm_config: Any, prompt: Any, params: Any) -> None:
     """Refuse a request with wrong `kv_eviction*` fields: HTTP 400, or VLLMValidationError from `LLM`.
 
-    vllm_config: of the engine that is asked, which may be a stock one: other engines of the process are not its concern.
+    vllm_config: of the engine that is asked. It may be a stock one, though another of the process evicts.
     """
     extra_args = getattr(params, "extra_args", None)
     settings = config.from_vllm_config(vllm_config) if extra_args else None
@@ -201,7 +201,7 @@ def _length(prompt: Any) -> int | None:
 
 
 async def _check_body(vllm_config: Any, request: Any, raw_request: Any) -> None:
-    """Refuse what does not reach `_check_request`: fields of a beam search, and booleans, which arrive there as 0 and 1.
+    """Refuse what `_check_request` does not see: fields of a beam search, and booleans, which it sees as 0 and 1.
 
     raw_request: None in `vllm run-batch`, where only what vLLM made of the body can be seen.
     """

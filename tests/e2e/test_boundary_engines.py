@@ -49,3 +49,14 @@ def test_thrown_out_requests_are_evicted_at_their_boundary_again(tiny_model: Pat
         assert largest_difference(answers, expected) <= FLOAT_NOISE
         assert all(audit_of(tmp_path, a.request_id).num_tokens == 200 for a in answers)
         assert_all_returned(tight)
+
+
+def test_a_stock_engine_after_one_with_eviction_leaves_fields_alone(tiny_model: Path) -> None:
+    """vLLM knows no such fields and ignores them; what another engine of the process takes is not its concern."""
+    from vllm.exceptions import VLLMValidationError
+
+    prompt, wrong = random_prompts([40]), [{"kv_eviction_keep": 7}]
+    with engine(tiny_model, "snapkv") as llm, pytest.raises(VLLMValidationError, match="kv_eviction_keep=7"):
+        generate(llm, prompt, 1, wrong)
+    with engine(tiny_model) as llm:
+        assert len(generate(llm, prompt, 1, wrong)[0].tokens) == 1

@@ -128,8 +128,8 @@ class EvictionWorker(Worker):
 def evictable_group(groups: Sequence[Any]) -> int:
     """The index of the KV cache group to evict. Raises ValueError unless there is exactly one, and all others slide.
 
-    A sliding window has its blocks at their positions, whatever ours hold. Of other kinds (states of Mamba layers, chunks,
-    attention that we do not evict) nobody has tried what becomes of them beside packed blocks.
+    A sliding window has its blocks at their positions, whatever ours hold. Of other kinds (states of Mamba layers,
+    chunks, attention that we do not evict) nobody has tried what becomes of them beside packed blocks.
     """
     evictable = [i for i, group in enumerate(groups) if isinstance(group.kv_cache_spec, EvictableSpec)]
     if len(evictable) != 1:
@@ -138,10 +138,11 @@ def evictable_group(groups: Sequence[Any]) -> int:
             f"evicted, and exactly one is supported; {TURN_OFF}"
         )
     for i, group in enumerate(groups):
-        if i not in evictable and type(group.kv_cache_spec) is not SlidingWindowSpec:
+        kind = type(group.kv_cache_spec)
+        if i not in evictable and kind is not SlidingWindowSpec:
             raise ValueError(
-                f"kv_eviction: layer {group.layer_names[0]} has a cache of the kind {type(group.kv_cache_spec).__name__}, "
-                f"which is not supported beside evicted layers; {TURN_OFF}"
+                f"kv_eviction: layer {group.layer_names[0]} has a cache of the kind {kind.__name__}, which is not "
+                f"supported beside evicted layers; {TURN_OFF}"
             )
     return evictable[0]
 
