@@ -17,6 +17,15 @@ from types import TracebackType
 from prometheus_client.parser import text_string_to_metric_families
 
 
+def commit() -> str:
+    """The commit of this repository that is checked out; empty if that cannot be known."""
+    root, command = Path(__file__).parents[1], ["git", "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        return ""
+
+
 class Server:
     """`vllm serve MODEL ARGS` on a free port of this machine, as a context manager.
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.server import Server
+from benchmarks.server import Server, commit
 from benchmarks.tiny_model import write_tiny_llama
 from vllm_defensive.policy import public_names
 
@@ -101,7 +101,6 @@ def make_cases(count: int, rate: float, seed: int) -> list[Case]:
         if fate < 0.1:
             case.refused, wrong = wrong_fields(rng, len(prompt))
             case.fields |= wrong
-            case.stream = False
         elif fate < 0.1 + 1 / 3:
             if case.stream and rng.random() < 0.5:
                 case.enough = rng.randrange(0, case.max_tokens)
@@ -165,13 +164,16 @@ async def _ask(client: httpx.AsyncClient, case: Case) -> None:
     if not case.stream:
         reply = await client.post("/v1/completions", content=case.body(), headers=headers)
         if case.refused:
-            if reply.status_code != 400 or case.refused not in reply.json()["error"]["message"]:
-                case.error = f"wrong {case.refused}: {reply.status_code} {reply.text[:300]}"
+            _check_refusal(case, reply)
             return
         reply.raise_for_status()
         case.tokens, case.finished = reply.json()["choices"][0]["token_ids"], True
         return
     async with client.stream("POST", "/v1/completions", content=case.body(stream=True), headers=headers) as reply:
+        if case.refused:
+            await reply.aread()
+            _check_refusal(case, reply)
+            return
         reply.raise_for_status()
         async for line in reply.aiter_lines():
             if case.enough is not None and len(case.tokens) >= case.enough:
@@ -180,6 +182,12 @@ async def _ask(client: httpx.AsyncClient, case: Case) -> None:
                 case.finished = True
             elif line.startswith("data: "):
                 case.tokens += json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"] or []
+
+
+def _check_refusal(case: Case, reply: httpx.Response) -> None:
+    """Of a stream, too, the status must be 400: not 200, and an error for its first event."""
+    if reply.status_code != 400 or (case.refused or "") not in reply.json()["error"]["message"]:
+        case.error = f"wrong {case.refused}: {reply.status_code} {reply.text[:300]}"
 
 
 def wait_until_idle(server: Server, seconds: float = 60) -> float:
@@ -256,6 +264,7 @@ def soak(count: int, rate: float, sample: int | None, seed: int, folder: Path) -
     failed += [f"request {case.number}: no answer" for case in stayed if not case.finished and not case.error]
     left = [case for case in cases if not case.refused and not case.finished and not case.error]
     return {
+        "commit": commit(),
         "requests": count,
         "rate": rate,
         "seed": seed,
@@ -263,6 +272,7 @@ def soak(count: int, rate: float, sample: int | None, seed: int, folder: Path) -
         "hung_up_before_a_token": sum(not case.tokens for case in left),
         "hung_up_amid_the_answer": sum(bool(case.tokens) for case in left),
         "refused_with_400": sum(case.refused is not None and not case.error for case in cases),
+        "of_them_streams": sum(case.refused is not None and case.stream and not case.error for case in cases),
         "preemptions": int(preemptions),
         "evicted_prompts": int(evicted),
         "answers_compared": len(received),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -21,8 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.server import Server
-from tests.processes import ROOT
+from benchmarks.server import Server, commit
 from vllm_defensive.config import EvictionConfig, allowed_policies, known_policy
 from vllm_defensive.request import RequestFieldError, RequestSettings, resolve, settings_or_none
 
@@ -104,13 +102,12 @@ def seen() -> Iterator[Counter[str]]:
     counts: Counter[str] = Counter()
     yield counts
     if "FUZZ_SUMMARY" in os.environ:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         command = f"FUZZ_CASES={CASES or 'unset'} python -m pytest {' '.join(sys.argv[1:])}"
         by_status = Counter(
             {status: sum(n for k, n in counts.items() if k.endswith(status)) for status in ("200", "400")}
         )
         summary = {
-            "command": command, "commit": commit, "requests": counts.total(), "by_status": by_status,
+            "command": command, "commit": commit(), "requests": counts.total(), "by_status": by_status,
             "others": counts.total() - by_status.total(), "by_kind": dict(sorted(counts.items())),
         }  # fmt: skip
         Path(os.environ["FUZZ_SUMMARY"]).write_text(json.dumps(summary, indent=1) + "\n")

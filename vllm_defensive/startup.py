@@ -205,7 +205,7 @@ async def _check_body(vllm_config: Any, request: Any, raw_request: Any) -> None:
 
     raw_request: None in `vllm run-batch`, where only what vLLM made of the body can be seen.
     """
-    fields = getattr(request, "vllm_xargs", None)
+    fields = getattr(request, "vllm_xargs", None) or {}
     if not names_fields(fields) or config.from_vllm_config(vllm_config) is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""The shapes of requests that a server takes: several prompts and answers, streams, scores of the prompt, other APIs."""
+"""The shapes of requests that servers take: several prompts and answers, streams, scores of the prompt, other APIs."""
 
 from __future__ import annotations
 
