@@ -244,6 +244,7 @@ def compare(url: str, cases: Sequence[Case]) -> tuple[int, list[str]]:
 
 def soak(count: int, rate: float, sample: int | None, seed: int, folder: Path) -> dict[str, Any]:
     """Run it all. sample: how many answers to compare, None for all. folder: takes the model and the logs."""
+    tested = commit()  # now: by the end of the run another may be checked out
     model = write_tiny_llama(folder / "model")
     cases = make_cases(count, rate, seed)
     logs = [folder / "storm.log", folder / "calm.log"]
@@ -264,7 +265,7 @@ def soak(count: int, rate: float, sample: int | None, seed: int, folder: Path) -
     failed += [f"request {case.number}: no answer" for case in stayed if not case.finished and not case.error]
     left = [case for case in cases if not case.refused and not case.finished and not case.error]
     return {
-        "commit": commit(),
+        "commit": tested,
         "requests": count,
         "rate": rate,
         "seed": seed,

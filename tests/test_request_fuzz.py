@@ -100,6 +100,7 @@ def assert_usable(found: RequestSettings) -> None:
 def seen() -> Iterator[Counter[str]]:
     """How often what came back, by the kind of request."""
     counts: Counter[str] = Counter()
+    tested = commit()
     yield counts
     if "FUZZ_SUMMARY" in os.environ:
         command = f"FUZZ_CASES={CASES or 'unset'} python -m pytest {' '.join(sys.argv[1:])}"
@@ -107,7 +108,7 @@ def seen() -> Iterator[Counter[str]]:
             {status: sum(n for k, n in counts.items() if k.endswith(status)) for status in ("200", "400")}
         )
         summary = {
-            "command": command, "commit": commit(), "requests": counts.total(), "by_status": by_status,
+            "command": command, "commit": tested, "requests": counts.total(), "by_status": by_status,
             "others": counts.total() - by_status.total(), "by_kind": dict(sorted(counts.items())),
         }  # fmt: skip
         Path(os.environ["FUZZ_SUMMARY"]).write_text(json.dumps(summary, indent=1) + "\n")
