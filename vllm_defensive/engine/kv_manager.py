@@ -15,10 +15,7 @@ context.
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
@@ -27,41 +24,12 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, Sing
 from vllm.v1.request import Request
 
 from vllm_defensive.config import NONE, EvictionConfig
+from vllm_defensive.engine.sharing import worth_sharing
+from vllm_defensive.engine.state import RequestState
 from vllm_defensive.metrics import Totals
 from vllm_defensive.plan import Eviction, StepMessage, kept_tokens
 from vllm_defensive.policy import PRESETS
 from vllm_defensive.request import RequestSettings, settings_or_none
-
-# Of a thousand requests that wait for one document, this many are compared: the scheduler's step is not the place for
-# all of them, and what they share is seldom more than what the first of them do.
-_MOST_COMPARED = 64
-
-
-@dataclass
-class RequestState:
-    """What is known of a request from its first allocation until its blocks are freed.
-
-    num_tokens: `T`, where it is evicted: its boundary, or the end of its prompt (again, if it was preempted).
-    decided: the allocation that reaches `T` has been made, or this is not a request to evict.
-    The rest is set when it is evicted.
-    """
-
-    num_tokens: int
-    settings: RequestSettings
-    decided: bool
-    shared_blocks: int = 0
-    full_blocks: int = 0
-    packed: list[KVCacheBlock] = field(default_factory=list)
-
-    @property
-    def saved_blocks(self) -> int:
-        """Blocks given back by the release, net of the packed ones."""
-        return self.full_blocks - self.shared_blocks - len(self.packed)
-
-    @property
-    def accumulates(self) -> bool:
-        """Whether every query up to `T` must be computed: the request reads nobody's blocks."""
-        return not self.decided and PRESETS[self.settings.policy].accumulates
 
 
 class EvictionBlockManager(FullAttentionManager):
@@ -198,44 +166,13 @@ class EvictionBlockManager(FullAttentionManager):
         full_blocks = state.num_tokens // self.block_size
         shared = min(cdiv(state.settings.protect, self.block_size), full_blocks)
         if self.eviction.shared == "keep" and not state.accumulates:
-            shared = max(shared, self._shared_blocks(request_id, state, full_blocks))
+            shared = max(shared, self._worth_sharing(request_id, state.settings.keep, full_blocks))
         return shared, self._packed(state.num_tokens, state.settings, shared)
 
-    def _shared_blocks(self, request_id: str, mine: RequestState, full_blocks: int) -> int:
-        """`s`: how many leading full blocks are better left in place, because other live requests read them too.
-
-        A block that somebody keeps for good costs nothing to share. One that `m` requests read, each of which could
-        pack its own copy of a `keep` fraction, is cheaper whole as soon as `m * keep >= 1`: twenty copies of a fifth of
-        a system prompt cost four times the one original. Waiting requests count, for once admitted they hit these
-        blocks.
-        """
+    def _worth_sharing(self, request_id: str, keep: float, full_blocks: int) -> int:
         if not self.enable_caching or self.block_size != self.block_pool.hash_block_size:
             return 0
-        hashes = self.requests[request_id].block_hashes
-        # More than all live requests is enough; a tiny ratio must not overflow.
-        others_needed = max(2, math.ceil(min(1 / mine.settings.keep, len(self.requests) + 1))) - 1
-        most = max(_MOST_COMPARED, 2 * others_needed)
-        pinned = 0
-        could_pack: list[int] = []
-        for other_id, other in self.requests.items():
-            if len(could_pack) >= most:
-                break  # so many tell enough
-            theirs = other.block_hashes
-            if not theirs or theirs[0] != hashes[0] or other_id == request_id or other.skip_reading_prefix_cache:
-                continue  # most live requests are strangers, and this runs in the scheduler's step
-            state = self._state(other_id)
-            assert state is not None
-            if state.accumulates:
-                continue
-            evicted = state.full_blocks > 0
-            limit = min(full_blocks, len(hashes), state.shared_blocks if evicted else len(theirs))
-            common = _common_prefix(hashes, theirs, limit)
-            if state.decided:  # evicted down to what it shares, or never to be evicted
-                pinned = max(pinned, common)
-            else:
-                could_pack.append(min(common, state.num_tokens // self.block_size))
-        could_pack.sort(reverse=True)
-        return max(pinned, could_pack[others_needed - 1] if len(could_pack) >= others_needed else 0)
+        return worth_sharing(self.requests[request_id], keep, full_blocks, self.block_size, self.requests, self._state)
 
     def settle(self, request_id: str) -> None:
         """Note, after an allocation, up to where the request's next ones have nothing to do."""
@@ -404,9 +341,3 @@ class EvictionBlockManager(FullAttentionManager):
         assert self.packed_blocks == len(owned)
         assert set(self._hit_tokens) <= set(self.requests)
         assert set(self._waiting) <= set(self.requests) - set(self._states)
-
-
-def _common_prefix(a: Sequence[Any], b: Sequence[Any], limit: int) -> int:
-    """How many of the first `limit` block hashes are equal. A hash covers all before it, so bisection finds the first
-    that differs."""
-    return bisect_left(range(limit), True, key=lambda i: a[i] != b[i])

@@ -37,10 +37,9 @@ class _EvictionMixin(Scheduler):
         self._skip_settled_allocations()
 
     def _bound_prefix_cache(self) -> None:
-        """Limit what the prefix cache hands out and takes in, for all KV cache groups alike.
-
-        The coordinator is chosen by vLLM among several classes, so its methods are replaced on the one object.
-        """
+        """P8, on this scheduler's coordinator. Why: what the prefix cache hands out and takes in has to be limited for
+        all KV cache groups alike, and vLLM chooses the coordinator among several classes. How: two of its methods are
+        replaced on the one object. Until: vLLM asks block managers for such limits."""
         manager = self.eviction_manager
         coordinator = self.kv_cache_manager.coordinator
         find, cache = coordinator.find_longest_cache_hit, coordinator.cache_blocks
@@ -58,11 +57,10 @@ class _EvictionMixin(Scheduler):
         coordinator.cache_blocks = cache_blocks
 
     def _skip_settled_allocations(self) -> None:
-        """Do not ask for slots that a request has: most decode steps write into a block that is there already.
-
-        vLLM walks through its block managers all the same, which takes a quarter of its time for such a step. With
-        several KV cache groups nothing is ever settled, because windows slide.
-        """
+        """P9, on this scheduler's cache manager. Why: most decode steps write into a block that is there already, and
+        vLLM walks through its block managers all the same, which takes a quarter of its time for such a step. How: a
+        request that has its slots is not asked for them; with several KV cache groups nothing is ever settled, because
+        windows slide. Until: vLLM skips such requests itself."""
         kv_cache, settled, settle = self.kv_cache_manager, self.eviction_manager.settled, self.eviction_manager.settle
         allocate, nothing = kv_cache.allocate_slots, kv_cache.empty_kv_cache_blocks
 
