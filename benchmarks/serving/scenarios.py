@@ -151,12 +151,10 @@ def scenarios(preset: str) -> list[Scenario]:
     presets = {
         "quick": [Scenario("quick", HEAVY, 1024, 64, 8, 2, both)],
         "pressure": [
-            *(
-                Scenario(f"pool of {pool:g}", HEAVY, 2048, 256, requests, pool, both)
-                for pool, requests in ((4, 24), (2, 16), (1, 16), (8, 32), (16, 64))
-            ),
-            *(Scenario(f"long answers, pool of {pool}", HEAVY, 2048, 512, 24, pool, both) for pool in (4, 3)),
+            Scenario(f"pool of {pool:g}", HEAVY, 2048, 256, requests, pool, both)
+            for pool, requests in ((4, 24), (2, 16), (8, 24), (1, 16), (16, 40))
         ],
+        "long-answers": [Scenario("long answers, pool of 4", HEAVY, 2048, 512, 20, 4, both)],
         "concurrency": [
             Scenario(f"{n} at once", HEAVY, 2048, 256, max(4, min(2 * n, 24)), 4, both, concurrency=n)
             for n in (1, 4, 8, 16)
@@ -184,7 +182,7 @@ def scenarios(preset: str) -> list[Scenario]:
         ],
         "smollm2": [
             Scenario(f"SmolLM2, prompts of {n}", SMOLLM2, n, 128, requests, 3, both)
-            for n, requests in ((4096, 8), (6144, 6))
+            for n, requests in ((4096, 6), (6144, 4))
         ],
     }  # fmt: skip
     if preset not in presets:
@@ -192,7 +190,17 @@ def scenarios(preset: str) -> list[Scenario]:
     return presets[preset]
 
 
-PRESETS = ("quick", "pressure", "concurrency", "policies", "lengths", "shared", "no-pressure", "smollm2")
+PRESETS = (
+    "quick",
+    "pressure",
+    "long-answers",
+    "concurrency",
+    "policies",
+    "lengths",
+    "shared",
+    "no-pressure",
+    "smollm2",
+)
 
 
 def model_folder(name: str, folder: Path = Path(".models")) -> Path:
