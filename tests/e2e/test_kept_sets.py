@@ -9,6 +9,7 @@ close. Policies whose layers have budgets of their own are compared with formula
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tests.reference_model import Layer, ReferenceLlama
 from vllm_defensive.audit import Audit
 from vllm_defensive.plan import Eviction, StepMessage
 from vllm_defensive.policy import PRESETS, Policy
+from vllm_defensive.worker import cpu_evictor
 
 pytestmark = pytest.mark.e2e
 
@@ -129,10 +131,19 @@ def watch_evictions(evictor: Any) -> dict[str, list[Layer]]:
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def found(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Found]:
     folder = tmp_path_factory.mktemp("audit")
     result = Found(request.param, {}, {})
-    with engine(tiny_model, "snapkv", dtype=request.param, audit=str(folder), enable_prefix_caching=False) as llm:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "float32":
+            patch.setattr(cpu_evictor, "READ_ONCE_BYTES", 0)  # as if the prompts were long
+        yield record(result, folder, tiny_model)
+
+
+def record(result: Found, folder: Path, tiny_model: Path) -> Found:
+    with engine(tiny_model, "snapkv", dtype=result.dtype, audit=str(folder), enable_prefix_caching=False) as llm:
         seen = watch_evictions(worker_of(llm)._evictor)
         for policy in POLICIES:
             fields = {"kv_eviction": policy, "kv_eviction_keep": KEEP}

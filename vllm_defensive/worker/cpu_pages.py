@@ -34,6 +34,7 @@ class PageView:
         heads = torch.arange(self.num_heads) * (first.stride(1) // size)
         self._inner_LH = (layers[:, None] + heads[None, :]).to(first.device)
         self._block_stride = first.stride(0) // size
+        self.page_bytes = size * first.element_size()
 
     @property
     def device(self) -> torch.device:
