@@ -154,7 +154,11 @@ def scenarios(preset: str) -> list[Scenario]:
             Scenario(f"pool of {pool:g}", HEAVY, 2048, 256, requests, pool, both)
             for pool, requests in ((4, 24), (2, 16), (8, 24), (1, 16), (16, 40))
         ],
-        "long-answers": [Scenario("long answers, pool of 4", HEAVY, 2048, 512, 20, 4, both)],
+        "long-answers": [
+            Scenario("long answers, pool of 4", HEAVY, 2048, 512, 20, 4, both),
+            # Twenty are one wave of ours and two latecomers; with twice as many the ends weigh less.
+            Scenario("long answers, 40 of them, pool of 4", HEAVY, 2048, 512, 40, 4, both),
+        ],
         "concurrency": [
             Scenario(f"{n} at once", HEAVY, 2048, 256, max(4, min(2 * n, 24)), 4, both, concurrency=n)
             for n in (1, 4, 8, 16)
