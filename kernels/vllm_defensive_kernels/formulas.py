@@ -231,12 +231,14 @@ def value_norm_l2(value_HTD: Tensor, factor_QDC: Tensor) -> Tensor:
     if not value_HTD.dtype == factor_QDC.dtype == torch.bfloat16:
         value_HTD, factor_QDC = value_HTD.float(), factor_QDC.float()
     factor_HDX = factor_QDC.unflatten(0, (heads, group)).transpose(1, 2).flatten(2)
+    # Not float32 throughout: tests let these formulas compute in float64.
+    wide = torch.float32 if value_HTD.dtype == torch.bfloat16 else value_HTD.dtype
     norm_HT = torch.empty(heads, tokens, dtype=torch.float32, device=value_HTD.device)
     tile = max(64, 8 * temporary_elements(value_HTD) // (group * columns))
     for head in range(heads):
         for first in range(0, tokens, tile):
             product_TX = value_HTD[head, first : first + tile] @ factor_HDX[head]
-            norm_TG = torch.linalg.vector_norm(product_TX.unflatten(-1, (group, columns)), dim=-1, dtype=torch.float32)
+            norm_TG = torch.linalg.vector_norm(product_TX.unflatten(-1, (group, columns)), dim=-1, dtype=wide)
             norm_HT[head, first : first + tile] = norm_TG.mean(dim=-1)
     return norm_HT
 
