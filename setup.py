@@ -44,6 +44,7 @@ setup(
             "matplotlib>=3.9",  # plots of the quality benchmark; without it the report has tables only
             "mypy==2.4.1",  # pinned like ruff: a new release must not turn `make lint` red
             "openai>=2.25",
+            "pandas>=2.2",  # with which `vllm bench serve` reads a file of prompts
             "promql-parser==0.12.0",  # reads the dashboard's queries
             "pytest>=9",
             "pytest-timeout>=2.4",
