@@ -1,9 +1,9 @@
 """What eviction costs at prefill and gains at decode, beside stock vLLM in one process: `python -m benchmarks.latency`.
 
 Three cases take turns, so that a change of the machine's speed hits all of them: stock vLLM on the long prompt, stock
-vLLM on a prompt as long as what is kept, and vLLM with eviction on the long prompt. Decode steps are timed one by one;
-the cost of an eviction is its share of the processor time of the prefill it belongs to. Absolute times mean nothing on
-a shared machine; the ratios are what is reported.
+vLLM on a prompt as long as what is kept, and vLLM with eviction on the long prompt. Decode steps are timed one by one, in
+processor time of the one thread, as are prefills; the cost of an eviction is its share of the prefill it belongs to.
+Absolute times mean nothing on a shared machine; the ratios are what is reported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ENVIRONMENT = {
 
 @dataclass
 class Case:
-    """One kind of run. Times in seconds; prefill and eviction are processor time."""
+    """One kind of run. Times in seconds of processor time."""
 
     name: str
     prompt_tokens: int
@@ -99,9 +99,9 @@ def run_once(case: Case, batch: int, seed: int) -> None:
     case.eviction.append(spent)
     engine.step()  # pays for building tables and giving blocks back
     for _ in range(DECODE_STEPS - 2):
-        start = time.perf_counter()
+        start = time.process_time()
         engine.step()
-        case.decode.append(time.perf_counter() - start)
+        case.decode.append(time.process_time() - start)
     engine.abort_request([f"{case.name}-{seed}-{i}" for i in range(batch)], internal=False)
     while engine.has_unfinished_requests():
         engine.step()
