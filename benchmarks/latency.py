@@ -1,8 +1,8 @@
 """What eviction costs at prefill and gains at decode, beside stock vLLM in one process: `python -m benchmarks.latency`.
 
 Three cases take turns, so that a change of the machine's speed hits all of them: stock vLLM on the long prompt, stock
-vLLM on a prompt as long as what is kept, and vLLM with eviction on the long prompt. Decode steps are timed one by one, in
-processor time of the one thread, as are prefills; the cost of an eviction is its share of the prefill it belongs to.
+vLLM on a prompt as long as what is kept, and vLLM with eviction on the long prompt. Decode steps are timed one by one,
+in processor time of the one thread, as are prefills; an eviction's cost is its share of the prefill it belongs to.
 Absolute times mean nothing on a shared machine; the ratios are what is reported.
 """
 
