@@ -41,3 +41,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_model import write_tiny_llama
 
     return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Gemma 3, with sliding-window and global layers."""
+    from tests.tiny_model import write_tiny_gemma3
+
+    return write_tiny_gemma3(tmp_path_factory.mktemp("gemma") / "tiny-gemma3")

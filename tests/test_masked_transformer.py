@@ -8,15 +8,9 @@ import pytest
 import torch
 
 from tests.masked_transformer import MaskedTransformer
-from tests.tiny_model import write_tiny_gemma3
 
 TOKENS = torch.randint(2, 512, (300,), generator=torch.Generator().manual_seed(0)).tolist()
 GLOBAL_LAYERS, HEADS, KEPT = 2, 2, 200
-
-
-@pytest.fixture(scope="module")
-def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gemma3(tmp_path_factory.mktemp("gemma") / "tiny-gemma3")
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,10 @@ class Totals:
 # field of Totals -> (metric, what it counts)
 COUNTERS = {
     "requests": ("vllm:kv_eviction_requests", "Evictions of a request's prompt; a preempted request's counts again."),
-    "prompt_tokens": ("vllm:kv_eviction_prompt_tokens", "Prompt tokens of evicted requests."),
+    "prompt_tokens": (
+        "vllm:kv_eviction_prompt_tokens",
+        "Prompt tokens of evicted requests, up to where they were evicted.",
+    ),
     "kept_tokens": ("vllm:kv_eviction_kept_tokens", "Prompt tokens kept, mean over layers and heads."),
     "prefix_hit_tokens": (
         "vllm:kv_eviction_prefix_hit_tokens",
@@ -55,7 +58,10 @@ SECONDS = ("vllm:kv_eviction_seconds", "Seconds that a step spent on scoring and
 # The heads of the first tensor-parallel rank stand for those of all: nothing comes back from the others.
 KEPT_PAGES = ("vllm:kv_eviction_kept_pages", "Head pages that evictions kept, by tenth of the layers, 0 the first.")
 BY_POLICY = ("vllm:kv_eviction_requests_by_policy", "Evictions, by the policy that chose.")
-KEEP_SHARE = ("vllm:kv_eviction_keep_share", "Share of its prompt's tokens that an evicted request kept.")
+KEEP_SHARE = (
+    "vllm:kv_eviction_keep_share",
+    "Share of its prompt's tokens, up to where it was evicted, that a request kept.",
+)
 # field of Pool -> (metric, what it says)
 GAUGES = {
     "used_blocks": ("vllm:kv_eviction_used_blocks", "KV cache blocks that requests hold."),

@@ -25,11 +25,6 @@ pytestmark = pytest.mark.e2e
 PROMPTS = random_prompts(MIXED)
 
 
-@pytest.fixture(scope="module")
-def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gemma3(tmp_path_factory.mktemp("gemma") / "tiny-gemma3")
-
-
 def test_keep_all_equals_stock_and_the_prefix_cache_is_hit(tiny_gemma3: Path, tmp_path: Path) -> None:
     with engine(tiny_gemma3) as llm:
         expected = generate(llm, PROMPTS, 32)

@@ -10,7 +10,6 @@ import pytest
 
 from tests.e2e.engines import Answer, assert_all_returned, audit_of, engine, generate, metrics_of, random_prompts
 from tests.masked_transformer import MaskedTransformer
-from tests.tiny_model import write_tiny_gemma3
 
 pytestmark = pytest.mark.e2e
 
@@ -18,11 +17,6 @@ pytestmark = pytest.mark.e2e
 PROMPTS = random_prompts((300, 601, 160, 1000), seed=6)
 # A few hundred float32 roundings of logits up to 16, through six layers; un-evicted requests are off by up to 5e-5.
 FLOAT_NOISE = 2e-4
-
-
-@pytest.fixture(scope="module")
-def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gemma3(tmp_path_factory.mktemp("gemma") / "tiny-gemma3")
 
 
 @pytest.fixture(scope="module")

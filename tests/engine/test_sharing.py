@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.engine.harness import Harness, text
+from vllm_defensive.engine.sharing import worth_sharing
+from vllm_defensive.engine.state import RequestState
+from vllm_defensive.request import RequestSettings
 
 W, N = 32, 32
 MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
@@ -235,3 +239,24 @@ def test_a_tiny_ratio_does_not_overflow(tiny_model: Path) -> None:
         h.add(text(640, 0) + text(60, i + 1))
     h.run()
     h.assert_all_returned()
+
+
+def waiting(text: int) -> Any:
+    """A request of two blocks that waits: the first is everybody's."""
+    return SimpleNamespace(block_hashes=[b"document", f"question {text}".encode()], skip_reading_prefix_cache=False)
+
+
+def test_of_a_thousand_waiting_requests_a_few_are_compared() -> None:
+    """It runs in the scheduler's step. What is shared is what it is with all of them."""
+    live = {str(i): waiting(i) for i in range(1000)}
+    state, asked = RequestState(64, RequestSettings(policy="snapkv", keep=0.2), decided=False), []
+
+    def state_of(request_id: str) -> RequestState:
+        asked.append(request_id)
+        return state
+
+    assert worth_sharing(live["999"], 0.2, 2, 32, live, state_of) == 1
+    assert 5 <= len(asked) <= 100
+    asked.clear()
+    assert worth_sharing(live["999"], 0.002, 2, 32, live, state_of) == 1, "a tiny ratio wants five hundred sharers"
+    assert 500 <= len(asked) <= 1000

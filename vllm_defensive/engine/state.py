@@ -12,7 +12,7 @@ from vllm_defensive.request import RequestSettings
 
 @dataclass
 class RequestState:
-    """What is known of a request from its first allocation until its blocks are freed.
+    """What is planned for a request that waits, and known of it from its first allocation until its blocks are freed.
 
     num_tokens: `T`, where it is evicted: its boundary, or the end of its prompt (again, if it was preempted).
     decided: the allocation that reaches `T` has been made, or this is not a request to evict.
