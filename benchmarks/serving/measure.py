@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +75,9 @@ class Servers:
         self._stack.close()
 
     def of(self, scenario: Scenario) -> list[Server]:
-        wanted = [(scenario.model, scenario.server_args(row)) for row in scenario.rows]
+        wanted = [
+            (scenario.model, ["--served-model-name", "model", *scenario.engine_args(row)]) for row in scenario.rows
+        ]
         if wanted != self._wanted:
             self._stack.close()
             self._wanted = []  # should one of them fail to start
@@ -94,6 +98,9 @@ def compare(
     waits without computing. A few requests warm up; then a round that asks for one token of each prompt tells how much
     of the others is prefill.
     """
+    if scenario.offline:
+        yield from _compare_offline(scenario, repeats, folder, seed)
+        return
     up = servers.of(scenario)
     few = replace(scenario, requests=max(2, scenario.turns))
     for row, server in zip(scenario.rows, up, strict=True):
@@ -132,6 +139,66 @@ def _load(scenario: Scenario, row: Row, server: Server, seed: int, folder: Path,
         raise RuntimeError(f"{scenario.name}, {row.name}: only {measured['completed']} requests were answered")
     after = _counters(server)
     return {
+        **_about(scenario, row),
+        **{name: measured[name] for name in _KEPT},
+        **{name: after[name] - before[name] for name in _COUNTERS},
+        **_peaks(samples),
+    }
+
+
+def _compare_offline(scenario: Scenario, repeats: int, folder: Path, seed: int) -> Iterator[dict[str, Any]]:
+    """`compare` with `vllm bench throughput`: engines come and go instead of taking turns."""
+    prefill = [_run_offline(scenario, row, seed, folder, output=1)["duration"] for row in scenario.rows]
+    for repeat in range(repeats):
+        for row, seconds in zip(scenario.rows, prefill, strict=True):
+            record = _run_offline(scenario, row, seed + repeat + 1, folder, scenario.output)
+            yield {**record, "repeat": repeat, "prefill_seconds": seconds}
+
+
+# A line of vLLM's statistics. It names preemptions only where there were some since the line before.
+_STATISTICS = re.compile(r"Running: (\d+) reqs.*?(?:, Preemptions: (\d+))?, \w+ KV cache usage: ([\d.]+)%")
+_SECONDS = 0.5  # between two such lines
+
+
+def _run_offline(scenario: Scenario, row: Row, seed: int, folder: Path, output: int) -> dict[str, Any]:
+    result, log = folder / "logs" / "offline.json", folder / "logs" / "offline.log"
+    result.parent.mkdir(parents=True, exist_ok=True)
+    model = str(model_folder(scenario.model))
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "throughput",
+        "--model", model, "--tokenizer", model, "--seed", str(seed), "--output-json", str(result),
+        "--num-warmups", "1", "--prequeue-requests",
+        "--disable-detokenize", *scenario.load_args(folder, seed, output), *scenario.engine_args(row),
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        # One process, whose engine has all cores: with a process for each part, as vLLM has them by default, the one
+        # that waits for the worker spins on the core that the worker needs.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(os.cpu_count()),
+        "VLLM_LOG_STATS_INTERVAL": str(_SECONDS),
+    }
+    with log.open("w") as out:
+        done = subprocess.run(command, stdout=out, stderr=out, env=environment, timeout=3600)
+    text = log.read_text(errors="replace")
+    if done.returncode != 0:
+        raise RuntimeError(f"vllm bench throughput ended with {done.returncode}:\n{text[-3000:]}")
+    seconds = json.loads(result.read_text())["elapsed_time"]
+    lines = _STATISTICS.findall(text[text.rfind(f"| 0/{scenario.requests} [") :])
+    samples = [(i * _SECONDS, float(n), float(used) / 100) for i, (n, _, used) in enumerate(lines)]
+    return {
+        **_about(scenario, row),
+        "duration": seconds,
+        "request_throughput": scenario.requests / seconds,
+        "output_throughput": scenario.requests * output / seconds,
+        "total_output_tokens": scenario.requests * output,
+        "preemptions": sum(int(count or 0) for _, count, _ in lines),
+        **_peaks(samples),
+    }
+
+
+def _about(scenario: Scenario, row: Row) -> dict[str, Any]:
+    return {
         "scenario": scenario.name,
         "row": row.name,
         "model": scenario.model,
@@ -142,8 +209,11 @@ def _load(scenario: Scenario, row: Row, server: Server, seed: int, folder: Path,
         "shares": bool(scenario.shared or scenario.turns),
         "pool": scenario.pool,
         "pool_tokens": (scenario.pool_blocks - 1) * BLOCK_SIZE,
-        **{name: measured[name] for name in _KEPT},
-        **{name: after[name] - before[name] for name in _COUNTERS},
+    }
+
+
+def _peaks(samples: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
+    return {
         "peak_running": max((s[1] for s in samples), default=0),
         "peak_pool": max((s[2] for s in samples), default=0),
         "samples": samples,

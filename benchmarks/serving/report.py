@@ -33,11 +33,12 @@ def cells(records: Sequence[Record]) -> list[dict[str, Any]]:
         for row in dict.fromkeys(r["row"] for r in rounds):
             mine = [r for r in rounds if r["row"] == row]
 
-            def median(name: str, mine: list[Record] = mine) -> float:
-                return statistics.median(r[name] for r in mine)
+            def median(name: str, mine: list[Record] = mine) -> float | None:
+                values = [r[name] for r in mine if r.get(name) is not None]
+                return statistics.median(values) if values else None
 
             def ratio(name: str, mine: list[Record] = mine, stock: dict[int, Record] = stock) -> list[float]:
-                pairs = [(r[name], stock[r["repeat"]][name]) for r in mine if r["repeat"] in stock]
+                pairs = [(r.get(name), stock[r["repeat"]].get(name)) for r in mine if r["repeat"] in stock]
                 ratios = [ours / theirs for ours, theirs in pairs if ours is not None and theirs is not None]
                 return [statistics.median(ratios), min(ratios), max(ratios)] if ratios else []
 
@@ -53,8 +54,12 @@ def cells(records: Sequence[Record]) -> list[dict[str, Any]]:
                     # Answers' tokens a second beside the time that the prompts alone take, and what would be left of
                     # stock's time if answers took none: no eviction can be faster.
                     "decode_ratio": ratio("decode_throughput"),
-                    "bound": [median("duration", list(stock.values())) / mine[0]["prefill_seconds"]] if stock else [],
-                    "eviction_share": median("eviction_seconds") / median("duration"),
+                    "bound": [
+                        statistics.median(r["duration"] for r in stock.values()) / mine[0]["prefill_seconds"]
+                    ]
+                    if stock
+                    else [],
+                    "eviction_share": _share(median("eviction_seconds"), median("duration")),
                     **{
                         name: median(name)
                         for name in (
@@ -91,9 +96,17 @@ def markdown(table: Sequence[Record], commands: Sequence[str]) -> str:
         lines.append(
             f"| {cell['model']} | {load} | {cell['pool']:g} | `{cell['row']}` | {' | '.join(ratios)} "
             f"| {cell['peak_running']:.0f} | {_planned(cell)} | {cell['peak_pool']:.0%} | {cell['preemptions']:.0f} "
-            f"| {cell['freed_blocks']:.0f} | {cell['eviction_share']:.1%} |"
+            f"| {_or_dash(cell['freed_blocks'], '.0f')} | {_or_dash(cell['eviction_share'], '.1%')} |"
         )
     return "\n".join([*lines, "", "Made by:", "", *(f"- `{c}`" for c in commands), ""])
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _planned(cell: Record) -> str:
@@ -112,7 +125,7 @@ def planned(record: Record) -> list[int]:
     model = read_model(load_config(str(model_folder(record["model"]))))
     eviction = None
     if row != STOCK:
-        policy, keep = row.split()
+        policy, keep = row.split()[:2]
         eviction = EvictionConfig.model_validate({"policy": policy, "keep": float(keep)})
     memory = model.bytes(record["pool_tokens"], record["pool_tokens"])
     answer = plan(model, memory, record["prompt"], record["output"], eviction, BLOCK_SIZE)
@@ -152,7 +165,7 @@ def write(folder: Path) -> Path:
         ours = sorted(
             (c["pool"], c["throughput_ratio"][0])
             for c in table
-            if c["scenario"].startswith("pool of") and c["row"] != STOCK
+            if c["scenario"].startswith("balanced, a pool of") and c["row"] != STOCK
         )
         if ours:
             axes.plot(*zip(*ours, strict=True), marker="o", label="halokv, keep 0.2")
@@ -164,17 +177,17 @@ def write(folder: Path) -> Path:
             if record["scenario"] == "pool of 4" and record["repeat"] == 0:
                 axes.plot([s[0] for s in record["samples"]], [s[1] for s in record["samples"]], label=record["row"])
 
-    def tpot(axes: Any) -> None:
+    def per_token(axes: Any) -> None:
         for row in dict.fromkeys(c["row"] for c in table):
             points = sorted(
-                (c["prompt"], c["median_tpot_ms"])
+                (c["prompt"], 1000 / c["output_throughput"])
                 for c in table
-                if c["row"] == row and c["output"] == 128 and c["pool"] == 4 and c["scenario"].startswith("prompts of")
+                if c["row"] == row and c["scenario"].startswith("prompts of")
             )
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", label=row)
 
     plot("throughput_against_pressure.png", "pool, in requests", "output tokens/s, ratio to stock vLLM", pressure)
     plot("running_over_time.png", "seconds", "requests that run", running)
-    plot("tpot_against_prompt.png", "prompt tokens", "median TPOT under pressure (ms, this machine)", tpot)
+    plot("time_against_prompt.png", "prompt tokens", "ms an answer's token, pool of 4 (this machine)", per_token)
     return folder / "report.md"

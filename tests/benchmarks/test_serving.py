@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.serving import __main__ as program
-from benchmarks.serving import report
-from benchmarks.serving.scenarios import BLOCK_SIZE, HEAVY, PRESETS, STOCK, Scenario, chat_prompts, evicting, scenarios
+from benchmarks.serving import measure, report
+from benchmarks.serving.scenarios import (
+    BLOCK_SIZE,
+    FP8,
+    HEAVY,
+    PRESETS,
+    STOCK,
+    Scenario,
+    _cut_vocabulary,
+    chat_prompts,
+    evicting,
+    scenarios,
+)
 
 OURS = evicting("snapkv", 0.2)
 SCENARIO = Scenario("a pool", HEAVY, 2048, 256, 16, 4, (STOCK, OURS))
@@ -103,12 +116,12 @@ def test_planned_requests_are_those_of_the_planner() -> None:
 def test_measured_rounds_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[str] = []
 
-    def measure(servers: object, scenario: Scenario, repeats: int, folder: Path, seed: int) -> Iterator[dict[str, Any]]:
+    def fake(servers: object, scenario: Scenario, repeats: int, folder: Path, seed: int) -> Iterator[dict[str, Any]]:
         runs.append(scenario.name)
         for i in range(repeats):
             yield from (record(row.name, i, scenario=scenario.name) for row in scenario.rows)
 
-    monkeypatch.setattr(program, "compare", measure)
+    monkeypatch.setattr(program, "compare", fake)
     monkeypatch.setattr(sys, "argv", ["serving", "--preset", "quick", "--repeats", "2", "--out", str(tmp_path)])
     monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest's own stay
     program.main()
@@ -119,6 +132,79 @@ def test_measured_rounds_are_not_measured_again(tmp_path: Path, monkeypatch: pyt
         "| kv-heavy | quick: 16 x (2,048 + 256) | 4 | `halokv 0.2` | 1.00 [1.00, 1.00] | 2.00 | 1.00"
         in (tmp_path / "report.md").read_text()
     )
+
+
+LOG = """
+Processed prompts:   0%|  | 0/1 [00:00<?] INFO Engine 000: Running: 1 reqs, Waiting: 0 reqs, CPU KV cache usage: 9.0%
+Processed prompts:   0%|  | 0/16 [00:00<?] INFO Engine 000: Running: 4 reqs, Waiting: 12 reqs, CPU KV cache usage: 91.3%
+INFO Engine 000: Running: 16 reqs, Waiting: 0 reqs, Deferred: 1 reqs, Preemptions: 2, CPU KV cache usage: 99.5%, Prefix
+INFO Engine 000: Running: 3 reqs, Waiting: 0 reqs, Preemptions: 1, CPU KV cache usage: 20.0%, Prefix cache hit rate: 1%
+"""
+
+
+def test_offline_runs_are_read_from_their_result_and_their_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], stdout: Any, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert env["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        commands.append(command)
+        stdout.write(LOG)
+        Path(command[command.index("--output-json") + 1]).write_text('{"elapsed_time": 8.0}')
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(measure.subprocess, "run", run)
+    monkeypatch.setattr(measure, "model_folder", lambda _: tmp_path)
+    scenario = replace(SCENARIO, offline=True, concurrency=8)
+    stock, ours = measure.compare(measure.Servers(tmp_path), scenario, 1, tmp_path)
+    assert (ours["peak_running"], ours["peak_pool"], ours["preemptions"]) == (16, 0.995, 3)
+    assert (ours["duration"], ours["output_throughput"], ours["request_throughput"]) == (8, 512, 2)
+    assert (stock["row"], ours["row"], ours["prefill_seconds"]) == ("stock", OURS.name, 8)
+    lengths = [command[command.index("--random-output-len") + 1] for command in commands]
+    assert lengths == ["1", "1", "256", "256"]
+    assert all(command[command.index("--max-num-seqs") + 1] == "8" for command in commands)
+    for missing in ("mean_ttft_ms", "median_tpot_ms", "eviction_seconds"):
+        assert missing not in ours
+    table = report.cells([stock, ours])
+    assert table[1]["throughput_ratio"] == [1, 1, 1] and table[1]["ttft_ratio"] == []
+    assert report.markdown(table, []).count("| - |") >= 2
+
+
+def test_a_failed_offline_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], stdout: Any, **_: Any) -> subprocess.CompletedProcess[str]:
+        stdout.write("ValueError: no such model")
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(measure.subprocess, "run", run)
+    monkeypatch.setattr(measure, "model_folder", lambda _: tmp_path)
+    with pytest.raises(RuntimeError, match="ended with 1:\nValueError: no such model"):
+        list(measure.compare(measure.Servers(tmp_path), replace(SCENARIO, offline=True), 1, tmp_path))
+
+
+def test_a_smaller_dtype_holds_more_tokens_in_the_same_bytes() -> None:
+    blocks = {row.name: _argument(SCENARIO.engine_args(row), "--num-gpu-blocks-override") for row in (STOCK, FP8, OURS)}
+    assert blocks == {"stock": "293", FP8.name: "585", OURS.name: "293"}
+
+
+def test_a_cut_vocabulary_still_writes_and_reads_any_text(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    whole = Tokenizer(models.BPE())
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    whole.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    whole.train_from_iterator(["the cat and the hat and the mat of the cat"] * 3, trainer)
+    whole.save(str(tmp_path / "whole.json"))
+    size = whole.get_vocab_size() - 5
+    (tmp_path / "cut.json").write_text(json.dumps(_cut_vocabulary(tmp_path / "whole.json", size)))
+    cut = Tokenizer.from_file(str(tmp_path / "cut.json"))
+    ids = cut.encode("the cat and a dög").ids
+    assert cut.get_vocab_size() == size and max(ids) < size
+    assert cut.decode(ids) == "the cat and a dög"
+
+
+def _argument(args: list[str], name: str) -> str:
+    return args[args.index(name) + 1]
 
 
 def test_unknown_preset_is_refused_with_the_known_ones() -> None:
