@@ -19,6 +19,7 @@ FLAGS: dict[str, tuple[str, str | None, Any]] = {
     "--kv-eviction-min-tokens": ("256", "100", 100),
     "--kv-eviction-audit": ("None", "some/dir", "some/dir"),
     "--kv-eviction-shared": ("keep", "evict", "evict"),
+    "--kv-eviction-admission": ("eager", "steady", "steady"),
     "--kv-eviction-per-request": ("False", None, True),
 }
 WRONG = [
@@ -28,6 +29,7 @@ WRONG = [
     ("--kv-eviction-window", "0", "choose a whole number of tokens, 1 or more"),
     ("--kv-eviction-min-tokens", "many", "choose a whole number of tokens, 1 or more"),
     ("--kv-eviction-shared", "both", "choose one of keep, evict"),
+    ("--kv-eviction-admission", "late", "choose one of eager, steady"),
 ]
 
 
@@ -92,6 +94,7 @@ def test_defaults_are_filled_in(parser: Any) -> None:
         "window": 32,
         "min_tokens": 256,
         "shared": "keep",
+        "admission": "eager",
         "per_request": False,
     }
     assert folded(parser, "--kv-eviction", "snapkv") == expected

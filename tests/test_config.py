@@ -32,6 +32,7 @@ POLICIES = ", ".join(config.allowed_policies())
         ),
         ({"policy": "snapkv", "audit": 7}, "kv_eviction_audit=7: name a folder"),
         ({"policy": "snapkv", "shared": "both"}, "kv_eviction_shared=both: choose one of keep, evict"),
+        ({"policy": "snapkv", "admission": "late"}, "kv_eviction_admission=late: choose one of eager, steady"),
         ({"policy": "none", "keep": 7}, "kv_eviction_keep=7: choose a value in (0, 1]"),
     ],
     ids=lambda x: x.partition(":")[0] if isinstance(x, str) else "",

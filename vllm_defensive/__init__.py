@@ -15,8 +15,8 @@ __version__ = "0.1.0"
 def engine_kwargs(policy: str, **settings: Any) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM` or `EngineArgs` that switch eviction on.
 
-    settings: keep, window, min_tokens, audit, shared, per_request, as the flags of the same names. Raises ValueError
-    for wrong ones.
+    settings: keep, window, min_tokens, audit, shared, admission, per_request, as the flags of the same names.
+    Raises ValueError for wrong ones.
     """
     from vllm_defensive import config
 

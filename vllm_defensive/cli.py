@@ -28,11 +28,12 @@ def add_flags(parser: Any) -> None:
         title="KV eviction", description="Evict KV cache at the end of prefill, so that more long requests fit."
     )
     metavars = {"policy": "POLICY", "keep": "RATIO", "window": "TOKENS", "min_tokens": "TOKENS", "audit": "DIR"}
+    metavars |= {"shared": "keep|evict", "admission": "eager|steady"}
     for name, field in config.EvictionConfig.model_fields.items():
         default = config.NONE if name == "policy" else field.default
         allowed = f": {', '.join(config.allowed_policies())}" if name == "policy" else ""
         # Values stay strings here: all of them are checked in one place, with one wording.
-        value = {"action": "store_true"} if field.annotation is bool else {"metavar": metavars.get(name, "keep|evict")}
+        value = {"action": "store_true"} if field.annotation is bool else {"metavar": metavars[name]}
         group.add_argument(
             flag_of(name),
             dest=config.option_name(name),

@@ -37,6 +37,10 @@ class EvictionConfig(BaseModel):
         "keep",
         description="leading blocks that other live requests use too: keep them whole, or evict them like the rest",
     )
+    admission: Literal["eager", "steady"] = Field(
+        "eager",
+        description="let a waiting request in as soon as its prompt fits, or once all are expected to fit to their end",
+    )
     per_request: bool = Field(
         False, description="let requests choose their own policy even if the server's own policy is none"
     )
@@ -121,6 +125,7 @@ _ALLOWED = {
     "min_tokens": lambda: "choose a whole number of tokens, 1 or more",
     "audit": lambda: "name a folder",
     "shared": lambda: "choose one of keep, evict",
+    "admission": lambda: "choose one of eager, steady",
     "per_request": lambda: "choose true or false",
 }
 

@@ -143,14 +143,16 @@ class EvictionBlockManager(FullAttentionManager):
         count = self._packed(num_tokens, settings)
         # Originals and packed blocks exist side by side for one step. A request for which the whole pool would not do
         # is served without eviction: to refuse it, or to let it wait for ever, would be worse.
-        beside = sum(
-            other.get_num_blocks_to_allocate(
-                request.request_id, request.num_tokens, [], 0, 0, request.num_tokens, apply_admission_cap=True
-            )
+        needed = cdiv(request.num_tokens, self.block_size) + count + self.blocks_beside(request.num_tokens)
+        fits = needed < self.block_pool.num_gpu_blocks
+        return RequestState(num_tokens, settings, decided=not (count and fits))
+
+    def blocks_beside(self, num_tokens: int) -> int:
+        """Blocks that a request of so many tokens takes in the other KV cache groups."""
+        return sum(
+            other.get_num_blocks_to_allocate("", num_tokens, [], 0, 0, num_tokens, apply_admission_cap=True)
             for other in self.other_managers
         )
-        fits = cdiv(request.num_tokens, self.block_size) + count + beside < self.block_pool.num_gpu_blocks
-        return RequestState(num_tokens, settings, decided=not (count and fits))
 
     def _packed(self, num_tokens: int, settings: RequestSettings, shared_blocks: int = 0) -> int:
         """`K` for a request evicted at `num_tokens`; 0 if it is left alone."""
@@ -291,6 +293,19 @@ class EvictionBlockManager(FullAttentionManager):
         """`T` of a request that is still to be evicted: no chunk may run past it. 0 for all others."""
         state = self._state(request_id)
         return 0 if state is None or state.decided else state.num_tokens
+
+    def lasting_blocks(self, request: Request) -> tuple[int, int]:
+        """Blocks that the request holds, or would if it were let in, at its present length and once its originals are
+        released; and how many of them are leading ones, in place."""
+        whole = cdiv(request.num_tokens, self.block_size)
+        state = self._state(request.request_id)
+        if state is None:
+            return whole, whole
+        full, shared, packed = state.full_blocks, state.shared_blocks, len(state.packed)
+        if not state.decided:
+            full = state.num_tokens // self.block_size
+            shared, packed = self._plan(request.request_id, state.num_tokens)
+        return (whole - full + shared + packed, shared) if packed else (whole, whole)
 
     def is_released(self, request_id: str) -> bool:
         """Whether the request was evicted and its originals have gone back to the pool."""

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_defensive import metrics, status, vllm_compat
 from vllm_defensive.config import KEY, from_vllm_config
+from vllm_defensive.engine.admission import ExpectedLength, Load, fits
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
 from vllm_defensive.plan import WorkerReport
+
+# An answer that ended by itself: its length says something of the next ones'.
+_ENDED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_REPETITION)
 
 
 class _EvictionMixin(Scheduler):
@@ -27,6 +33,10 @@ class _EvictionMixin(Scheduler):
         (self.eviction_manager,) = ours  # the workers have refused any other number
         self.eviction_manager.other_managers = [manager for manager in managers if manager is not ours[0]]
         self.eviction_manager.requests = self.requests
+        # Set where admission is steady, and the blocks of the last hit in the prefix cache are then remembered.
+        steady = self.eviction_manager.eviction.admission == "steady"
+        self._answers = ExpectedLength(self.eviction_manager.block_size) if steady else None
+        self._last_hit: Sequence[KVCacheBlock] = ()
         self._longest_hit: int | None = None
         self._reported = metrics.Totals()
         self._reported_pool = metrics.Pool()
@@ -101,15 +111,42 @@ class _EvictionMixin(Scheduler):
             resume_at = limit // self.block_size * self.block_size
         if limit is not None:
             self.eviction_manager.note_hit(request.request_id, hit)
+        if self._answers is not None:
+            self._last_hit = blocks.blocks[self.eviction_manager.kv_cache_group_id]
         return blocks, hit, resume_at, diverged
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """vLLM's last word on the length of a chunk; ours is that it ends where the request is evicted."""
+        """vLLM's last word on the length of a chunk; ours is that it ends where the request is evicted. 0, of a request
+        that waits, means that it cannot be scheduled yet: vLLM lets nobody else in then."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if self._answers and not self._admits(request):
+            if request.has_encoder_inputs:
+                self.encoder_cache_manager.free(request)  # as vLLM does for a request that has to wait for memory
+            return 0
         if request.request_id in self.eviction_manager.decided:
             return num_new_tokens
         stop = self.eviction_manager.next_stop(request.request_id)
         return min(num_new_tokens, stop - num_computed_tokens) if stop else num_new_tokens
+
+    def _admits(self, request: Request) -> bool:
+        """Whether the request has blocks already, or may have its first ones: if none run, or if all that do, it
+        included, are expected to fit into the pool until they end."""
+        blocks_of = self.eviction_manager.req_to_blocks
+        if blocks_of.get(request.request_id) or not self.running:
+            return True
+        loads = [self._load(other, blocks_of.get(other.request_id, ())) for other in self.running]
+        loads.append(self._load(request, self._last_hit))
+        return fits(loads, self.kv_cache_manager.block_pool.num_gpu_blocks - 1, self.eviction_manager.block_size)
+
+    def _load(self, request: Request, blocks: Sequence[KVCacheBlock]) -> Load:
+        """What the request asks of the pool. blocks: what it holds in place, or would find in the prefix cache."""
+        assert self._answers is not None
+        limit = min(request.max_tokens, self.max_model_len - request.num_prompt_tokens)
+        rest = self._answers.rest(request.num_output_tokens, limit)
+        lasting, shared = self.eviction_manager.lasting_blocks(request)
+        leading = min(shared, len(blocks))
+        own = lasting - leading + self.eviction_manager.blocks_beside(request.num_tokens + rest)
+        return Load(rest, own, (blocks[i].block_id for i in range(leading - 1, -1, -1)))
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         report = vllm_compat.read_report(model_runner_output)
@@ -123,6 +160,8 @@ class _EvictionMixin(Scheduler):
         """vLLM's end of a request. A report that it asked for leaves with its last output, in the place for what a KV
         connector has to say: that goes into the responses that are not streams, and connectors are refused."""
         report = self.eviction_manager.report(request.request_id)
+        if self._answers is not None and request.status in _ENDED:
+            self._answers.add(request.num_output_tokens)
         for_response, *others = super()._free_request(request, *args, **kwargs)
         return (for_response if report is None else {KEY: report}), *others
 
