@@ -120,8 +120,9 @@ def watch_evictions(evictor: Any) -> dict[str, list[Layer]]:
         if not PRESETS[eviction.policy].accumulates:
             window_LWQD = evictor._runtime.windows._buffers[eviction.request_id].clone()
             pages_LHB = evictor._view.of_blocks(torch.tensor(eviction.source_blocks))
+            room = evictor._room(pages_LHB)[0]
             seen[eviction.request_id.rpartition("-")[0]] = [
-                Layer(query_WQD, *(x[:, : eviction.num_tokens].clone() for x in evictor._read(pages_HB)))
+                Layer(query_WQD, *(x[:, : eviction.num_tokens].clone() for x in evictor._read(pages_HB, room)))
                 for query_WQD, pages_HB in zip(window_LWQD, pages_LHB, strict=True)
             ]
         return carry_out(eviction)

@@ -56,7 +56,7 @@ class Accumulations:
     def add(self, part: Accumulation, layer: int, query_TQD: Tensor) -> None:
         """Sum one layer's share, once its keys are in the cache."""
         pages_HB = part.pages_LHB[layer]
-        key_PND, _ = self._codec.unpack(self._view.data.index_select(0, pages_HB.flatten()))
+        key_PND = self._codec.read_keys(self._view.data, pages_HB.flatten())
         key_HSD = key_PND.reshape(pages_HB.shape[0], -1, key_PND.shape[2])[:, : part.seen]
         accumulate_attention(part.mass_LHT[layer, :, : part.seen], query_TQD[part.tokens], key_HSD, self._scale)
 

@@ -6,6 +6,7 @@ them the tensors of each layer and moves what they chose.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -22,8 +23,7 @@ from vllm_defensive.worker.cpu_runtime import CPURuntime
 from vllm_defensive.worker.cpu_tables import RequestTable
 from vllm_defensive.worker.projections import Projections
 
-# Of a prompt's keys and values that may lie unpacked beside the cache for the length of an eviction: 5,000 tokens of a
-# 135M model, 1,000 of an 8B one.
+# Of keys and values that may lie unpacked beside the cache: 5,000 tokens of a 135M model, 1,000 of an 8B one.
 READ_ONCE_BYTES = 2**27
 
 
@@ -52,6 +52,7 @@ class CPUEvictor:
         self._reduce_heads = reduce_heads
         self._decile_L = layer_deciles(view.num_layers)
         self._report = WorkerReport()
+        self._scratch = view.data.new_empty(0)
 
     def take_report(self) -> WorkerReport:
         report, self._report = self._report, WorkerReport()
@@ -82,27 +83,25 @@ class CPUEvictor:
     def _across_layers(self, eviction: Eviction, seen_L: Tensor, pages_LHB: Tensor, target: Tensor) -> Selection:
         """Layers share one budget: every one is scored before the first is packed. What was read for the one is kept
         for the other, unless that takes too much memory."""
-        read_once = pages_LHB.numel() * self._view.page_bytes <= READ_ONCE_BYTES
-        read: list[tuple[Tensor, Tensor]] = []
-        scores = []
+        room = self._room(pages_LHB)
+        read, scores = [], []
         for layer, pages_HB in enumerate(pages_LHB):
-            tokens = self._read(pages_HB)
-            scores.append(self._score(layer, seen_L[layer], tokens, eviction))
-            if read_once:
-                read.append(tokens)
+            read.append(self._read(pages_HB, room[layer % len(room)]))
+            scores.append(self._score(layer, seen_L[layer], read[layer], eviction))
         selection = self._select(scores, eviction)
         pages_L = selection.pages_LH.sum(dim=1).tolist()
         parts = zip(selection.pages_LH, selection.tokens_PN.split(pages_L), target.split(pages_L), strict=True)
         for layer, (pages_H, tokens_PN, target_P) in enumerate(parts):
-            tokens = read[layer] if read_once else self._read(pages_LHB[layer])
+            tokens = read[layer] if len(room) > 1 else self._read(pages_LHB[layer], room[0])
             self._compact(tokens, pages_H, tokens_PN, target_P)
         return selection
 
     def _layer_by_layer(self, eviction: Eviction, seen_L: Tensor, pages_LHB: Tensor, target: Tensor) -> Selection:
         """Each layer has its own budget: it is read once, scored, and packed."""
+        (room,) = self._room(pages_LHB[:1])
         parts = []
         for layer, target_P in enumerate(target.chunk(len(pages_LHB))):
-            tokens = self._read(pages_LHB[layer])
+            tokens = self._read(pages_LHB[layer], room)
             part = self._select([self._score(layer, seen_L[layer], tokens, eviction)], eviction)
             self._compact(tokens, part.pages_LH[0], part.tokens_PN, target_P)
             parts.append(part)
@@ -142,15 +141,34 @@ class CPUEvictor:
             evictable=self._evictable(eviction),
         )
 
-    def _read(self, pages_HB: Tensor) -> tuple[Tensor, Tensor]:
+    def _room(self, pages_LHB: Tensor) -> Tensor:
+        """Where keys and values are unpacked: `[L, 2, H*B, N*D]`, or `[1, ...]`, for one layer after the other, where
+        all take too much memory.
+
+        Kept from eviction to eviction: memory that goes back to the system faults in again page by page, which takes
+        longer than to fill it.
+        """
+        data = self._view.data
+        most = READ_ONCE_BYTES // data.element_size()
+        layers = len(pages_LHB) if pages_LHB.numel() * data.shape[1] <= most else 1
+        shape = (layers, 2, pages_LHB[0].numel(), data.shape[1] // 2)
+        size = math.prod(shape)
+        if size > most:
+            return data.new_empty(shape)
+        if size > self._scratch.numel():
+            self._scratch = data.new_empty(size)
+        return self._scratch[:size].view(shape)
+
+    def _read(self, pages_HB: Tensor, room_2PX: Tensor) -> tuple[Tensor, Tensor]:
         """(K, V), each `[H, B*N, D]`, of a layer's pages (int64 `[H, B]`), tokens in their order."""
-        key_PND, value_PND = self._codec.unpack(self._view.data.index_select(0, pages_HB.flatten()))
+        halves = zip((self._codec.read_keys, self._codec.read_values), room_2PX, strict=True)
+        key_PND, value_PND = (read(self._view.data, pages_HB.flatten(), out_PX) for read, out_PX in halves)
         heads, width = pages_HB.shape[0], key_PND.shape[2]
-        return key_PND.reshape(heads, -1, width), value_PND.reshape(heads, -1, width)
+        return key_PND.view(heads, -1, width), value_PND.view(heads, -1, width)
 
     def _compact(self, tokens: tuple[Tensor, Tensor], pages_H: Tensor, tokens_PN: Tensor, target_P: Tensor) -> None:
         """Copy a layer's selected tokens (int32 `[P, N]`, `pages_H` pages for each head) into its packed pages."""
         head_P = torch.arange(self._view.num_heads).repeat_interleave(pages_H.long())
-        row_PN = head_P[:, None] * tokens[0].shape[1] + tokens_PN
-        key_PND, value_PND = (x.flatten(0, 1)[row_PN] for x in tokens)
+        row_X = (head_P[:, None] * tokens[0].shape[1] + tokens_PN).flatten()
+        key_PND, value_PND = (x.flatten(0, 1).index_select(0, row_X).unflatten(0, tokens_PN.shape) for x in tokens)
         self._view.data.index_copy_(0, target_P, self._codec.pack(key_PND, value_PND))

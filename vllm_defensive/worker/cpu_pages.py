@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Of pages on their way through a core's cache.
+FETCHED_ELEMENTS = 2**18
+
 
 class PageView:
     """The KV cache of `L` layers as `data[page]`: rows of `2*N*D` elements, one head page each, K before V."""
@@ -89,11 +92,20 @@ class PageCodec:
             raise RuntimeError("kv_eviction: the order of tokens inside a KV cache page could not be determined")
         return cls(*(h.view(page_tokens, head_size) for h in halves))
 
-    def unpack(self, pages_P: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw pages `[P, 2*N*D]` -> (K, V), each `[P, N, D]`, same dtype."""
-        halves = zip(self._halves, pages_P.chunk(2, dim=1), strict=True)
-        key, value = (reorder.gather(half).view(-1, self.page_tokens, self.head_size) for reorder, half in halves)
-        return key, value
+    def read_keys(self, data: Tensor, pages_P: Tensor, out_PX: Tensor | None = None) -> Tensor:
+        """K of pages (int64 `[P]`) of a buffer like `PageView.data` -> `[P, N, D]`, same dtype. out_PX: contiguous
+        memory to read them into, `[P, N*D]`."""
+        return self._read(0, data, pages_P, out_PX)
+
+    def read_values(self, data: Tensor, pages_P: Tensor, out_PX: Tensor | None = None) -> Tensor:
+        """V, as `read_keys`."""
+        return self._read(1, data, pages_P, out_PX)
+
+    def _read(self, half: int, data: Tensor, pages_P: Tensor, out_PX: Tensor | None) -> Tensor:
+        if out_PX is None:
+            out_PX = data.new_empty(len(pages_P), data.shape[1] // 2)
+        self._halves[half].gather(data.chunk(2, dim=1)[half], pages_P, out_PX)
+        return out_PX.view(-1, self.page_tokens, self.head_size)
 
     def pack(self, key_PND: Tensor, value_PND: Tensor) -> Tensor:
         """(K, V), each `[P, N, D]` -> raw pages `[P, 2*N*D]`, same dtype."""
@@ -110,6 +122,7 @@ class _Reorder:
     def __init__(self, order: Tensor) -> None:
         self._order = order
         self._dims = _strided(order.tolist())
+        self._plain = torch.equal(order, torch.arange(order.numel()))
 
     def _view(self, half_P: Tensor) -> Tensor | None:
         """`half_P` (rows of a page buffer) with its elements in logical order, or None if no view does that."""
@@ -118,10 +131,20 @@ class _Reorder:
         sizes, strides = self._dims
         return half_P.as_strided((half_P.shape[0], *sizes), (half_P.stride(0), *strides), half_P.storage_offset())
 
-    def gather(self, half_P: Tensor) -> Tensor:
-        if (view := self._view(half_P)) is None:
-            return half_P.index_select(1, self._order)
-        return _widen(view).contiguous().view(half_P.dtype).flatten(1)
+    def gather(self, half: Tensor, rows_P: Tensor, out_PX: Tensor) -> None:
+        """Rows of `half` in logical order -> contiguous `out_PX`. What must be reordered is fetched in portions that
+        stay in a core's cache until it is."""
+        if self._plain:
+            torch.index_select(half, 0, rows_P, out=out_PX)
+            return
+        step = max(1, FETCHED_ELEMENTS // half.shape[1])
+        for rows, out in zip(rows_P.split(step), out_PX.split(step), strict=True):
+            fetched = half.index_select(0, rows)
+            if (view := self._view(fetched)) is None:
+                torch.index_select(fetched, 1, self._order, out=out)
+            else:
+                wide = _widen(view)
+                out.view(wide.dtype).view(wide.shape).copy_(wide)
 
     def scatter(self, source_P: Tensor, half_P: Tensor) -> None:
         if (view := self._view(half_P)) is None:
