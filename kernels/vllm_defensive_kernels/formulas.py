@@ -126,13 +126,14 @@ def clamp_to_mean(peak_T: Tensor) -> Tensor:
 def aggregate_peak(attention_HGWT: Tensor, kernel: int) -> Tensor:
     """Largest mass-preservingly pooled attention over the window and the group. fp32 [H, G, W, T] -> fp32 [H, T].
 
-    Works on tiles of tokens, so that the pooled rows never leave the cache; the tiling changes no bit of the result.
+    Works on tiles of tokens, so that the pooled rows never leave the caches; the tiling changes no bit of the result.
+    On CPU the tiles are larger than elsewhere in this file: each costs eight calls of little work.
     """
     if kernel == 1:
         return attention_HGWT.amax(dim=(1, 2))
     tokens = attention_HGWT.shape[-1]
     scale = mass_preserving_scale(attention_HGWT, kernel)
-    tile = max(64, temporary_elements(attention_HGWT) // scale.numel())
+    tile = max(64, min(4 * temporary_elements(attention_HGWT), DEVICE_ELEMENTS) // scale.numel())
     peaks = []
     for first in range(0, tokens, tile):
         pooled = sum_neighbours(attention_HGWT, kernel, first, min(first + tile, tokens))
