@@ -95,7 +95,7 @@ def markdown(table: Sequence[Record], commands: Sequence[str]) -> str:
         ratios.insert(1, f"{cell['bound'][0]:.2f}" if cell["bound"] and cell["row"] != STOCK else "-")
         lines.append(
             f"| {cell['model']} | {load} | {cell['pool']:g} | `{cell['row']}` | {' | '.join(ratios)} "
-            f"| {cell['peak_running']:.0f} | {_planned(cell)} | {cell['peak_pool']:.0%} | {cell['preemptions']:.0f} "
+            f"| {cell['peak_running']:.0f} | {_planned(cell)} | {cell['peak_pool']:.0%} | {_or_dash(cell['preemptions'], '.0f')} "
             f"| {_or_dash(cell['freed_blocks'], '.0f')} | {_or_dash(cell['eviction_share'], '.1%')} |"
         )
     return "\n".join([*lines, "", "Made by:", "", *(f"- `{c}`" for c in commands), ""])

@@ -110,6 +110,8 @@ class Scenario:
         # their time, is a kernel that is not compiled.
         return [
             "--enforce-eager", "--block-size", str(BLOCK_SIZE),
+            # By name, as vLLM's "auto" turns a float32 model into bfloat16.
+            "--dtype", _DUMMIES.get(self.model, {}).get("torch_dtype", "bfloat16"),
             "--num-gpu-blocks-override", str(row.room * (self.pool_blocks - 1) + 1),
             "--max-num-seqs", str(self.concurrency if self.offline and self.concurrency else 128),
             "--max-model-len", str(self.prompt + self.output + 64), "--max-num-batched-tokens", "2048",
@@ -207,6 +209,11 @@ def scenarios(preset: str) -> list[Scenario]:
             Scenario("prompts of 8192", BALANCED, 8192, 128, 8, 4, both, offline=True),
             *(Scenario(f"answers of {n}", BALANCED, 2048, n, 12, 4, both, offline=True) for n in (32, 512)),
         ],
+        "shared-offline": [
+            Scenario(
+                "one prefix of 2,048, offline", BALANCED, 2304, 128, 20, 6, both, shared=2048, offline=True,
+            ),
+        ],
         "shared": [
             Scenario("one prefix of 2,048, 20 requests", HEAVY, 2304, 128, 20, 6, both, shared=2048),
             Scenario("chats of 5 turns", HEAVY, 3072, 64, 20, 8, both, concurrency=4, turns=5),
@@ -238,6 +245,7 @@ PRESETS = (
     "concurrency",
     "policies",
     "lengths",
+    "shared-offline",
     "shared",
     "short",
     "no-pressure",

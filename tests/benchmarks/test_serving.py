@@ -15,10 +15,12 @@ import pytest
 from benchmarks.serving import __main__ as program
 from benchmarks.serving import measure, report
 from benchmarks.serving.scenarios import (
+    BALANCED,
     BLOCK_SIZE,
     FP8,
     HEAVY,
     PRESETS,
+    SMOLLM2,
     STOCK,
     Scenario,
     _cut_vocabulary,
@@ -137,8 +139,8 @@ def test_measured_rounds_are_not_measured_again(tmp_path: Path, monkeypatch: pyt
 LOG = """
 Processed prompts:   0%|  | 0/1 [00:00<?] INFO Engine 000: Running: 1 reqs, Waiting: 0 reqs, CPU KV cache usage: 9.0%
 Processed prompts:   0%|  | 0/16 [00:00<?] INFO Engine 000: Running: 4 reqs, Waiting: 12 reqs, CPU KV cache usage: 91.3%
-INFO Engine 000: Running: 16 reqs, Waiting: 0 reqs, Deferred: 1 reqs, Preemptions: 2, CPU KV cache usage: 99.5%, Prefix
-INFO Engine 000: Running: 3 reqs, Waiting: 0 reqs, Preemptions: 1, CPU KV cache usage: 20.0%, Prefix cache hit rate: 1%
+INFO Engine 000: Running: 16 reqs, Waiting: 0 reqs, Deferred: 1 reqs, CPU KV cache usage: 99.5%, Prefix
+INFO Engine 000: Running: 3 reqs, Waiting: 0 reqs, CPU KV cache usage: 20.0%, Prefix cache hit rate: 1%
 """
 
 
@@ -156,13 +158,14 @@ def test_offline_runs_are_read_from_their_result_and_their_log(tmp_path: Path, m
     monkeypatch.setattr(measure, "model_folder", lambda _: tmp_path)
     scenario = replace(SCENARIO, offline=True, concurrency=8)
     stock, ours = measure.compare(measure.Servers(tmp_path), scenario, 1, tmp_path)
-    assert (ours["peak_running"], ours["peak_pool"], ours["preemptions"]) == (16, 0.995, 3)
+    assert (ours["peak_running"], ours["peak_pool"]) == (16, 0.995)
+    assert [sample[0] for sample in ours["samples"]] == [0, 2.67, 5.33]
     assert (ours["duration"], ours["output_throughput"], ours["request_throughput"]) == (8, 512, 2)
     assert (stock["row"], ours["row"], ours["prefill_seconds"]) == ("stock", OURS.name, 8)
     lengths = [command[command.index("--random-output-len") + 1] for command in commands]
     assert lengths == ["1", "1", "256", "256"]
     assert all(command[command.index("--max-num-seqs") + 1] == "8" for command in commands)
-    for missing in ("mean_ttft_ms", "median_tpot_ms", "eviction_seconds"):
+    for missing in ("mean_ttft_ms", "median_tpot_ms", "eviction_seconds", "preemptions"):
         assert missing not in ours
     table = report.cells([stock, ours])
     assert table[1]["throughput_ratio"] == [1, 1, 1] and table[1]["ttft_ratio"] == []
@@ -177,6 +180,24 @@ def test_a_failed_offline_run_says_why(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(measure.subprocess, "run", run)
     monkeypatch.setattr(measure, "model_folder", lambda _: tmp_path)
     with pytest.raises(RuntimeError, match="ended with 1:\nValueError: no such model"):
+        list(measure.compare(measure.Servers(tmp_path), replace(SCENARIO, offline=True), 1, tmp_path))
+
+
+def test_each_model_runs_in_its_own_dtype() -> None:
+    dtypes = {
+        m: _argument(replace(SCENARIO, model=m).engine_args(STOCK), "--dtype") for m in (HEAVY, BALANCED, SMOLLM2)
+    }
+    assert dtypes == {HEAVY: "bfloat16", BALANCED: "float32", SMOLLM2: "bfloat16"}
+
+
+def test_an_offline_run_without_statistics_is_not_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        Path(command[command.index("--output-json") + 1]).write_text('{"elapsed_time": 8.0}')
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(measure.subprocess, "run", run)
+    monkeypatch.setattr(measure, "model_folder", lambda _: tmp_path)
+    with pytest.raises(RuntimeError, match="no statistics"):
         list(measure.compare(measure.Servers(tmp_path), replace(SCENARIO, offline=True), 1, tmp_path))
 
 
