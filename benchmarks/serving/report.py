@@ -95,8 +95,9 @@ def markdown(table: Sequence[Record], commands: Sequence[str]) -> str:
         ratios.insert(1, f"{cell['bound'][0]:.2f}" if cell["bound"] and cell["row"] != STOCK else "-")
         lines.append(
             f"| {cell['model']} | {load} | {cell['pool']:g} | `{cell['row']}` | {' | '.join(ratios)} "
-            f"| {cell['peak_running']:.0f} | {_planned(cell)} | {cell['peak_pool']:.0%} | {_or_dash(cell['preemptions'], '.0f')} "
-            f"| {_or_dash(cell['freed_blocks'], '.0f')} | {_or_dash(cell['eviction_share'], '.1%')} |"
+            f"| {cell['peak_running']:.0f} | {_planned(cell)} | {cell['peak_pool']:.0%} "
+            f"| {_or_dash(cell['preemptions'], '.0f')} | {_or_dash(cell['freed_blocks'], '.0f')} "
+            f"| {_or_dash(cell['eviction_share'], '.1%')} |"
         )
     return "\n".join([*lines, "", "Made by:", "", *(f"- `{c}`" for c in commands), ""])
 
@@ -162,19 +163,20 @@ def write(folder: Path) -> Path:
         plt.close(figure)
 
     def pressure(axes: Any) -> None:
-        ours = sorted(
-            (c["pool"], c["throughput_ratio"][0])
-            for c in table
-            if c["scenario"].startswith("balanced, a pool of") and c["row"] != STOCK
-        )
-        if ours:
-            axes.plot(*zip(*ours, strict=True), marker="o", label="halokv, keep 0.2")
-            axes.axhline(1, color="grey", linewidth=0.8, label="stock vLLM")
-            axes.set_xscale("log", base=2)
+        for model in dict.fromkeys(c["model"] for c in table):
+            points = sorted(
+                (c["pool"], c["throughput_ratio"][0])
+                for c in table
+                if c["model"] == model and c["row"] != STOCK and "pool of" in c["scenario"] and c["output"] == 256
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=f"halokv, keep 0.2, {model}")
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set_xscale("log", base=2)
 
     def running(axes: Any) -> None:
         for record in records:
-            if record["scenario"] == "pool of 4" and record["repeat"] == 0:
+            if record["scenario"] == "balanced, long prompts and answers" and record["repeat"] == 0:
                 axes.plot([s[0] for s in record["samples"]], [s[1] for s in record["samples"]], label=record["row"])
 
     def per_token(axes: Any) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.engine.harness import Harness, text
 from tests.engine.test_random_walk import walk
+from vllm_defensive.engine import scheduler
 from vllm_defensive.engine.admission import ExpectedLength, Load, fits
 
 MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
@@ -186,16 +187,36 @@ def test_random_work_comes_to_its_end(tiny_model: Path, scheduling: str, asynchr
         tiny_model, num_blocks=30, keep=0.3, admission="steady", asynchronous=asynchronous, scheduling=scheduling,
         drafts=drafts, chunk=96, max_model_len=640,
     )  # fmt: skip
+    admits, said = h.scheduler._admits, list[bool]()
+    h.scheduler._admits = lambda request: said.append(admits(request)) or said[-1]
     walk(h, seed=1, steps=500, max_len=640, abort=0.05)
     assert len(h.evictions) > 10
+    assert not all(said)
 
 
 def test_other_cache_groups_count(tiny_model: Path) -> None:
     h = Harness(tiny_model, num_blocks=40, keep=0.3, admission="steady")
     request = h.scheduler.requests[h.add(text(300, 0), max_tokens=8)]
     alone = h.scheduler._load(request, ()).own
-    h.manager.other_managers = [SimpleNamespace(get_num_blocks_to_allocate=lambda *args, **kwargs: 3)]
-    assert h.scheduler._load(request, ()).own == alone + 3
+    by_length = SimpleNamespace(get_num_blocks_to_allocate=lambda _, num_tokens, *args, **kwargs: num_tokens)
+    h.manager.other_managers = [by_length]
+    assert h.scheduler._load(request, ()).own == alone + 308  # what they take at its expected end
+
+
+def test_a_refusal_is_not_worked_out_again_until_something_changes(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = Harness(tiny_model, num_blocks=40, keep=0.3, admission="steady", max_model_len=1024)
+    asked: list[int] = []
+
+    def counted(loads: list[Load], usable_blocks: int, block_size: int) -> bool:
+        asked.append(len(loads))
+        return fits(loads, usable_blocks, block_size)
+
+    monkeypatch.setattr(scheduler, "fits", counted)
+    preempted, most = served(h, 12, max_tokens=260)
+    assert (preempted, most) == (0, 3)
+    assert 12 <= len(asked) < 60  # of some thousand steps
 
 
 def test_eager_admission_is_not_even_asked(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

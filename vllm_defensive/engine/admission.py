@@ -35,7 +35,9 @@ def fits(loads: Sequence[Load], usable_blocks: int, block_size: int) -> bool:
     for count, load in enumerate(sorted(loads, key=lambda load: load.rest, reverse=True), 1):
         held += load.own
         for block in load.leading:
-            if block in seen:  # and so are all before it: who holds a block holds what precedes it
+            if (
+                block in seen
+            ):  # and so, but for rare copies, are all before it: who holds a block holds what precedes it
                 break
             seen.add(block)
             held += 1

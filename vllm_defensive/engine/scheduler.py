@@ -37,6 +37,7 @@ class _EvictionMixin(Scheduler):
         steady = self.eviction_manager.eviction.admission == "steady"
         self._answers = ExpectedLength(self.eviction_manager.block_size) if steady else None
         self._last_hit: Sequence[KVCacheBlock] = ()
+        self._refused: tuple[Any, ...] = ()  # who was not let in, and what was looked at
         self._longest_hit: int | None = None
         self._reported = metrics.Totals()
         self._reported_pool = metrics.Pool()
@@ -130,13 +131,24 @@ class _EvictionMixin(Scheduler):
 
     def _admits(self, request: Request) -> bool:
         """Whether the request has blocks already, or may have its first ones: if none run, or if all that do, it
-        included, are expected to fit into the pool until they end."""
+        included, are expected to fit into the pool until they end.
+
+        Originals of a prefill under way, and blocks of sessions that wait for input, are left to vLLM's own gate.
+        """
+        assert self._answers is not None
         blocks_of = self.eviction_manager.req_to_blocks
         if blocks_of.get(request.request_id) or not self.running:
             return True
+        # As answers grow, less is left of them: who did not fit does not until one ends, or the expectation changes.
+        question = (request.request_id, len(self.running), self._answers.mean)
+        if question == self._refused:
+            return False
         loads = [self._load(other, blocks_of.get(other.request_id, ())) for other in self.running]
         loads.append(self._load(request, self._last_hit))
-        return fits(loads, self.kv_cache_manager.block_pool.num_gpu_blocks - 1, self.eviction_manager.block_size)
+        usable = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        admitted = fits(loads, usable, self.eviction_manager.block_size)
+        self._refused = () if admitted else question
+        return admitted
 
     def _load(self, request: Request, blocks: Sequence[KVCacheBlock]) -> Load:
         """What the request asks of the pool. blocks: what it holds in place, or would find in the prefix cache."""
