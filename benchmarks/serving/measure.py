@@ -1,4 +1,4 @@
-"""One load on one server, with what `/metrics` says meanwhile."""
+"""One load on one server, with what `/metrics` says meanwhile, or on an engine of its own, with what its log says."""
 
 from __future__ import annotations
 

@@ -172,14 +172,24 @@ def test_offline_runs_are_read_from_their_result_and_their_log(tmp_path: Path, m
     assert report.markdown(table, []).count("| - |") >= 2
 
 
-def test_a_failed_offline_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "code, log, message",
+    [
+        (1, "ValueError: no such model", "ended with 1:\nValueError: no such model"),
+        (0, "INFO no line of statistics", "logged no statistics:\nINFO no line"),
+    ],
+)
+def test_an_offline_run_that_is_no_record_says_why(
+    code: int, log: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(command: list[str], stdout: Any, **_: Any) -> subprocess.CompletedProcess[str]:
-        stdout.write("ValueError: no such model")
-        return subprocess.CompletedProcess(command, 1)
+        stdout.write(log)
+        Path(command[command.index("--output-json") + 1]).write_text('{"elapsed_time": 8.0}')
+        return subprocess.CompletedProcess(command, code)
 
     monkeypatch.setattr(measure.subprocess, "run", run)
     monkeypatch.setattr(measure, "model_folder", lambda _: tmp_path)
-    with pytest.raises(RuntimeError, match="ended with 1:\nValueError: no such model"):
+    with pytest.raises(RuntimeError, match=message):
         list(measure.compare(measure.Servers(tmp_path), replace(SCENARIO, offline=True), 1, tmp_path))
 
 
@@ -188,17 +198,6 @@ def test_each_model_runs_in_its_own_dtype() -> None:
         m: _argument(replace(SCENARIO, model=m).engine_args(STOCK), "--dtype") for m in (HEAVY, BALANCED, SMOLLM2)
     }
     assert dtypes == {HEAVY: "bfloat16", BALANCED: "float32", SMOLLM2: "bfloat16"}
-
-
-def test_an_offline_run_without_statistics_is_not_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        Path(command[command.index("--output-json") + 1]).write_text('{"elapsed_time": 8.0}')
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(measure.subprocess, "run", run)
-    monkeypatch.setattr(measure, "model_folder", lambda _: tmp_path)
-    with pytest.raises(RuntimeError, match="no statistics"):
-        list(measure.compare(measure.Servers(tmp_path), replace(SCENARIO, offline=True), 1, tmp_path))
 
 
 def test_a_smaller_dtype_holds_more_tokens_in_the_same_bytes() -> None:

@@ -151,6 +151,7 @@ def record(result: Found, folder: Path, tiny_model: Path) -> Found:
             answers = generate(llm, PROMPTS, 2, extra_args=[fields] * len(PROMPTS))
             result.audits[policy] = [audit_of(folder, answer.request_id) for answer in answers]
             result.tensors[policy] = [seen.get(answer.request_id, []) for answer in answers]
+        assert 0 < worker_of(llm)._evictor._scratch.nbytes <= cpu_evictor.READ_ONCE_BYTES, "the kept room was not used"
     return result
 
 

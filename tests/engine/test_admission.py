@@ -100,7 +100,6 @@ def test_steady_admission_throws_nobody_out(tiny_model: Path, scheduling: str, a
     }  # fmt: skip
     eager = served(Harness(tiny_model, **common), 12, max_tokens=260)
     steady = served(Harness(tiny_model, **common, admission="steady"), 12, max_tokens=260)
-    print("preempted, most at once:", eager, steady)
     assert eager[0] > 3 and steady[0] == 0
     assert 3 <= steady[1] < eager[1]
 
