@@ -99,6 +99,25 @@ def test_scores_do_not_depend_on_the_range_that_may_go(policy: Policy) -> None:
         assert part.rank_HE is not None and torch.equal(part.rank_HE, whole.rank_HE[:, 48:192])
 
 
+@pytest.mark.parametrize("policy", [p for p in PUBLIC if not p.needs_all_values], ids=by_name)
+@pytest.mark.parametrize("skipped", [1, 48])
+@pytest.mark.parametrize("first", [48, 190])
+def test_values_of_tokens_that_stay_may_be_missing(policy: Policy, skipped: int, first: int) -> None:
+    inputs = make_layers(SHAPE)[0]
+    cut = replace(inputs, value_HSD=inputs.value_HSD[:, skipped:])
+    whole, part = (score(policy, SHAPE, x, evictable=(first, 192)) for x in (inputs, cut))
+    torch.testing.assert_close(part.scores_HE, whole.scores_HE, rtol=1e-6, atol=0)
+    if whole.rank_HE is not None:
+        torch.testing.assert_close(part.rank_HE, whole.rank_HE, rtol=1e-6, atol=0)
+
+
+def test_stage_one_asks_for_all_values() -> None:
+    inputs = make_layers(SHAPE)[0]
+    cut = replace(inputs, value_HSD=inputs.value_HSD[:, 48:])
+    with pytest.raises(AssertionError, match="needs the values of all tokens"):
+        score(PRESETS["defensivekv"], SHAPE, cut, evictable=(48, 192))
+
+
 def test_a_range_that_ends_before_the_window_forces_nothing() -> None:
     part = score(PRESETS["layer-defensivekv"], SHAPE, make_layers(SHAPE)[0], evictable=(0, 128))
     assert part.scores_HE.isfinite().all()

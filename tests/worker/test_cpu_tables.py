@@ -87,16 +87,16 @@ def test_rows_come_grow_and_go_in_any_order(view: PageView) -> None:
             for layer in range(L):
                 for head in range(H):
                     expected = expected_pages(view, plans[e], pages[e], growth[e], layer, head)
-                    found = batch.pages_LEHP[layer, position, head, : len(expected)].tolist()
+                    found = batch.pages_LHEP[layer, head, position, : len(expected)].tolist()
                     assert found == expected, (step, e)
-                    assert lengths[layer, position * H + head] <= len(expected) * N
+                    assert lengths[layer, head * len(present) + position] <= len(expected) * N
 
 
 def test_a_batch_that_stays_the_same_keeps_its_tables(view: PageView) -> None:
     rows = [RequestTable(view, PLAN, PAGES_LH) for _ in range(2)]
     batch = BatchTable()
     batch.update(rows, [torch.tensor([17]), torch.tensor([18])])
-    memory = batch.pages_LEHP.data_ptr()
+    memory = batch.pages_LHEP.data_ptr()
     for block in range(19, 30):
         batch.update(rows, [torch.tensor([block]), None])
-    assert batch.pages_LEHP.data_ptr() == memory
+    assert batch.pages_LHEP.data_ptr() == memory

@@ -70,6 +70,12 @@ class Policy:
         return self.value_weight != "none" or self.aggregate == "custom"
 
     @property
+    def needs_all_values(self) -> bool:
+        """Whether the values of tokens that are not up for eviction count too: stage 1 of "mass" lifts to a maximum
+        over all, and of a foreign score we know nothing."""
+        return self.stages == "mass" or self.aggregate == "custom"
+
+    @property
     def layers_apart(self) -> bool:
         """Whether a layer's choice does not depend on the other layers."""
         return self.scope != "model" and self.layer_budget == "even"

@@ -55,6 +55,7 @@ def score_layer(
     prompt does not change what its tokens weigh. Tokens of the window that lie in the range get +inf.
 
     query_WQD: post-RoPE queries of the last W tokens (None where the policy needs none; give `window` then).
+    value_HSD: those of the first tokens may be missing, up to `start`, unless `policy.needs_all_values`.
     output_QDM: the output projection's slice of each query head; None weighs no values.
     factor_QDC: `formulas.gram_factor(output_QDM)`, for "l2-gram"; computed here when it is missing.
     scale: of the logits. keep_ratio: bounds stage 1 of "mass".
@@ -77,7 +78,8 @@ def score_layer(
             assert scores_HT.shape == (key_HSD.shape[0], scored), f"{policy.name} returned {tuple(scores_HT.shape)}"
             return LayerScores(_cut_and_force(scores_HT.float(), start, stop))
         attention = _observe(policy, query_WQD, key_HSD, scale, reduce_heads)
-        norm_HT = _value_norm(policy, value_HSD[:, :scored], output_QDM, factor_QDC)
+        skipped = tokens - value_HSD.shape[1]
+        norm_HT = _value_norm(policy, value_HSD[:, : max(scored - skipped, 0)], output_QDM, factor_QDC)
         return settle(
             policy,
             attention,
@@ -125,10 +127,17 @@ def settle(
     evictable: tuple[int, int],
     reduce_heads: ReduceHeads | None = None,
 ) -> LayerScores:
-    """The second half of `score_layer`, for attention and value norms that a kernel has computed."""
+    """The second half of `score_layer`, for attention and value norms that a kernel has computed.
+
+    norm_HT: those of the first tokens may be missing, as `score_layer` says of values.
+    """
     scores_HT, rank_HT = attention.scores_HT, None
     if policy.halo_tokens:
         scores_HT = formulas.halo(scores_HT, policy.halo_tokens, policy.halo_weight)
+    if norm_HT is not None and (skipped := scores_HT.shape[1] - norm_HT.shape[1]):
+        assert not policy.needs_all_values, f"{policy.name} needs the values of all tokens"
+        scores_HT = scores_HT[:, skipped:]
+        evictable = evictable[0] - skipped, evictable[1] - skipped
     if policy.aggregate == "defensive":
         cap = stage_one_cap(scores_HT.shape[1], keep_ratio, window) if policy.stages == "mass" else 0
         scores_HT = _weigh_and_settle(replace(attention, scores_HT=scores_HT), norm_HT, cap, reduce_heads)

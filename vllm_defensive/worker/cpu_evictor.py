@@ -83,25 +83,25 @@ class CPUEvictor:
     def _across_layers(self, eviction: Eviction, seen_L: Tensor, pages_LHB: Tensor, target: Tensor) -> Selection:
         """Layers share one budget: every one is scored before the first is packed. What was read for the one is kept
         for the other, unless that takes too much memory."""
-        room = self._room(pages_LHB)
+        room, first = self._room(pages_LHB), _first_value(eviction)
         read, scores = [], []
         for layer, pages_HB in enumerate(pages_LHB):
-            read.append(self._read(pages_HB, room[layer % len(room)]))
+            read.append(self._read(pages_HB, room[layer % len(room)], first))
             scores.append(self._score(layer, seen_L[layer], read[layer], eviction))
         selection = self._select(scores, eviction)
         pages_L = selection.pages_LH.sum(dim=1).tolist()
         parts = zip(selection.pages_LH, selection.tokens_PN.split(pages_L), target.split(pages_L), strict=True)
         for layer, (pages_H, tokens_PN, target_P) in enumerate(parts):
-            tokens = read[layer] if len(room) > 1 else self._read(pages_LHB[layer], room[0])
+            tokens = read[layer] if len(room) > 1 else self._read(pages_LHB[layer], room[0], first)
             self._compact(tokens, pages_H, tokens_PN, target_P)
         return selection
 
     def _layer_by_layer(self, eviction: Eviction, seen_L: Tensor, pages_LHB: Tensor, target: Tensor) -> Selection:
         """Each layer has its own budget: it is read once, scored, and packed."""
-        (room,) = self._room(pages_LHB[:1])
+        (room,), first = self._room(pages_LHB[:1]), _first_value(eviction)
         parts = []
         for layer, target_P in enumerate(target.chunk(len(pages_LHB))):
-            tokens = self._read(pages_LHB[layer], room)
+            tokens = self._read(pages_LHB[layer], room, first)
             part = self._select([self._score(layer, seen_L[layer], tokens, eviction)], eviction)
             self._compact(tokens, part.pages_LH[0], part.tokens_PN, target_P)
             parts.append(part)
@@ -123,7 +123,7 @@ class CPUEvictor:
             mass_HS=seen if policy.accumulates else None,
             window=self._config.window,
             key_HSD=key_HTD[:, : eviction.num_tokens],
-            value_HSD=value_HTD[:, : eviction.num_tokens],
+            value_HSD=value_HTD[:, : eviction.num_tokens - _first_value(eviction) * self._view.page_tokens],
             output_QDM=self._projections.slices(layer) if policy.needs_values and not gram else None,
             factor_QDC=self._projections.factor(layer) if gram else None,
             scale=self._scale,
@@ -159,16 +159,27 @@ class CPUEvictor:
             self._scratch = data.new_empty(size)
         return self._scratch[:size].view(shape)
 
-    def _read(self, pages_HB: Tensor, room_2PX: Tensor) -> tuple[Tensor, Tensor]:
-        """(K, V), each `[H, B*N, D]`, of a layer's pages (int64 `[H, B]`), tokens in their order."""
-        halves = zip((self._codec.read_keys, self._codec.read_values), room_2PX, strict=True)
-        key_PND, value_PND = (read(self._view.data, pages_HB.flatten(), out_PX) for read, out_PX in halves)
-        heads, width = pages_HB.shape[0], key_PND.shape[2]
+    def _read(self, pages_HB: Tensor, room_2PX: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """(K `[H, B*N, D]`, V `[H, (B-first)*N, D]`) of a layer's pages (int64 `[H, B]`), tokens in their order."""
+        key_PND = self._codec.read_keys(self._view.data, pages_HB.flatten(), room_2PX[0])
+        pages_P = pages_HB[:, first:].flatten()
+        value_PND = self._codec.read_values(self._view.data, pages_P, room_2PX[1, : len(pages_P)])
+        heads, width = len(pages_HB), key_PND.shape[2]
         return key_PND.view(heads, -1, width), value_PND.view(heads, -1, width)
 
     def _compact(self, tokens: tuple[Tensor, Tensor], pages_H: Tensor, tokens_PN: Tensor, target_P: Tensor) -> None:
         """Copy a layer's selected tokens (int32 `[P, N]`, `pages_H` pages for each head) into its packed pages."""
         head_P = torch.arange(self._view.num_heads).repeat_interleave(pages_H.long())
-        row_X = (head_P[:, None] * tokens[0].shape[1] + tokens_PN).flatten()
-        key_PND, value_PND = (x.flatten(0, 1).index_select(0, row_X).unflatten(0, tokens_PN.shape) for x in tokens)
+        most = tokens[0].shape[1]
+        packed = []
+        for part_HTD in tokens:
+            held = part_HTD.shape[1]  # the last ones of all
+            row_X = (head_P[:, None] * held + (tokens_PN - (most - held))).flatten()
+            packed.append(part_HTD.flatten(0, 1).index_select(0, row_X).unflatten(0, tokens_PN.shape))
+        key_PND, value_PND = packed
         self._view.data.index_copy_(0, target_P, self._codec.pack(key_PND, value_PND))
+
+
+def _first_value(eviction: Eviction) -> int:
+    """The first block whose values somebody asks for: those of blocks that stay in place are read for few policies."""
+    return 0 if PRESETS[eviction.policy].needs_all_values else eviction.shared_blocks

@@ -18,11 +18,12 @@ from vllm_defensive.worker.window import Capture, WindowQueries
 
 @dataclass(frozen=True)
 class EvictedRows:
-    """The evicted rows of one batch. R = E*H sequences of one KV head each, X = their query tokens in all.
+    """The evicted rows of one batch. R = H*E sequences of one KV head each, all rows of a head together; X = their
+    query tokens in all.
 
     rows_E int64 and query_lens_E int32: batch rows and their numbers of new tokens. token_head_X int64: index of each
     (token, KV head) into the batch's queries seen as `[T*H, G, D]`; None when that is all of them in their order, as in
-    a decode step in which every row is evicted. query_start_R int32 `[R+1]`. tables_LRP and seq_lens_LR int32, per
+    a decode step of one evicted row alone. query_start_R int32 `[R+1]`. tables_LRP and seq_lens_LR int32, per
     layer.
     """
 
@@ -128,26 +129,25 @@ class CPURuntime:
             query_lens_E=query_lens_E,
             token_head_X=token_head_X,
             query_start_R=query_start_R,
-            tables_LRP=self._batch.pages_LEHP.flatten(1, 2),
+            tables_LRP=self._batch.pages_LHEP.flatten(1, 2),
             seq_lens_LR=self._batch.lengths(seq_lens_E),
         )
 
     def _queries(self, rows: list[int], common: Any) -> tuple[Tensor, Tensor | None, Tensor]:
         """(query_lens_E, token_head_X, query_start_R) of `EvictedRows`."""
         num_heads = self._view.num_heads
-        if len(rows) == common.num_reqs == common.num_actual_tokens:
-            ones = torch.ones(len(rows), dtype=torch.int32)
-            return ones, None, torch.arange(len(rows) * num_heads + 1, dtype=torch.int32)
+        if common.num_actual_tokens == 1:
+            return torch.ones(1, dtype=torch.int32), None, torch.arange(num_heads + 1, dtype=torch.int32)
         rows_E = torch.tensor(rows)
         starts_E = common.query_start_loc_cpu[rows_E].long()
         query_lens_E = common.query_start_loc_cpu[rows_E + 1].long() - starts_E
-        query_lens_R = query_lens_E.repeat_interleave(num_heads)
-        query_start_R = torch.zeros(query_lens_R.numel() + 1, dtype=torch.int32)
-        query_start_R[1:] = query_lens_R.cumsum(0)
-        # Sequence r = (row e, head h) has the tokens starts[e] + 0, 1, ...: position in [T*H] is token * H + h.
-        sequence_X = torch.arange(query_lens_R.numel()).repeat_interleave(query_lens_R)
-        token_X = torch.arange(sequence_X.numel()) - query_start_R[sequence_X] + starts_E[sequence_X // num_heads]
-        return query_lens_E.to(torch.int32), token_X * num_heads + sequence_X % num_heads, query_start_R
+        ends_E = query_lens_E.cumsum(0)
+        # Token y of the evicted rows lies in the batch where its row starts, plus its place in the row.
+        token_Y = torch.arange(int(ends_E[-1])) + (starts_E - ends_E + query_lens_E).repeat_interleave(query_lens_E)
+        token_head_X = (token_Y * num_heads + torch.arange(num_heads)[:, None]).flatten()
+        query_start_R = torch.zeros(num_heads * len(rows) + 1, dtype=torch.int32)
+        query_start_R[1:] = query_lens_E.repeat(num_heads).cumsum(0)
+        return query_lens_E.to(torch.int32), token_head_X, query_start_R
 
 
 def _chunk(common: Any, row: int) -> tuple[tuple[int, int], int]:

@@ -65,12 +65,16 @@ class RequestTable:
 
 
 class BatchTable:
-    """The tables of a batch's evicted rows side by side, kept from step to step while the rows stay the same."""
+    """The tables of a batch's evicted rows side by side, kept from step to step while the rows stay the same.
+
+    All rows of one head come before those of the next, as vLLM's kernel goes through a batch: pages that many rows
+    share are then read while they are still in the core's cache.
+    """
 
     def __init__(self) -> None:
         self._rows: list[RequestTable] = []
-        self.pages_LEHP = torch.empty(0)
-        self.offset_LEH = torch.empty(0)
+        self.pages_LHEP = torch.empty(0)
+        self.offset_LHE = torch.empty(0)
 
     def update(self, rows: Sequence[RequestTable], new_blocks: Sequence[Tensor | None]) -> None:
         """Make this the table of `rows`; new_blocks[e]: positional blocks (int64) that row `e` got since, if any."""
@@ -79,19 +83,19 @@ class BatchTable:
             if blocks is None:
                 continue
             columns_LHB, pages_LHB = row.grow(blocks)
-            same = same and row.pages_LHP.shape[2] <= self.pages_LEHP.shape[3]
+            same = same and row.pages_LHP.shape[2] <= self.pages_LHEP.shape[3]
             if same:
-                self.pages_LEHP[:, e].scatter_(2, columns_LHB, pages_LHB)
+                self.pages_LHEP[:, :, e].scatter_(2, columns_LHB, pages_LHB)
         if same:
             return
         self._rows = list(rows)
         width = max(row.pages_LHP.shape[2] for row in rows)
         layers, heads = rows[0].pages_LHP.shape[:2]
-        self.pages_LEHP = torch.zeros(layers, len(rows), heads, width, dtype=torch.int32)
+        self.pages_LHEP = torch.zeros(layers, heads, len(rows), width, dtype=torch.int32)
         for e, row in enumerate(rows):
-            self.pages_LEHP[:, e, :, : row.pages_LHP.shape[2]] = row.pages_LHP
-        self.offset_LEH = torch.stack([row.offset_LH for row in rows], dim=1)
+            self.pages_LHEP[:, :, e, : row.pages_LHP.shape[2]] = row.pages_LHP
+        self.offset_LHE = torch.stack([row.offset_LH for row in rows], dim=2)
 
     def lengths(self, seq_lens_E: Tensor) -> Tensor:
-        """Tokens that each head reads, int32 `[L, E*H]`, given vLLM's logical lengths int32 `[E]`."""
-        return (self.offset_LEH + seq_lens_E[None, :, None]).flatten(1)
+        """Tokens that each head reads, int32 `[L, H*E]`, given vLLM's logical lengths int32 `[E]`."""
+        return (self.offset_LHE + seq_lens_E).flatten(1)
