@@ -35,6 +35,9 @@ _COUNTERS = {
 }
 
 
+_SHORTEST = 2  # tokens; prompts of which one is asked are not evicted
+
+
 class Watch(threading.Thread):
     """Samples running requests and the pool's occupancy until it is told to stop."""
 
@@ -95,8 +98,8 @@ def compare(
     """Records of all rows of a scenario, as they come.
 
     The servers are up together and take turns, so that a change of the machine's speed hits each of them; an idle one
-    waits without computing. A few requests warm up; then a round that asks for one token of each prompt tells how much
-    of the others is prefill.
+    waits without computing. A few requests warm up; then a round with the shortest answers of evicted prompts tells how
+    much of the others is prefill.
     """
     if scenario.offline:
         yield from _compare_offline(scenario, repeats, folder, seed)
@@ -106,7 +109,7 @@ def compare(
     for row, server in zip(scenario.rows, up, strict=True):
         _load(few, row, server, seed, folder, scenario.output)
     prefill = [
-        _load(scenario, row, server, seed, folder, output=1)["duration"]
+        _load(scenario, row, server, seed, folder, output=_SHORTEST)["duration"]
         for row, server in zip(scenario.rows, up, strict=True)
     ]
     for repeat in range(repeats):
@@ -148,7 +151,7 @@ def _load(scenario: Scenario, row: Row, server: Server, seed: int, folder: Path,
 
 def _compare_offline(scenario: Scenario, repeats: int, folder: Path, seed: int) -> Iterator[dict[str, Any]]:
     """`compare` with `vllm bench throughput`: engines come and go instead of taking turns."""
-    prefill = [_run_offline(scenario, row, seed, folder, output=1)["duration"] for row in scenario.rows]
+    prefill = [_run_offline(scenario, row, seed, folder, output=_SHORTEST)["duration"] for row in scenario.rows]
     for repeat in range(repeats):
         for row, seconds in zip(scenario.rows, prefill, strict=True):
             record = _run_offline(scenario, row, seed + repeat + 1, folder, scenario.output)

@@ -86,7 +86,7 @@ def markdown(table: Sequence[Record], commands: Sequence[str]) -> str:
         "smallest and the largest. Absolute times mean nothing on a shared machine and are in `results.json` only.",
         "Pool: KV cache in multiples of one request. Planned: requests at once by `vllm_defensive.planner`, at their",
         "end and half-way. Bound: the ratio if answers took no time, given what the prompts alone take (measured by",
-        "asking for one token each). Decode phase: the ratio of the time beyond that.", "",
+        "asking for two tokens each). Decode phase: the ratio of the time beyond that.", "",
         f"| {' | '.join(columns)} |", "| --- | --- | ---: | --- |" + " ---: |" * (len(columns) - 4),
     ]  # fmt: skip
     for cell in table:

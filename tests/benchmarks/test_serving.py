@@ -163,7 +163,7 @@ def test_offline_runs_are_read_from_their_result_and_their_log(tmp_path: Path, m
     assert (ours["duration"], ours["output_throughput"], ours["request_throughput"]) == (8, 512, 2)
     assert (stock["row"], ours["row"], ours["prefill_seconds"]) == ("stock", OURS.name, 8)
     lengths = [command[command.index("--random-output-len") + 1] for command in commands]
-    assert lengths == ["1", "1", "256", "256"]
+    assert lengths == ["2", "2", "256", "256"], "who asks for one token is not evicted"
     assert all(command[command.index("--max-num-seqs") + 1] == "8" for command in commands)
     for missing in ("mean_ttft_ms", "median_tpot_ms", "eviction_seconds", "preemptions"):
         assert missing not in ours

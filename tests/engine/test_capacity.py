@@ -83,7 +83,7 @@ def test_a_plan_is_dropped_if_its_request_is_thrown_out_in_the_same_pass(tiny_mo
     h = Harness(
         tiny_model, num_blocks=16, keep=0.5, scheduling="priority", chunk=96, long_prefill=64, max_model_len=320
     )
-    minor = h.add(text(319, 0), max_tokens=1, priority=1)
+    minor = h.add(text(319, 0), max_tokens=2, priority=1)
     h.step()  # alone, so that it comes first in every later pass
     major = h.add(text(30, 1), max_tokens=9, priority=0)  # it needs its second block in step 5, when `minor` is done
     for _ in range(3):

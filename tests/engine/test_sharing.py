@@ -260,3 +260,11 @@ def test_of_a_thousand_waiting_requests_a_few_are_compared() -> None:
     asked.clear()
     assert worth_sharing(live["999"], 0.002, 2, 32, live, state_of) == 1, "a tiny ratio wants five hundred sharers"
     assert 500 <= len(asked) <= 1000
+
+
+def test_who_is_gone_after_its_prefill_is_nobody_to_share_with() -> None:
+    live = {str(i): waiting(i) for i in range(6)}
+    settings = RequestSettings(policy="snapkv", keep=0.2)
+    lasting, fleeting = RequestState(64, settings, decided=False), RequestState(64, settings, True, fleeting=True)
+    assert worth_sharing(live["0"], 0.2, 2, 32, live, lambda _: lasting) == 1
+    assert worth_sharing(live["0"], 0.2, 2, 32, live, lambda _: fleeting) == 0

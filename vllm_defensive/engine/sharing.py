@@ -44,8 +44,8 @@ def worth_sharing(
             continue  # most live requests are strangers, and this runs in the scheduler's step
         state = state_of(other_id)
         assert state is not None
-        if state.accumulates:
-            continue
+        if state.accumulates or state.fleeting:
+            continue  # reads nobody's blocks, or not for long
         evicted = state.full_blocks > 0
         limit = min(full_blocks, len(hashes), state.shared_blocks if evicted else len(theirs))
         common = _common_prefix(hashes, theirs, limit)

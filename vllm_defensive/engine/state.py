@@ -16,12 +16,14 @@ class RequestState:
 
     num_tokens: `T`, where it is evicted: its boundary, or the end of its prompt (again, if it was preempted).
     decided: the allocation that reaches `T` has been made, or this is not a request to evict.
+    fleeting: it ends with its prefill, so that there is nothing to gain.
     The rest is set when it is evicted.
     """
 
     num_tokens: int
     settings: RequestSettings
     decided: bool
+    fleeting: bool = False
     shared_blocks: int = 0
     full_blocks: int = 0
     packed: list[KVCacheBlock] = field(default_factory=list)

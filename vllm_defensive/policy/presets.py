@@ -75,6 +75,10 @@ class Policy:
         over all, and of a foreign score we know nothing."""
         return self.stages == "mass" or self.aggregate == "custom"
 
+    def first_value(self, start: int) -> int:
+        """The first token or block whose values are read, where `start` is the first that may be evicted."""
+        return 0 if self.needs_all_values else start
+
     @property
     def layers_apart(self) -> bool:
         """Whether a layer's choice does not depend on the other layers."""

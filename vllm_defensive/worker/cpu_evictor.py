@@ -83,7 +83,7 @@ class CPUEvictor:
     def _across_layers(self, eviction: Eviction, seen_L: Tensor, pages_LHB: Tensor, target: Tensor) -> Selection:
         """Layers share one budget: every one is scored before the first is packed. What was read for the one is kept
         for the other, unless that takes too much memory."""
-        room, first = self._room(pages_LHB), _first_value(eviction)
+        room, first = self._room(pages_LHB), PRESETS[eviction.policy].first_value(eviction.shared_blocks)
         read, scores = [], []
         for layer, pages_HB in enumerate(pages_LHB):
             read.append(self._read(pages_HB, room[layer % len(room)], first))
@@ -98,7 +98,7 @@ class CPUEvictor:
 
     def _layer_by_layer(self, eviction: Eviction, seen_L: Tensor, pages_LHB: Tensor, target: Tensor) -> Selection:
         """Each layer has its own budget: it is read once, scored, and packed."""
-        (room,), first = self._room(pages_LHB[:1]), _first_value(eviction)
+        (room,), first = self._room(pages_LHB[:1]), PRESETS[eviction.policy].first_value(eviction.shared_blocks)
         parts = []
         for layer, target_P in enumerate(target.chunk(len(pages_LHB))):
             tokens = self._read(pages_LHB[layer], room, first)
@@ -115,6 +115,7 @@ class CPUEvictor:
         """seen: the window's queries `[W, Q, D]`, or accumulated attention `[H, T]` where the policy asks for that."""
         key_HTD, value_HTD = tokens
         policy = PRESETS[eviction.policy]
+        skipped = key_HTD.shape[1] - value_HTD.shape[1]
         gram = policy.value_weight == "l2-gram"
         return score_layer(
             policy,
@@ -123,7 +124,7 @@ class CPUEvictor:
             mass_HS=seen if policy.accumulates else None,
             window=self._config.window,
             key_HSD=key_HTD[:, : eviction.num_tokens],
-            value_HSD=value_HTD[:, : eviction.num_tokens - _first_value(eviction) * self._view.page_tokens],
+            value_HSD=value_HTD[:, : eviction.num_tokens - skipped],
             output_QDM=self._projections.slices(layer) if policy.needs_values and not gram else None,
             factor_QDC=self._projections.factor(layer) if gram else None,
             scale=self._scale,
@@ -178,8 +179,3 @@ class CPUEvictor:
             packed.append(part_HTD.flatten(0, 1).index_select(0, row_X).unflatten(0, tokens_PN.shape))
         key_PND, value_PND = packed
         self._view.data.index_copy_(0, target_P, self._codec.pack(key_PND, value_PND))
-
-
-def _first_value(eviction: Eviction) -> int:
-    """The first block whose values somebody asks for: those of blocks that stay in place are read for few policies."""
-    return 0 if PRESETS[eviction.policy].needs_all_values else eviction.shared_blocks

@@ -50,13 +50,16 @@ class LayerScales:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """One eviction's tensors: window queries `[L, W, Q, D]`, block table int32 `[1, blocks]`, its scored tokens."""
+    """One eviction's tensors: window queries `[L, W, Q, D]`, block table int32 `[1, blocks]`, its scored tokens, and
+    those of them from block `first_value` on, whose values weigh."""
 
     eviction: Eviction
     policy: Policy
     window_LWQD: Tensor
     table_1B: Tensor
     tokens: RaggedTokens
+    first_value: int
+    valued: RaggedTokens
     evictable: tuple[int, int]
 
 
@@ -134,12 +137,16 @@ class CUDAEvictor:
         device, page_tokens = self._pages.key_PND.device, self._pages.page_tokens
         table_B = vllm_compat.to_device(eviction.source_blocks, device)
         fresh_K = vllm_compat.to_device(eviction.packed_blocks, device)
+        policy, scored = PRESETS[eviction.policy], eviction.num_tokens - window_LWQD.shape[1]
+        first_value = policy.first_value(eviction.shared_blocks)
         prompt = _Prompt(
             eviction,
-            PRESETS[eviction.policy],
+            policy,
             window_LWQD,
             table_B[None],
-            RaggedTokens.of([eviction.num_tokens - window_LWQD.shape[1]], device),
+            RaggedTokens.of([scored], device),
+            first_value,
+            RaggedTokens.of([max(scored - first_value * page_tokens, 0)], device),
             (eviction.shared_blocks * page_tokens, eviction.num_tokens // page_tokens * page_tokens),
         )
         selection = self._select(prompt, self._scores(prompt))
@@ -196,8 +203,8 @@ class CUDAEvictor:
             order, weights = 2, self._projections.factor(layer)
         if weights is None:
             return None
-        scale = self._scales[layer].value
-        return value_norm(self._pages, layer, prompt.table_1B, prompt.tokens, weights, order=order, value_scale=scale)
+        table_1B, scale = prompt.table_1B[:, prompt.first_value :], self._scales[layer].value
+        return value_norm(self._pages, layer, table_1B, prompt.valued, weights, order=order, value_scale=scale)
 
     def _score_in_torch(self, prompt: _Prompt, layer: int) -> LayerScores:
         """For policies that read no tensor of the model, and formulas that the kernels do not have."""
