@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -125,6 +126,8 @@ def client(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         with httpx.Client(base_url=server.url, timeout=60, headers={"Content-Type": "application/json"}) as client:
             yield client
             assert client.get("/health").status_code == 200, "the engine lives on"
+            evicted = re.findall(r"(?m)^vllm:kv_eviction_requests_total\{.*\} (\S+)$", client.get("/metrics").text)
+            assert sum(map(float, evicted)) > 0
         assert "EngineDeadError" not in log.read_text(errors="replace")
 
 
@@ -143,7 +146,7 @@ def status_of(client: httpx.Client, extra_args: Any, chat: bool, stream: bool, n
         several = [[7 + i] * (NUM_TOKENS + 20 * i) for i in range(prompts)]
         path, prompt, answers = "/v1/completions", {"prompt": several if prompts > 1 else several[0]}, n * prompts
     # vLLM takes n > 1 only of what it calls random, which with one token to choose from is not.
-    body = {"model": "tiny", "max_tokens": 1, "temperature": 1, "top_k": 1, "n": n, "stream": stream, **prompt}
+    body = {"model": "tiny", "max_tokens": 2, "temperature": 1, "top_k": 1, "n": n, "stream": stream, **prompt}
     # As other clients may: numbers that JSON does not know, lone surrogates escaped.
     reply = client.post(path, content=json.dumps({**body, "vllm_xargs": extra_args}))
     if reply.status_code == 200:

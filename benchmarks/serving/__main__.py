@@ -1,6 +1,6 @@
 """`python -m benchmarks.serving --preset pressure`: the servers of each scenario take turns under `vllm bench serve`.
 
-Resumable: scenarios whose records are there are not measured again. `--report` alone writes tables and plots.
+Resumable: rounds whose records are there are not measured again. `--report` alone writes tables and plots.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     parser.add_argument("--preset", default="pressure", help=f"one or more of {', '.join(PRESETS)}; comma-separated")
     parser.add_argument("--repeats", type=int, default=3, help="rounds that count")
-    parser.add_argument("--seed", type=int, default=0, help="of the first round's prompts")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts that warm up; each round has the next one")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of records and report")
     parser.add_argument("--report", action="store_true", help="measure nothing, only write the report")
     args = parser.parse_args()
@@ -41,17 +41,19 @@ def main() -> None:
     file = args.out / "records.jsonl"
     if not args.report:
         with (args.out / "commands.txt").open("a") as commands:
-            commands.write(f"python -m benchmarks.serving {' '.join(sys.argv[1:])}\n")
+            seed = f" --seed {args.seed}" if args.seed else ""
+            commands.write(f"python -m benchmarks.serving --preset {args.preset} --repeats {args.repeats}{seed}\n")
         with Servers(args.out) as servers:
             for scenario in wanted:
                 done = {(r["scenario"], r["row"], r["repeat"]) for r in report.read(file)}
-                if all((scenario.name, row.name, i) in done for row in scenario.rows for i in range(args.repeats)):
+                rows = [row.name for row in scenario.rows]
+                rounds = [i for i in range(args.repeats) if not {(scenario.name, row, i) for row in rows} <= done]
+                if not rounds:
                     continue
-                print(f"{scenario.name}: {', '.join(row.name for row in scenario.rows)}", flush=True)
-                for record in compare(servers, scenario, args.repeats, args.out, args.seed):
-                    if (record["scenario"], record["row"], record["repeat"]) not in done:
-                        with file.open("a") as out:
-                            out.write(json.dumps(record) + "\n")
+                print(f"{scenario.name}: {', '.join(rows)}", flush=True)
+                for record in compare(servers, scenario, rounds, args.out, args.seed):
+                    with file.open("a") as out:
+                        out.write(json.dumps(record) + "\n")
                 report.write(args.out)
     print(report.write(args.out))
 

@@ -93,16 +93,16 @@ class Servers:
 
 
 def compare(
-    servers: Servers, scenario: Scenario, repeats: int, folder: Path, seed: int = 0
+    servers: Servers, scenario: Scenario, rounds: Sequence[int], folder: Path, seed: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """Records of all rows of a scenario, as they come.
+    """Records of all rows of a scenario in the given rounds, as they come. Round i's prompts have seed + i + 1.
 
     The servers are up together and take turns, so that a change of the machine's speed hits each of them; an idle one
     waits without computing. A few requests warm up; then a round with the shortest answers of evicted prompts tells how
     much of the others is prefill.
     """
     if scenario.offline:
-        yield from _compare_offline(scenario, repeats, folder, seed)
+        yield from _compare_offline(scenario, rounds, folder, seed)
         return
     up = servers.of(scenario)
     few = replace(scenario, requests=max(2, scenario.turns))
@@ -112,7 +112,7 @@ def compare(
         _load(scenario, row, server, seed, folder, output=_SHORTEST)["duration"]
         for row, server in zip(scenario.rows, up, strict=True)
     ]
-    for repeat in range(repeats):
+    for repeat in rounds:
         for row, server, seconds in zip(scenario.rows, up, prefill, strict=True):
             record = _load(scenario, row, server, seed + repeat + 1, folder, scenario.output)
             yield {**record, "repeat": repeat, "prefill_seconds": seconds}
@@ -149,10 +149,10 @@ def _load(scenario: Scenario, row: Row, server: Server, seed: int, folder: Path,
     }
 
 
-def _compare_offline(scenario: Scenario, repeats: int, folder: Path, seed: int) -> Iterator[dict[str, Any]]:
+def _compare_offline(scenario: Scenario, rounds: Sequence[int], folder: Path, seed: int) -> Iterator[dict[str, Any]]:
     """`compare` with `vllm bench throughput`: engines come and go instead of taking turns."""
     prefill = [_run_offline(scenario, row, seed, folder, output=_SHORTEST)["duration"] for row in scenario.rows]
-    for repeat in range(repeats):
+    for repeat in rounds:
         for row, seconds in zip(scenario.rows, prefill, strict=True):
             record = _run_offline(scenario, row, seed + repeat + 1, folder, scenario.output)
             yield {**record, "repeat": repeat, "prefill_seconds": seconds}

@@ -17,7 +17,9 @@ STOCK = "stock"
 
 
 def read(file: Path) -> list[Record]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """The records of a file; of a round that was measured again, the last ones."""
+    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return list({(r["scenario"], r["row"], r["repeat"]): r for r in records}.values())
 
 
 def cells(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -55,7 +57,7 @@ def cells(records: Sequence[Record]) -> list[dict[str, Any]]:
                     # stock's time if answers took none: no eviction can be faster.
                     "decode_ratio": ratio("decode_throughput"),
                     "bound": [
-                        statistics.median(r["duration"] for r in stock.values()) / mine[0]["prefill_seconds"]
+                        statistics.median(r["duration"] for r in stock.values()) / median("prefill_seconds")
                     ]
                     if stock
                     else [],
@@ -86,7 +88,7 @@ def markdown(table: Sequence[Record], commands: Sequence[str]) -> str:
         "smallest and the largest. Absolute times mean nothing on a shared machine and are in `results.json` only.",
         "Pool: KV cache in multiples of one request. Planned: requests at once by `vllm_defensive.planner`, at their",
         "end and half-way. Bound: the ratio if answers took no time, given what the prompts alone take (measured by",
-        "asking for two tokens each). Decode phase: the ratio of the time beyond that.", "",
+        "asking for one or two tokens each). Decode phase: the ratio of the time beyond that.", "",
         f"| {' | '.join(columns)} |", "| --- | --- | ---: | --- |" + " ---: |" * (len(columns) - 4),
     ]  # fmt: skip
     for cell in table:

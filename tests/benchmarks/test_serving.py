@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,20 +116,22 @@ def test_planned_requests_are_those_of_the_planner() -> None:
 
 
 def test_measured_rounds_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[str] = []
+    runs: list[list[int]] = []
 
-    def fake(servers: object, scenario: Scenario, repeats: int, folder: Path, seed: int) -> Iterator[dict[str, Any]]:
-        runs.append(scenario.name)
-        for i in range(repeats):
+    def fake(
+        servers: object, scenario: Scenario, rounds: Sequence[int], folder: Path, seed: int
+    ) -> Iterator[dict[str, Any]]:
+        runs.append(list(rounds))
+        for i in rounds:
             yield from (record(row.name, i, scenario=scenario.name) for row in scenario.rows)
 
     monkeypatch.setattr(program, "compare", fake)
-    monkeypatch.setattr(sys, "argv", ["serving", "--preset", "quick", "--repeats", "2", "--out", str(tmp_path)])
     monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest's own stay
-    program.main()
-    program.main()
-    assert runs == ["quick"]
-    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 4
+    for repeats in ("2", "2", "3"):
+        monkeypatch.setattr(sys, "argv", ["serving", "--preset", "quick", "--repeats", repeats, "--out", str(tmp_path)])
+        program.main()
+    assert runs == [[0, 1], [2]]
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 6
     assert (
         "| kv-heavy | quick: 16 x (2,048 + 256) | 4 | `halokv 0.2` | 1.00 [1.00, 1.00] | 2.00 | 1.00"
         in (tmp_path / "report.md").read_text()
@@ -157,7 +159,7 @@ def test_offline_runs_are_read_from_their_result_and_their_log(tmp_path: Path, m
     monkeypatch.setattr(measure.subprocess, "run", run)
     monkeypatch.setattr(measure, "model_folder", lambda _: tmp_path)
     scenario = replace(SCENARIO, offline=True, concurrency=8)
-    stock, ours = measure.compare(measure.Servers(tmp_path), scenario, 1, tmp_path)
+    stock, ours = measure.compare(measure.Servers(tmp_path), scenario, [0], tmp_path)
     assert (ours["peak_running"], ours["peak_pool"]) == (16, 0.995)
     assert [sample[0] for sample in ours["samples"]] == [0, 2.67, 5.33]
     assert (ours["duration"], ours["output_throughput"], ours["request_throughput"]) == (8, 512, 2)
@@ -190,7 +192,7 @@ def test_an_offline_run_that_is_no_record_says_why(
     monkeypatch.setattr(measure.subprocess, "run", run)
     monkeypatch.setattr(measure, "model_folder", lambda _: tmp_path)
     with pytest.raises(RuntimeError, match=message):
-        list(measure.compare(measure.Servers(tmp_path), replace(SCENARIO, offline=True), 1, tmp_path))
+        list(measure.compare(measure.Servers(tmp_path), replace(SCENARIO, offline=True), [0], tmp_path))
 
 
 def test_each_model_runs_in_its_own_dtype() -> None:

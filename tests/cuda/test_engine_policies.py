@@ -77,3 +77,11 @@ def test_kept_sets_are_those_of_the_formulas(
         expected = formulas.best_tokens(PRESETS[policy], *of_head, len(prompt), count * formulas.N)
         assert audit.positions(layer, head).tolist() == sorted(expected), (layer, head)
     assert error(reference, prompt, answer, audit.mask()) <= FLOAT32
+
+
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+def test_values_that_stay_in_place_are_not_needed(
+    model: Path, tmp_path: Path, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine(model, "snapkv", dtype="float32", audit=str(tmp_path), enable_prefix_caching=False) as llm:
+        formulas.assert_the_same_without_values_in_place(llm, tmp_path, monkeypatch)

@@ -190,6 +190,35 @@ def test_kept_sets_are_those_of_the_formulas(
         assert moved // 2 <= len(PROMPTS)
 
 
+def test_values_that_stay_in_place_are_not_needed(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages_read: list[int] = []
+    with engine(tiny_model, "snapkv", dtype="float32", audit=str(tmp_path), enable_prefix_caching=False) as llm:
+        codec = worker_of(llm)._evictor._codec
+        read = codec.read_values
+        codec.read_values = lambda data, pages_P, out: (pages_read.append(len(pages_P)), read(data, pages_P, out))[1]
+        assert_the_same_without_values_in_place(llm, tmp_path, monkeypatch)
+    half = len(pages_read) // 2
+    assert sum(pages_read[:half]) < sum(pages_read[half:]), "they were read all the same"
+
+
+def assert_the_same_without_values_in_place(llm: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a protected beginning the same is chosen, whether the values in it are read or not."""
+    protected, policies = 100, ("snapkv", "criticalkv", "defensivekv", "halokv")
+    fields = [{"kv_eviction": p, "kv_eviction_keep": KEEP, "kv_eviction_protect": protected} for p in policies]
+    prompts = random_prompts([300] * len(policies), seed=6)
+    turns = []
+    assert [PRESETS[p].first_value(3) for p in policies] == [3, 3, 0, 3]
+    for _ in range(2):
+        answers = generate(llm, prompts, 2, extra_args=fields)
+        turns.append([audit_of(folder, answer.request_id).mask() for answer in answers])
+        monkeypatch.setattr(Policy, "first_value", lambda *_: 0)
+    for some_LHT, whole_LHT in zip(*turns, strict=True):
+        assert torch.equal(some_LHT, whole_LHT)
+        assert some_LHT[..., :protected].all() and not some_LHT.all()
+
+
 @pytest.mark.parametrize("chunk", [48, 130, 512])
 def test_attention_of_all_queries_is_summed_over_any_chunks(
     tiny_model: Path, attention: tuple[ReferenceLlama, list[list[Layer]]], tmp_path: Path, chunk: int

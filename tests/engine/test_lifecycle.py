@@ -168,10 +168,10 @@ def test_every_prompt_fits_a_pool_of_the_size_that_start_up_asks_for(
     arguments: dict[str, Any] = {"max_model_len": max_model_len, "keep": keep, "asynchronous": asynchronous}
     asked = needed_at_start_up(Harness(tiny_model, num_blocks=100, **arguments), max_model_len)
     h = Harness(tiny_model, num_blocks=asked, **arguments)
-    for length in (961, 992, 1022, 1023, 1024, 1025, max_model_len - 2):
-        if length < max_model_len - 1:  # who has room for one token is not evicted
+    for length in (961, 992, 1023, 1024, 1025, max_model_len - 1):
+        if length < max_model_len:
             before = len(h.evictions)
-            h.add(text(length, length % 97), max_tokens=min(3, max_model_len - length))
+            h.add(text(length, length % 97), max_tokens=3)
             h.run(max_steps=20)
             assert len(h.evictions) == before + 1, "computed and evicted once: it was not preempted"
     h.assert_all_returned()

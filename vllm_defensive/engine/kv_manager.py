@@ -140,19 +140,16 @@ class EvictionBlockManager(FullAttentionManager):
         """The state that a request without blocks begins with."""
         settings = settings_or_none(self.eviction, request)
         num_tokens = request.num_prompt_tokens if settings.boundary is None else settings.boundary
-        fleeting = self._is_fleeting(request, num_tokens)
-        count = 0 if fleeting else self._packed(num_tokens, settings)
+        # A prefill yields the answer's first token: if no other is asked for (a classifier, a beam search step),
+        # nobody reads what is kept, unless an audit shows it.
+        fleeting = request.max_tokens == 1 and request.num_prompt_tokens == num_tokens and not request.resumable
+        pointless = fleeting and self.eviction.audit is None
+        count = 0 if pointless else self._packed(num_tokens, settings)
         # Originals and packed blocks exist side by side for one step. A request for which the whole pool would not do
         # is served without eviction: to refuse it, or to let it wait for ever, would be worse.
         needed = cdiv(request.num_tokens, self.block_size) + count + self.blocks_beside(request.num_tokens)
         fits = needed < self.block_pool.num_gpu_blocks
         return RequestState(num_tokens, settings, decided=not (count and fits), fleeting=fleeting)
-
-    def _is_fleeting(self, request: Request, num_tokens: int) -> bool:
-        """Whether nobody would read what is kept of the first `num_tokens` tokens. The first token of an answer comes
-        from the prefill's own forward pass: who asks for no other (a classifier, a step of a beam search) is done."""
-        more = request.max_tokens > 1 or request.num_prompt_tokens > num_tokens or request.resumable
-        return not more and self.eviction.audit is None
 
     def blocks_beside(self, num_tokens: int) -> int:
         """Blocks that a request of so many tokens takes in the other KV cache groups."""

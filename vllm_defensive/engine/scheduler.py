@@ -172,7 +172,7 @@ class _EvictionMixin(Scheduler):
         """vLLM's end of a request. A report that it asked for leaves with its last output, in the place for what a KV
         connector has to say: that goes into the responses that are not streams, and connectors are refused."""
         report = self.eviction_manager.report(request.request_id)
-        if self._answers is not None and request.status in _ENDED:
+        if self._answers is not None and request.status in _ENDED and request.max_tokens > 1:
             self._answers.add(request.num_output_tokens)
         for_response, *others = super()._free_request(request, *args, **kwargs)
         return (for_response if report is None else {KEY: report}), *others

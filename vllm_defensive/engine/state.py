@@ -16,7 +16,7 @@ class RequestState:
 
     num_tokens: `T`, where it is evicted: its boundary, or the end of its prompt (again, if it was preempted).
     decided: the allocation that reaches `T` has been made, or this is not a request to evict.
-    fleeting: it ends with its prefill, so that there is nothing to gain.
+    fleeting: it ends with its prefill.
     The rest is set when it is evicted.
     """
 

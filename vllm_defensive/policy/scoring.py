@@ -72,6 +72,7 @@ def score_layer(
     if policy.needs_queries:
         assert query_WQD is not None and query_WQD.shape[0] == window, f"{policy.name} needs the window's queries"
         if policy.score is not None:
+            assert value_HSD.shape == key_HSD.shape, f"{policy.name} needs the values of all tokens"
             scores_HT = policy.score(
                 query_WQD=query_WQD, key_HSD=key_HSD, value_HSD=value_HSD, output_QDM=output_QDM, scale=scale
             )

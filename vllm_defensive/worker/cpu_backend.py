@@ -117,7 +117,7 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
         assert self.runtime is not None
         group = self.num_heads // self.num_kv_heads
         key_pages, value_pages = self.runtime.attention_view
-        # (token, KV head) pairs in the order row, head, token: each (row, head) is one sequence for the kernel.
+        # (token, KV head) pairs in the order head, row, token: each (head, row) is one sequence for the kernel.
         query_XGD = query_TQD.reshape(-1, group, self.head_size)
         output_XGD = output_TQD.view(-1, group, self.head_size)
         if rows.token_head_X is not None:

@@ -22,9 +22,9 @@ class EvictedRows:
     query tokens in all.
 
     rows_E int64 and query_lens_E int32: batch rows and their numbers of new tokens. token_head_X int64: index of each
-    (token, KV head) into the batch's queries seen as `[T*H, G, D]`; None when that is all of them in their order, as in
-    a decode step of one evicted row alone. query_start_R int32 `[R+1]`. tables_LRP and seq_lens_LR int32, per
-    layer.
+    (token, KV head) into the batch's queries seen as `[T*H, G, D]`; None when that is all of them in their order: in a
+    decode step of one row, and where all rows were evicted and there is one KV head. query_start_R int32 `[R+1]`.
+    tables_LRP and seq_lens_LR int32, per layer.
     """
 
     rows_E: Tensor
@@ -144,7 +144,8 @@ class CPURuntime:
         ends_E = query_lens_E.cumsum(0)
         # Token y of the evicted rows lies in the batch where its row starts, plus its place in the row.
         token_Y = torch.arange(int(ends_E[-1])) + (starts_E - ends_E + query_lens_E).repeat_interleave(query_lens_E)
-        token_head_X = (token_Y * num_heads + torch.arange(num_heads)[:, None]).flatten()
+        in_order = num_heads == 1 and len(rows) == common.num_reqs
+        token_head_X = None if in_order else (token_Y * num_heads + torch.arange(num_heads)[:, None]).flatten()
         query_start_R = torch.zeros(num_heads * len(rows) + 1, dtype=torch.int32)
         query_start_R[1:] = query_lens_E.repeat(num_heads).cumsum(0)
         return query_lens_E.to(torch.int32), token_head_X, query_start_R

@@ -50,16 +50,16 @@ class LayerScales:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """One eviction's tensors: window queries `[L, W, Q, D]`, block table int32 `[1, blocks]`, its scored tokens, and
-    those of them from block `first_value` on, whose values weigh."""
+    """One eviction's tensors: window queries `[L, W, Q, D]`, block table int32 `[1, blocks]` and its scored tokens; the
+    part of both whose values weigh."""
 
     eviction: Eviction
     policy: Policy
     window_LWQD: Tensor
     table_1B: Tensor
     tokens: RaggedTokens
-    first_value: int
-    valued: RaggedTokens
+    value_table_1B: Tensor
+    value_tokens: RaggedTokens
     evictable: tuple[int, int]
 
 
@@ -145,7 +145,8 @@ class CUDAEvictor:
             window_LWQD,
             table_B[None],
             RaggedTokens.of([scored], device),
-            first_value,
+            # A copy, as kernels are compiled for where a tensor begins: anew for the middle of one.
+            table_B[None, first_value:].clone() if first_value else table_B[None],
             RaggedTokens.of([max(scored - first_value * page_tokens, 0)], device),
             (eviction.shared_blocks * page_tokens, eviction.num_tokens // page_tokens * page_tokens),
         )
@@ -203,8 +204,8 @@ class CUDAEvictor:
             order, weights = 2, self._projections.factor(layer)
         if weights is None:
             return None
-        table_1B, scale = prompt.table_1B[:, prompt.first_value :], self._scales[layer].value
-        return value_norm(self._pages, layer, table_1B, prompt.valued, weights, order=order, value_scale=scale)
+        table_1B, tokens, scale = prompt.value_table_1B, prompt.value_tokens, self._scales[layer].value
+        return value_norm(self._pages, layer, table_1B, tokens, weights, order=order, value_scale=scale)
 
     def _score_in_torch(self, prompt: _Prompt, layer: int) -> LayerScores:
         """For policies that read no tensor of the model, and formulas that the kernels do not have."""
