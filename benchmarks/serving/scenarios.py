@@ -210,9 +210,8 @@ def scenarios(preset: str) -> list[Scenario]:
             *(Scenario(f"answers of {n}", BALANCED, 2048, n, 12, 4, both, offline=True) for n in (32, 512)),
         ],
         "shared-offline": [
-            Scenario(
-                "one prefix of 2,048, offline", BALANCED, 2304, 128, 20, 6, both, shared=2048, offline=True,
-            ),
+            Scenario(name, model, 2304, 128, 20, 6, both, shared=2048, offline=True)
+            for name, model in (("one prefix of 2,048, offline", BALANCED), ("one prefix of 2,048, in bf16", HEAVY))
         ],
         "shared": [
             Scenario("one prefix of 2,048, 20 requests", HEAVY, 2304, 128, 20, 6, both, shared=2048),

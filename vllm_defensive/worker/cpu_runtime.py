@@ -135,20 +135,23 @@ class CPURuntime:
 
     def _queries(self, rows: list[int], common: Any) -> tuple[Tensor, Tensor | None, Tensor]:
         """(query_lens_E, token_head_X, query_start_R) of `EvictedRows`."""
-        num_heads = self._view.num_heads
-        if common.num_actual_tokens == 1:
-            return torch.ones(1, dtype=torch.int32), None, torch.arange(num_heads + 1, dtype=torch.int32)
-        rows_E = torch.tensor(rows)
-        starts_E = common.query_start_loc_cpu[rows_E].long()
-        query_lens_E = common.query_start_loc_cpu[rows_E + 1].long() - starts_E
-        ends_E = query_lens_E.cumsum(0)
-        # Token y of the evicted rows lies in the batch where its row starts, plus its place in the row.
-        token_Y = torch.arange(int(ends_E[-1])) + (starts_E - ends_E + query_lens_E).repeat_interleave(query_lens_E)
-        in_order = num_heads == 1 and len(rows) == common.num_reqs
+        num_heads, every_row = self._view.num_heads, len(rows) == common.num_reqs
+        if every_row and common.num_actual_tokens == len(rows):  # of one token, as in most steps
+            query_lens_E = torch.ones(len(rows), dtype=torch.int32)
+            query_start_R = torch.arange(num_heads * len(rows) + 1, dtype=torch.int32)
+            token_Y = torch.arange(len(rows))
+        else:
+            rows_E = torch.tensor(rows)
+            starts_E = common.query_start_loc_cpu[rows_E]
+            query_lens_E = common.query_start_loc_cpu[rows_E + 1] - starts_E
+            ends_E = query_lens_E.cumsum(0)
+            query_start_R = torch.zeros(num_heads * len(rows) + 1, dtype=torch.int32)
+            query_start_R[1:] = query_lens_E.repeat(num_heads).cumsum(0)
+            # Token y of the evicted rows lies in the batch where its row starts, plus its place in the row.
+            token_Y = torch.arange(int(ends_E[-1])) + (starts_E - ends_E + query_lens_E).repeat_interleave(query_lens_E)
+        in_order = every_row and (num_heads == 1 or common.num_actual_tokens == 1)
         token_head_X = None if in_order else (token_Y * num_heads + torch.arange(num_heads)[:, None]).flatten()
-        query_start_R = torch.zeros(num_heads * len(rows) + 1, dtype=torch.int32)
-        query_start_R[1:] = query_lens_E.repeat(num_heads).cumsum(0)
-        return query_lens_E.to(torch.int32), token_head_X, query_start_R
+        return query_lens_E, token_head_X, query_start_R
 
 
 def _chunk(common: Any, row: int) -> tuple[tuple[int, int], int]:
