@@ -218,6 +218,14 @@ def test_a_refusal_is_not_worked_out_again_until_something_changes(
     assert 12 <= len(asked) < 60  # of some thousand steps
 
 
+def test_a_classifier_says_nothing_of_how_long_answers_are(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=40, keep=0.3, admission="steady")
+    for max_tokens, mean in ((1, 0), (20, 20), (1, 20)):
+        h.add(text(100, max_tokens), max_tokens=max_tokens)
+        h.run()
+        assert h.scheduler._answers.mean == mean
+
+
 def test_eager_admission_is_not_even_asked(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     h = Harness(tiny_model, num_blocks=40, keep=0.3, max_model_len=1024)
     assert h.eviction is not None and h.eviction.admission == "eager"

@@ -93,7 +93,6 @@ def test_prompts_of_every_edge_length_come_and_go(
 ) -> None:
     h = Harness(tiny_model, num_blocks=80, asynchronous=asynchronous, max_model_len=1024, keep=0.2)
     length = EDGES[edge]
-    max_tokens = min(max_tokens, 1024 - length)
     h.add(text(length, 0), max_tokens=max_tokens)
     h.run()
     evicted = length > W and length // N >= 2 and max_tokens > 1

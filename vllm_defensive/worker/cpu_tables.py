@@ -67,8 +67,8 @@ class RequestTable:
 class BatchTable:
     """The tables of a batch's evicted rows side by side, kept from step to step while the rows stay the same.
 
-    All rows of one head come before those of the next: pages that many rows share are then read while they are still in
-    the core's cache.
+    All rows of one head come before those of the next: pages that many rows share are then read one soon after the
+    other, and may still be in the core's cache.
     """
 
     def __init__(self) -> None:

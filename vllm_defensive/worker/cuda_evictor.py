@@ -138,16 +138,19 @@ class CUDAEvictor:
         table_B = vllm_compat.to_device(eviction.source_blocks, device)
         fresh_K = vllm_compat.to_device(eviction.packed_blocks, device)
         policy, scored = PRESETS[eviction.policy], eviction.num_tokens - window_LWQD.shape[1]
-        first_value = policy.first_value(eviction.shared_blocks)
+        value_table_1B, value_tokens = table_1B, tokens = table_B[None], RaggedTokens.of([scored], device)
+        if first_value := policy.first_value(eviction.shared_blocks):
+            # A copy, as kernels are compiled for where a tensor begins: anew for the middle of one.
+            value_table_1B = table_1B[:, first_value:].clone()
+            value_tokens = RaggedTokens.of([max(scored - first_value * page_tokens, 0)], device)
         prompt = _Prompt(
             eviction,
             policy,
             window_LWQD,
-            table_B[None],
-            RaggedTokens.of([scored], device),
-            # A copy, as kernels are compiled for where a tensor begins: anew for the middle of one.
-            table_B[None, first_value:].clone() if first_value else table_B[None],
-            RaggedTokens.of([max(scored - first_value * page_tokens, 0)], device),
+            table_1B,
+            tokens,
+            value_table_1B,
+            value_tokens,
             (eviction.shared_blocks * page_tokens, eviction.num_tokens // page_tokens * page_tokens),
         )
         selection = self._select(prompt, self._scores(prompt))
