@@ -18,8 +18,9 @@ _MODES: dict[str, dict[str, Any]] = {
             "enable_jit_warmup": False,
         },
     },
-    # One engine after the other in one process: none may take all of the memory.
-    "gpu": {"gpu_memory_utilization": 0.2},
+    # One engine after the other in one process, and several processes at a time: none may take all of the memory, nor
+    # measure how much the others leave.
+    "gpu": {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 28},
 }
 
 

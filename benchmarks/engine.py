@@ -1,0 +1,308 @@
+"""Stock vLLM and vLLM with eviction on an 8B model's shape, for machines with a GPU: `python -m benchmarks.engine`.
+
+Weights are random, so any GPU that holds them will do, and nothing is downloaded. Each row is an engine in a process of
+its own, started once: first single requests, for what an eviction costs a prefill and gains a decode step; then many at
+once on a pool that holds a few. `benchmarks.serving` measures more, over vLLM's own load generator, and starts an
+engine for every round; this one is for an hour, or minutes, on a borrowed GPU.
+
+Appends to OUT/records.jsonl and writes OUT/report.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path("benchmarks/results/engine")
+ALONE, DECODED = 3, 96  # single requests, and tokens of each
+_LLAMA_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+# What a CUDA graph is made of: nothing; decode batches, without torch.compile; all that vLLM makes by default.
+GRAPHS: dict[str, dict[str, Any]] = {
+    "none": {"enforce_eager": True},
+    "decode": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
+    "full": {},
+}
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--model", type=Path, help="folder with a config.json (default: Llama-3.1-8B's shape)")
+    parser.add_argument("--rows", default="stock,halokv", help="stock, or a policy; comma-separated")
+    parser.add_argument("--policies", default="halokv,layer-defensivekv", help="of single requests")
+    parser.add_argument("--keep", type=float, default=0.2)
+    parser.add_argument("--prompt", type=int, default=8192, help="tokens")
+    parser.add_argument("--output", type=int, default=1024, help="tokens")
+    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--pool", type=float, default=4, help="KV cache in multiples of one request")
+    parser.add_argument("--repeats", type=int, default=1, help="loads; each has prompts of its own")
+    parser.add_argument("--graphs", choices=sorted(GRAPHS), default="decode")
+    parser.add_argument("--block", type=int, default=16, help="tokens of a block (CPUs: 32)")
+    parser.add_argument("--chunk", type=int, default=8192, help="vLLM's max_num_batched_tokens")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of records and report")
+    parser.add_argument("--row", help=argparse.SUPPRESS)  # this process measures it
+    return parser.parse_args(arguments)
+
+
+# -- one row, in its own process --------------------------------------------------------------------------------------
+
+
+class Engine:
+    """An `LLM` that is stepped by hand, so that steps can be timed and looked at."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        from vllm import LLM
+
+        import vllm_defensive
+
+        self.block = options.block
+        blocks = int(options.pool * -(-(options.prompt + options.output) // self.block)) + 1
+        evicting = options.row != "stock"
+        extra = vllm_defensive.engine_kwargs(options.row, keep=options.keep, per_request=True) if evicting else {}
+        started = time.perf_counter()
+        llm = LLM(
+            str(folder), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", block_size=self.block,
+            num_gpu_blocks_override=blocks, max_model_len=options.prompt + options.output + 64,
+            max_num_batched_tokens=options.chunk, max_num_seqs=128, disable_log_stats=False,
+            **GRAPHS[options.graphs], **extra,
+        )  # fmt: skip
+        self.start_seconds = time.perf_counter() - started
+        self.pool_tokens = (blocks - 1) * self.block
+        self._llm, self._engine = llm, llm.llm_engine
+        self._scheduler = self._engine.engine_core.engine_core.scheduler
+        self._vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+        self._names = 0
+
+    def add(self, tokens: int, output: int, seed: int, policy: str | None = None) -> None:
+        """Queue a request. policy: its own, on an engine that evicts."""
+        from vllm import SamplingParams
+
+        draw = random.Random(seed)
+        prompt = [draw.randrange(self._vocabulary // 100 + 3, self._vocabulary) for _ in range(tokens)]
+        extra = None if policy is None else {"kv_eviction": policy}
+        params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False, extra_args=extra)
+        self._names += 1
+        self._engine.add_request(f"r{self._names}", {"prompt_token_ids": prompt}, params)
+
+    def run(self) -> list[tuple[float, int, int, float]]:
+        """Step until all requests are answered. (seconds since the start, tokens that came, requests that run, share of
+        the pool in use) of each step."""
+        samples, seen, started = [], defaultdict(int), time.perf_counter()
+        while self._engine.has_unfinished_requests():
+            fresh = 0
+            for output in self._engine.step():
+                count = len(output.outputs[0].token_ids)
+                fresh += count - seen[output.request_id]
+                seen[output.request_id] = count
+            usage = self._scheduler.kv_cache_manager.usage
+            samples.append((time.perf_counter() - started, fresh, len(self._scheduler.running), usage))
+        return samples
+
+    def eviction_seconds(self) -> float:
+        """So far, by the device's clock; those that the device has reported."""
+        metrics = [m for m in self._llm.get_metrics() if m.name == "vllm:kv_eviction_seconds"]
+        return float(sum(m.sum for m in metrics))
+
+
+def alone(engine: Engine, tokens: int, seed: int, policy: str | None) -> dict[str, Any]:
+    """Medians over single requests: prefill, a decode step, the eviction."""
+    prefill, steps, evictions = [], [], []
+    for i in range(ALONE + 1):
+        before = engine.eviction_seconds()
+        engine.add(tokens, DECODED, seed + i, policy)
+        times = [t for t, fresh, _, _ in engine.run() if fresh]
+        if i:  # the first compiles
+            prefill.append(times[0])
+            steps.append(statistics.median(b - a for a, b in zip(times[8:], times[9:], strict=False)))
+            evictions.append(engine.eviction_seconds() - before)
+    median = statistics.median
+    return {
+        "tokens": tokens, "ttft_ms": median(prefill) * 1e3, "step_ms": median(steps) * 1e3,
+        "eviction_ms": median(evictions) * 1e3, "ttfts_ms": [x * 1e3 for x in prefill],
+    }  # fmt: skip
+
+
+def load(engine: Engine, options: argparse.Namespace, output: int, seed: int) -> dict[str, Any]:
+    """All requests at once."""
+    before, preempted = engine.eviction_seconds(), _preemptions(engine)
+    for i in range(options.requests):
+        engine.add(options.prompt, output, seed * 1000 + i)
+    samples = engine.run()
+    seconds, tokens = samples[-1][0], sum(fresh for _, fresh, _, _ in samples)
+    assert tokens == options.requests * output, "a request was not answered whole"
+    steps: dict[int, list[float]] = defaultdict(list)
+    for (start, *_), (end, fresh, running, _) in zip(samples, samples[1:], strict=False):
+        if fresh == running:  # a decode step, in which nobody came or went
+            steps[running].append(end - start)
+    thin = samples[:: max(1, len(samples) // 200)]
+    return {
+        "seconds": seconds,
+        "output_throughput": tokens / seconds,
+        "peak_running": max(running for _, _, running, _ in samples),
+        "mean_running": sum(n for _, _, n, _ in samples) / len(samples),
+        "peak_pool": max(usage for *_, usage in samples),
+        "preemptions": _preemptions(engine) - preempted,
+        "eviction_seconds": engine.eviction_seconds() - before,
+        "step_ms_by_running": {n: statistics.median(t) * 1e3 for n, t in sorted(steps.items()) if len(t) >= 5},
+        "samples": [(round(t, 3), running, round(usage, 3)) for t, _, running, usage in thin],
+    }
+
+
+def _preemptions(engine: Engine) -> float:
+    return float(sum(m.value for m in engine._llm.get_metrics() if m.name == "vllm:num_preemptions"))
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """A row's record."""
+    folder = options.model or write_model(options.out)
+    engine = Engine(options, folder)
+    record: dict[str, Any] = {
+        "row": options.row, "keep": options.keep, "prompt": options.prompt, "output": options.output,
+        "requests": options.requests, "pool": options.pool, "pool_tokens": engine.pool_tokens,
+        "graphs": options.graphs, "chunk": options.chunk, "start_seconds": engine.start_seconds, "machine": machine(),
+    }  # fmt: skip
+    print(f"{options.row}: ready after {engine.start_seconds:.0f} s", flush=True)
+    kept = int(options.prompt * options.keep)
+    wanted = {"stock": (options.prompt, None), "stock, kept length": (kept, None)}
+    if options.row != "stock":
+        names = ["none", *options.policies.split(",")]
+        wanted = {name: (options.prompt, name) for name in names}
+    record["alone"] = {}
+    for number, (name, (tokens, policy)) in enumerate(wanted.items()):
+        record["alone"][name] = alone(engine, tokens, 100 * number + 7, policy)
+        print(f"  alone, {name}: {_short(record['alone'][name])}", flush=True)
+    load(engine, argparse.Namespace(**{**vars(options), "requests": 4}), 16, 1)  # warms up
+    record["prefill"] = load(engine, options, 2, 2)
+    print(f"  answers of 2: {_short(record['prefill'])}", flush=True)
+    record["loads"] = []
+    for repeat in range(options.repeats):
+        record["loads"].append(load(engine, options, options.output, 3 + repeat))
+        print(f"  load {repeat}: {_short(record['loads'][-1])}", flush=True)
+    return record
+
+
+def _short(values: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, int | float))
+
+
+def machine() -> dict[str, str]:
+    import torch
+    import triton
+    import vllm
+
+    gpu = torch.cuda.is_available()
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {
+        "device": torch.cuda.get_device_name() if gpu else "CPU",
+        "driver": subprocess.run(query, capture_output=True, text=True).stdout.strip() if gpu else "-",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "vllm": vllm.__version__,
+        "python": sys.version.split()[0],
+    }
+
+
+def write_model(out: Path) -> Path:
+    """A folder with the default model's config; it has no weights."""
+    folder = out / "llama-8b"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(_LLAMA_8B, indent=1))
+    return folder
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def report(records: list[dict[str, Any]]) -> str:
+    """Markdown, a table for each load."""
+    machines = {json.dumps(record["machine"], sort_keys=True): record["machine"] for record in records}
+    lines = ["# Engines on a GPU", ""]
+    lines += ["- " + ", ".join(f"{name} {value}" for name, value in m.items()) for m in machines.values()]
+    lines.append("- an 8B model's shape with random weights; all requests at once; medians")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        of = ("prompt", "output", "requests", "pool", "graphs", "chunk")
+        groups[tuple(record[name] for name in of)].append(record)
+    for (prompt, output, requests, pool, graphs, _), group in groups.items():
+        title = f"{requests} x ({prompt} + {output}) tokens, a pool of {pool:g}, graphs: {graphs}"
+        lines += ["", f"## {title}", ""]
+        lines += ["| row | output tok/s | to stock | beyond prefill | peak running | evictions, s | preemptions |"]
+        lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+        stock = next((record for record in group if record["row"] == "stock"), None)
+        for record in group:
+            rate, seconds = _rates(record)
+            ratios = ["-", "-"]
+            if stock is not None:
+                ratios = [f"{rate / _rates(stock)[0]:.2f}", f"{_rates(stock)[1] / seconds:.2f}"]
+            peak = max(one["peak_running"] for one in record["loads"])
+            spent = statistics.median(one["eviction_seconds"] for one in record["loads"])
+            thrown = sum(one["preemptions"] for one in record["loads"])
+            cells = [_name(record), f"{rate:.0f}", *ratios, f"{peak}", f"{spent:.2f}", f"{thrown:.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", "| alone | TTFT, ms | eviction, ms | of the TTFT | decode step, ms |"]
+        lines += ["| --- | ---: | ---: | ---: | ---: |"]
+        for record in group:
+            for name, one in record["alone"].items():
+                share = one["eviction_ms"] / one["ttft_ms"]
+                cells = [f"{_name(record)}: {name}, {one['tokens']} tokens", f"{one['ttft_ms']:.1f}"]
+                cells += [f"{one['eviction_ms']:.2f}", f"{share:.1%}", f"{one['step_ms']:.2f}"]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _name(record: dict[str, Any]) -> str:
+    return "stock" if record["row"] == "stock" else f"{record['row']} {record['keep']:g}"
+
+
+def _rates(record: dict[str, Any]) -> tuple[float, float]:
+    """Median output throughput, and median seconds beyond those of the same load with answers of two tokens."""
+    beyond = [one["seconds"] - record["prefill"]["seconds"] for one in record["loads"]]
+    return statistics.median(one["output_throughput"] for one in record["loads"]), statistics.median(beyond)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "records.jsonl"
+    if options.row:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the scheduler is looked at
+        record = measure(options)
+        with file.open("a") as out:
+            out.write(json.dumps(record) + "\n")
+        return 0
+    failed = 0
+    for row in options.rows.split(","):
+        failed |= subprocess.run([sys.executable, "-m", "benchmarks.engine", *arguments, "--row", row]).returncode
+    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    (options.out / "report.md").write_text(report(records))
+    print(report(records))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
