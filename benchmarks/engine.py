@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def alone(engine: Engine, tokens: int, seed: int, policy: str | None) -> dict[st
         times = [t for t, fresh, _, _ in engine.run() if fresh]
         if i:  # the first compiles
             prefill.append(times[0])
-            steps.append(statistics.median(b - a for a, b in zip(times[8:], times[9:], strict=False)))
+            steps.append(statistics.median(b - a for a, b in pairwise(times[8:])))
             evictions.append(engine.eviction_seconds() - before)
     median = statistics.median
     return {
@@ -156,7 +157,7 @@ def load(engine: Engine, options: argparse.Namespace, output: int, seed: int) ->
     seconds, tokens = samples[-1][0], sum(fresh for _, fresh, _, _ in samples)
     assert tokens == options.requests * output, "a request was not answered whole"
     steps: dict[int, list[float]] = defaultdict(list)
-    for (start, *_), (end, fresh, running, _) in zip(samples, samples[1:], strict=False):
+    for (start, *_), (end, fresh, running, _) in pairwise(samples):
         if fresh == running:  # a decode step, in which nobody came or went
             steps[running].append(end - start)
     thin = samples[:: max(1, len(samples) // 200)]
