@@ -65,6 +65,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--graphs", choices=sorted(GRAPHS), default="decode")
     parser.add_argument("--block", type=int, default=16, help="tokens of a block (CPUs: 32)")
     parser.add_argument("--chunk", type=int, default=8192, help="vLLM's max_num_batched_tokens")
+    parser.add_argument("--profile", action="store_true", help="also write what single requests spend their time on")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of records and report")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # this process measures it
     return parser.parse_args(arguments)
@@ -98,6 +99,28 @@ class Engine:
         self._scheduler = self._engine.engine_core.engine_core.scheduler
         self._vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
         self._names = 0
+        executor = self._engine.model_executor.driver_worker
+        self._evictor = getattr(getattr(executor, "worker", executor), "_evictor", None)
+        self.eviction_bytes = 0
+        """Most that an eviction has allocated, beside what was there when it began."""
+        if self._evictor is not None:
+            self._watch_memory()
+
+    def _watch_memory(self) -> None:
+        import torch
+
+        evict = self._evictor.evict
+
+        def watched(evictions: Any) -> None:
+            if not evictions or not torch.cuda.is_available():
+                return evict(evictions)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            with torch.profiler.record_function("eviction"):
+                evict(evictions)
+            self.eviction_bytes = max(self.eviction_bytes, torch.cuda.max_memory_allocated() - before)
+
+        self._evictor.evict = watched
 
     def add(self, tokens: int, output: int, seed: int, policy: str | None = None) -> None:
         """Queue a request. policy: its own, on an engine that evicts."""
@@ -148,6 +171,20 @@ def alone(engine: Engine, tokens: int, seed: int, policy: str | None) -> dict[st
     }  # fmt: skip
 
 
+def profile(engine: Engine, tokens: int, policy: str | None) -> str:
+    """torch's table of where the device's time goes in one request of 34 tokens."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as watched:
+        engine.add(tokens, 34, 4711, policy)
+        engine.run()
+    averages = watched.key_averages()
+    by_host = averages.table(sort_by="cpu_time_total", row_limit=12, max_name_column_width=60)
+    by_device = averages.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90)
+    return f"{by_device}\n{by_host}\n"
+
+
 def load(engine: Engine, options: argparse.Namespace, output: int, seed: int) -> dict[str, Any]:
     """All requests at once."""
     before, preempted = engine.eviction_seconds(), _preemptions(engine)
@@ -193,10 +230,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.row != "stock":
         names = ["none", *options.policies.split(",")]
         wanted = {name: (options.prompt, name) for name in names}
-    record["alone"] = {}
+    record["alone"], profiles = {}, ""
     for number, (name, (tokens, policy)) in enumerate(wanted.items()):
+        engine.eviction_bytes = 0
         record["alone"][name] = alone(engine, tokens, 100 * number + 7, policy)
+        record["alone"][name]["eviction_mib"] = engine.eviction_bytes / 2**20
+        if options.profile:
+            profiles += f"{name}, {tokens} tokens\n{profile(engine, tokens, policy)}\n"
         print(f"  alone, {name}: {_short(record['alone'][name])}", flush=True)
+    if options.profile:
+        (options.out / f"profile-{options.row}.txt").write_text(profiles)
     load(engine, argparse.Namespace(**{**vars(options), "requests": 4}), 16, 1)  # warms up
     record["prefill"] = load(engine, options, 2, 2)
     print(f"  answers of 2: {_short(record['prefill'])}", flush=True)
@@ -265,13 +308,14 @@ def report(records: list[dict[str, Any]]) -> str:
             thrown = sum(one["preemptions"] for one in record["loads"])
             cells = [_name(record), f"{rate:.0f}", *ratios, f"{peak}", f"{spent:.2f}", f"{thrown:.0f}"]
             lines.append(f"| {' | '.join(cells)} |")
-        lines += ["", "| alone | TTFT, ms | eviction, ms | of the TTFT | decode step, ms |"]
-        lines += ["| --- | ---: | ---: | ---: | ---: |"]
+        lines += ["", "| alone | TTFT, ms | eviction, ms | of the TTFT | its memory, MiB | decode step, ms |"]
+        lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
         for record in group:
             for name, one in record["alone"].items():
                 share = one["eviction_ms"] / one["ttft_ms"]
                 cells = [f"{_name(record)}: {name}, {one['tokens']} tokens", f"{one['ttft_ms']:.1f}"]
-                cells += [f"{one['eviction_ms']:.2f}", f"{share:.1%}", f"{one['step_ms']:.2f}"]
+                memory = f"{one.get('eviction_mib', 0):.0f}"
+                cells += [f"{one['eviction_ms']:.2f}", f"{share:.1%}", memory, f"{one['step_ms']:.2f}"]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

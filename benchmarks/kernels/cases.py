@@ -274,16 +274,17 @@ def rival_decodes(shape: Shape, rows: int, mean_keys: int, query: Tensor) -> dic
 
     rivals: dict[str, Callable[[], object]] = {"SDPA, dense even heads": sdpa}
     try:
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
         from vllm.vllm_flash_attn import flash_attn_varlen_func
     except (ImportError, RuntimeError, AttributeError):
         return rivals
-    blocks = -(-mean_keys // N)
+    blocks, version = -(-mean_keys // N), get_flash_attn_version()
     paged = torch.randn(2, rows * blocks, N, H, D, dtype=shape.dtype, device=shape.device)
     table = torch.randperm(rows * blocks, device=shape.device).int().view(rows, blocks)
     starts = torch.arange(rows + 1, dtype=torch.int32, device=shape.device)
     lens = torch.full((rows,), mean_keys, dtype=torch.int32, device=shape.device)
     rivals["FlashAttention (vLLM), paged even heads"] = lambda: flash_attn_varlen_func(
         query, paged[0], paged[1], max_seqlen_q=1, cu_seqlens_q=starts, max_seqlen_k=mean_keys, seqused_k=lens,
-        block_table=table, softmax_scale=D**-0.5, causal=True,
+        block_table=table, softmax_scale=D**-0.5, causal=True, fa_version=version,
     )  # fmt: skip
     return rivals

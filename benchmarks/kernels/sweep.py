@@ -1,10 +1,11 @@
-"""`python -m benchmarks.kernels.sweep [OP ...]`: times of each op under other tile sizes, to choose the constants by.
+"""`python -m benchmarks.kernels.sweep [--rows N] [--tokens N] [OP ...]`: each op's times under other constants.
 
 Prints one line a setting, the fastest last. A setting that does not compile, or whose check fails, says so.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-TOKENS, ROWS, KEEP = 32768, 64, 0.2
+KEEP = 0.2
 
 
 def settings() -> dict[str, tuple[ModuleType, dict[str, tuple[Any, ...]]]]:
@@ -21,7 +22,10 @@ def settings() -> dict[str, tuple[ModuleType, dict[str, tuple[Any, ...]]]]:
     from vllm_defensive_kernels import compaction, decode, norms, window
 
     return {
-        "ragged_paged_decode": (decode, {"BLOCK_T": (32, 64, 128), "STAGES": (3, 5, 7), "WARPS": (4, 8)}),
+        "ragged_paged_decode": (
+            decode,
+            {"BLOCK_T": (32, 64, 128), "STAGES": (3, 5), "WARPS": (4, 8), "MIN_STEPS": (2, 4)},
+        ),
         "window_scores": (window, {"STAGES": (3, 5, 7), "BLOCK_M": (64, 128), "BLOCK_T": (64, 128)}),
         "value_norm L1": (norms, {"BLOCK_T": (64, 128), "BLOCK_C": (64, 128, 256), "STAGES": (2, 3, 4)}),
         "compact": (compaction, {"ROW_BYTES": (32, 64, 128, 256)}),
@@ -42,7 +46,12 @@ def variants(module: ModuleType, candidates: dict[str, tuple[Any, ...]]) -> Iter
             setattr(module, name, value)
 
 
-def main(wanted: list[str]) -> int:
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.sweep")
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("ops", nargs="*", help="those to try; all if none is named")
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks.kernels.sweep: no CUDA GPU here", file=sys.stderr)
         return 2
@@ -50,12 +59,12 @@ def main(wanted: list[str]) -> int:
     from benchmarks.kernels.machine import median_seconds
 
     def sources() -> Iterator[Callable[[], Iterator[Case]]]:
-        yield lambda: iter([decode_case(LLAMA_8B, ROWS, TOKENS, KEEP)])
-        yield lambda: eviction_cases(LLAMA_8B, TOKENS, KEEP)
+        yield lambda: iter([decode_case(LLAMA_8B, options.rows, options.tokens, KEEP)])
+        yield lambda: eviction_cases(LLAMA_8B, options.tokens, KEEP)
 
     for source in sources():
         for case in source():
-            if case.op not in settings() or (wanted and case.op not in wanted):
+            if case.op not in settings() or (options.ops and case.op not in options.ops):
                 continue
             results = []
             for chosen in variants(*settings()[case.op]):

@@ -142,11 +142,11 @@ def aggregate_peak(attention_HGWT: Tensor, kernel: int) -> Tensor:
 
 
 def halo(scores_HT: Tensor, reach: int, weight: float) -> Tensor:
-    """Give each token at least `weight` of the best score within `reach` tokens of it. Same shape.
+    """Give each token at least `weight` of the best score within `reach` tokens of it. Same shape, [H, T] or [L, H, T].
 
     Pooling lends a peak's neighbours its score too, but takes it off the peak; here the peak keeps all of it.
     """
-    best_HT = torch.nn.functional.max_pool1d(scores_HT.unsqueeze(0), 2 * reach + 1, stride=1, padding=reach)[0]
+    best_HT = torch.nn.functional.max_pool1d(scores_HT, 2 * reach + 1, stride=1, padding=reach)
     return torch.maximum(scores_HT, weight * best_HT)
 
 
@@ -249,6 +249,8 @@ def value_norm_l2(value_HTD: Tensor, factor_QDC: Tensor) -> Tensor:
 
 def certain_by_mass(attention_RT: Tensor, mass: Tensor | float, cap: int) -> Tensor:
     """The largest entries of each row that together stay below `mass` of its sum, at most `cap`. -> bool [R, T].
+
+    Rows may have several axes; `mass` then has as many, and one of size 1 for T.
 
     The entry that crosses the threshold is left out, as the reference leaves it out. Ties: the lowest token wins.
     """

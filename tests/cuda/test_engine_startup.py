@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import vllm_defensive
+from tests.cuda.conftest import MODE
 from tests.cuda.engines import engine
 from tests.e2e.engines import core_of, generate, largest_difference, random_prompts, worker_of
 from vllm_defensive.startup import PLATFORMS
@@ -74,7 +75,8 @@ def test_warm_up_runs_an_eviction_and_changes_nothing(model: Path, kernels: str,
         kernel_calls.clear()
         worker_of(llm)._evictor.warm_up(1024)
         assert kernel_calls == {"window_scores": 1, "value_norm": 2, "select_pages": 1, "compact": 1}
-        assert largest_difference(generate(llm, prompts, 4), before) == 0  # among others from the cached prefix
+        # From the cached prefix: a GPU multiplies 44 tokens with other kernels than 140.
+        assert largest_difference(generate(llm, prompts, 4), before) <= (0 if MODE == "pretend" else 1e-4)
 
 
 @pytest.mark.parametrize("kernels", ["reference"], indirect=True)

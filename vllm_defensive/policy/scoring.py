@@ -23,7 +23,10 @@ FORCED = float("inf")
 
 @dataclass
 class LayerScores:
-    """Scores of one layer's evictable tokens; +inf is a token that must stay."""
+    """Scores of one layer's evictable tokens; +inf is a token that must stay.
+
+    `settle` may return several layers' at once, with an axis of layers in front; `apart` separates them.
+    """
 
     scores_HE: Tensor
     """fp32: decides how much each head gets and, unless `rank_HE` is there, which of its tokens."""
@@ -31,6 +34,12 @@ class LayerScores:
     """fp32, of half-budget policies: decides the second half of a head's tokens."""
     preference: Tensor | None = None
     """fp32 scalar, of policies whose layers' budgets follow their attention: the layer's weight."""
+
+    def apart(self) -> list["LayerScores"]:
+        """Each layer's, of several. Views."""
+        ranks = [None] * len(self.scores_HE) if self.rank_HE is None else self.rank_HE
+        weights = [None] * len(self.scores_HE) if self.preference is None else self.preference
+        return [LayerScores(*parts) for parts in zip(self.scores_HE, ranks, weights, strict=True)]
 
 
 def score_layer(
@@ -100,7 +109,8 @@ def score_layer(
 
 @dataclass
 class Attention:
-    """What the window's attention says of one layer, reduced to what policies read."""
+    """What the window's attention says of one layer, reduced to what policies read; or of several layers, with their
+    axis in front."""
 
     scores_HT: Tensor
     mean_HT: Tensor
@@ -115,7 +125,7 @@ class Attention:
         """For who has scores and mean: the bias follows from the mean, as a row of attention sums to 1."""
         if policy.window_bias == "true":
             return cls(scores_HT, mean_HT, 1 - mean_HT.sum(dim=-1))
-        return cls(scores_HT, mean_HT, mean_HT[:, max(mean_HT.shape[1] - window, 0) :].sum(dim=-1))
+        return cls(scores_HT, mean_HT, mean_HT[..., max(mean_HT.shape[-1] - window, 0) :].sum(dim=-1))
 
 
 def settle(
@@ -130,17 +140,18 @@ def settle(
 ) -> LayerScores:
     """The second half of `score_layer`, for attention and value norms that a kernel has computed.
 
+    Of one layer, or of several, with their axis in front of both: a GPU is given few large operations then.
     norm_HT: those of the first tokens may be missing, as `score_layer` says of values.
     """
     scores_HT, rank_HT = attention.scores_HT, None
     if policy.halo_tokens:
         scores_HT = formulas.halo(scores_HT, policy.halo_tokens, policy.halo_weight)
-    if norm_HT is not None and (skipped := scores_HT.shape[1] - norm_HT.shape[1]):
+    if norm_HT is not None and (skipped := scores_HT.shape[-1] - norm_HT.shape[-1]):
         assert not policy.needs_all_values, f"{policy.name} needs the values of all tokens"
-        scores_HT = scores_HT[:, skipped:]
+        scores_HT = scores_HT[..., skipped:]
         evictable = evictable[0] - skipped, evictable[1] - skipped
     if policy.aggregate == "defensive":
-        cap = stage_one_cap(scores_HT.shape[1], keep_ratio, window) if policy.stages == "mass" else 0
+        cap = stage_one_cap(scores_HT.shape[-1], keep_ratio, window) if policy.stages == "mass" else 0
         scores_HT = _weigh_and_settle(replace(attention, scores_HT=scores_HT), norm_HT, cap, reduce_heads)
     elif policy.stages == "half-budget" and norm_HT is not None:
         rank_HT = _cut_and_force((scores_HT + formulas.HALF_BUDGET_EPSILON) * norm_HT, *evictable)
@@ -226,20 +237,20 @@ def _weigh_and_settle(
     maximum is that of this rank's heads, above all that shares this rank's budget of the layer.
     """
     scores_HT, bias_H = attention.scores_HT, attention.bias_H
-    parts = [bias_H.sum().view(1), torch.full_like(bias_H[:1], len(bias_H))]
+    parts = [bias_H.sum(dim=-1, keepdim=True), torch.full_like(bias_H[..., :1], bias_H.shape[-1])]
     if norm_HT is not None:
-        parts.append(norm_HT.sum(dim=0))
-    sums = torch.cat(parts)
+        parts.append(norm_HT.sum(dim=-2))
+    sums_1X = torch.cat(parts, dim=-1).unsqueeze(-2)
     if reduce_heads is not None:
-        sums = reduce_heads(sums)
+        sums_1X = reduce_heads(sums_1X)
     if norm_HT is not None:
         # The quotient first: with a single head it is exactly 1, and equal scores stay equal.
-        scores_HT = scores_HT * (norm_HT / sums[2:].clamp_min(torch.finfo(sums.dtype).tiny))
+        scores_HT = scores_HT * (norm_HT / sums_1X[..., 2:].clamp_min(torch.finfo(sums_1X.dtype).tiny))
     if cap == 0:
         return scores_HT
-    mass = formulas.STAGE_ONE_MASS - sums[0] / sums[1]
-    certain_HT = formulas.certain_by_mass(attention.mean_HT, mass, cap)
-    return torch.where(certain_HT, scores_HT.max(), scores_HT)
+    mass_11 = formulas.STAGE_ONE_MASS - sums_1X[..., :1] / sums_1X[..., 1:2]
+    certain_HT = formulas.certain_by_mass(attention.mean_HT, mass_11, cap)
+    return torch.where(certain_HT, scores_HT.amax(dim=(-2, -1), keepdim=True), scores_HT)
 
 
 def _score_positions(policy: Policy, layer: int, heads: int, tokens: int, scored: int, device: torch.device) -> Tensor:
@@ -264,8 +275,8 @@ def _hash_to_unit(key: Tensor) -> Tensor:
 
 def _cut_and_force(scores_HT: Tensor, start: int, stop: int) -> Tensor:
     """Cut [H, T] to the evictable range; what lies beyond the scored tokens is the window, which must stay."""
-    heads, scored = scores_HT.shape
-    cut_HE = torch.full((heads, stop - start), FORCED, device=scores_HT.device)
+    *rows, scored = scores_HT.shape
+    cut_HE = torch.full((*rows, stop - start), FORCED, device=scores_HT.device)
     if start < scored:
-        cut_HE[:, : min(stop, scored) - start] = scores_HT[:, start : min(stop, scored)]
+        cut_HE[..., : min(stop, scored) - start] = scores_HT[..., start : min(stop, scored)]
     return cut_HE

@@ -37,7 +37,9 @@ from vllm_defensive_kernels import PageSelection, RaggedTokens, compact, select_
 KERNEL_AGGREGATES = ("mean", "defensive")
 KERNEL_POOLS = (1, 3, 5)
 LONG_PROMPT = 8192 + 256  # `window.tiling` changes at 8192 scored tokens
-SCORES_AT_A_TIME = 2**25  # of all layers in one launch: 128 MB of fp32, 32K tokens of a Llama-3.1-8B four times over
+# Of several layers in one go: 8K tokens of all layers of a Llama-3.1-8B twice over. More of them bring no speed, and
+# each takes part in some dozen temporaries (see `cuda_worker.memory_beside_cache`).
+SCORES_AT_A_TIME = 2**22
 
 
 @dataclass(frozen=True)
@@ -186,29 +188,38 @@ class CUDAEvictor:
             scale=self._scale,
             key_scale=self._scales[first].key,
         )
-        return [
-            settle(
-                policy,
-                Attention.of(policy, scores_HT, mean_HT, window),
-                self._norm(prompt, layer),
-                window=window,
-                keep_ratio=prompt.eviction.keep,
-                evictable=prompt.evictable,
-                reduce_heads=self._reduce_heads,
-            )
-            for layer, scores_HT, mean_HT in zip(range(first, last), observed.score_LHT, observed.mean_LHT, strict=True)
-        ]
+        attention = Attention.of(policy, observed.score_LHT, observed.mean_LHT, window)
+        return settle(
+            policy,
+            attention,
+            self._norms(prompt, first, last),
+            window=window,
+            keep_ratio=prompt.eviction.keep,
+            evictable=prompt.evictable,
+            reduce_heads=self._reduce_heads,
+        ).apart()
 
-    def _norm(self, prompt: _Prompt, layer: int) -> Tensor | None:
-        order, weights = 1, None
-        if prompt.policy.value_weight == "l1":
-            weights = self._projections.slices(layer)
-        elif prompt.policy.value_weight == "l2-gram":
-            order, weights = 2, self._projections.factor(layer)
-        if weights is None:
+    def _norms(self, prompt: _Prompt, first: int, last: int) -> Tensor | None:
+        """Value norms of layers `[first, last)`, fp32 `[L, H, T]`; None weighs no values."""
+        kind, tokens = prompt.policy.value_weight, prompt.value_tokens
+        of_layer = self._projections.factor if kind == "l2-gram" else self._projections.slices
+        weights = [of_layer(layer) for layer in range(first, last)] if kind != "none" else [None]
+        if any(weight is None for weight in weights):
             return None
-        table_1B, tokens, scale = prompt.value_table_1B, prompt.value_tokens, self._scales[layer].value
-        return value_norm(self._pages, layer, table_1B, tokens, weights, order=order, value_scale=scale)
+        shape = (last - first, self._pages.num_kv_heads, tokens.total)
+        norm_LHT = torch.empty(shape, dtype=torch.float32, device=prompt.table_1B.device)
+        for layer, weight, norm_HT in zip(range(first, last), weights, norm_LHT, strict=True):
+            value_norm(
+                self._pages,
+                layer,
+                prompt.value_table_1B,
+                tokens,
+                weight,
+                order=2 if kind == "l2-gram" else 1,
+                value_scale=self._scales[layer].value,
+                out_HT=norm_HT,
+            )
+        return norm_LHT
 
     def _score_in_torch(self, prompt: _Prompt, layer: int) -> LayerScores:
         """For policies that read no tensor of the model, and formulas that the kernels do not have."""

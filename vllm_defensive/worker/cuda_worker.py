@@ -9,14 +9,15 @@ from vllm.utils.math_utils import cdiv
 
 from vllm_defensive import vllm_compat
 from vllm_defensive.worker.cuda_backend import EvictionImpl
-from vllm_defensive.worker.cuda_evictor import CUDAEvictor, LayerScales
+from vllm_defensive.worker.cuda_evictor import SCORES_AT_A_TIME, CUDAEvictor, LayerScales
 from vllm_defensive.worker.cuda_runtime import CUDARuntime, widest_launch
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.window import WindowQueries
 from vllm_defensive.worker.worker import EvictionWorker, logger
 from vllm_defensive_kernels import PagedKV
 
-SCORE_COPIES = 8
+SCORE_COPIES = 8  # of all layers' scores: weighed, stacked, sorted (with int64 indices), and what sorting takes
+SETTLE_COPIES = 16  # of those of the layers that are weighed in one go: temporaries, those of another sort among them
 _FLASH = "vllm_defensive.worker.cuda_flash.EvictionFlashBackend"
 _TRITON = "vllm_defensive.worker.cuda_triton.EvictionTritonBackend"
 
@@ -109,8 +110,9 @@ def memory_beside_cache(
     rows, splits = widest_launch(max_requests, num_query_heads, num_kv_heads)
     decode = rows * splits * num_query_heads * (head_size + 1) * 4
     windows = prompts_at_once * num_layers * num_query_heads * head_size * window_bytes
-    # fp32 scores and means of all layers; weighed, stacked, sorted (with int64 indices), and one more in between.
-    scores = SCORE_COPIES * num_layers * num_kv_heads * max_tokens * 4
+    layer = num_kv_heads * max_tokens
+    at_a_time = min(num_layers * layer, max(SCORES_AT_A_TIME, layer))
+    scores = (SCORE_COPIES * num_layers * layer + SETTLE_COPIES * at_a_time) * 4
     return decode + windows + scores
 
 
