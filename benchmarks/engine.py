@@ -23,6 +23,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks.server import commit
+
 RESULTS = Path("benchmarks/results/engine")
 ALONE, DECODED = 3, 96  # single requests, and tokens of each
 _LLAMA_8B: dict[str, Any] = {
@@ -172,17 +174,20 @@ def alone(engine: Engine, tokens: int, seed: int, policy: str | None) -> dict[st
 
 
 def profile(engine: Engine, tokens: int, policy: str | None) -> str:
-    """torch's table of where the device's time goes in one request of 34 tokens."""
+    """Where the device's time goes in one request of 34 tokens: a table of kernels, the longest first."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
     with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as watched:
         engine.add(tokens, 34, 4711, policy)
         engine.run()
-    averages = watched.key_averages()
-    by_host = averages.table(sort_by="cpu_time_total", row_limit=12, max_name_column_width=60)
-    by_device = averages.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90)
-    return f"{by_device}\n{by_host}\n"
+    kernels = [k for k in watched.key_averages() if k.self_device_time_total and not k.key.startswith(("aten::", "_C"))]
+    kernels.sort(key=lambda kernel: -kernel.self_device_time_total)
+    lines = ["   ms  calls  us a call  kernel"]
+    for kernel in kernels[:40]:
+        spent = kernel.self_device_time_total
+        lines.append(f"{spent / 1e3:6.2f} {kernel.count:6d} {spent / kernel.count:10.1f}  {kernel.key[:90]}")
+    return "\n".join(lines) + "\n"
 
 
 def load(engine: Engine, options: argparse.Namespace, output: int, seed: int) -> dict[str, Any]:
@@ -223,6 +228,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "row": options.row, "keep": options.keep, "prompt": options.prompt, "output": options.output,
         "requests": options.requests, "pool": options.pool, "pool_tokens": engine.pool_tokens,
         "graphs": options.graphs, "chunk": options.chunk, "start_seconds": engine.start_seconds, "machine": machine(),
+        "command": f"python -m benchmarks.engine {' '.join(sys.argv[1:])}",
     }  # fmt: skip
     print(f"{options.row}: ready after {engine.start_seconds:.0f} s", flush=True)
     kept = int(options.prompt * options.keep)
@@ -268,6 +274,7 @@ def machine() -> dict[str, str]:
         "triton": triton.__version__,
         "vllm": vllm.__version__,
         "python": sys.version.split()[0],
+        "commit": commit(),
     }
 
 
@@ -314,7 +321,7 @@ def report(records: list[dict[str, Any]]) -> str:
             for name, one in record["alone"].items():
                 share = one["eviction_ms"] / one["ttft_ms"]
                 cells = [f"{_name(record)}: {name}, {one['tokens']} tokens", f"{one['ttft_ms']:.1f}"]
-                memory = f"{one.get('eviction_mib', 0):.0f}"
+                memory = f"{one['eviction_mib']:.0f}" if one.get("eviction_mib") else "-"
                 cells += [f"{one['eviction_ms']:.2f}", f"{share:.1%}", memory, f"{one['step_ms']:.2f}"]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
