@@ -25,6 +25,7 @@ from tests.e2e.engines import (
     random_prompts,
     scheduler_of,
 )
+from tests.engine.integrity import check_integrity
 from tests.reference_model import ReferenceLlama, decode_logprobs
 
 pytestmark = pytest.mark.e2e
@@ -167,7 +168,7 @@ def test_random_aborts_leak_nothing(llm: Any) -> None:
         if llm.llm_engine.has_unfinished_requests():
             done = [o.request_id for o in llm.llm_engine.step() if o.finished]
             live = [i for i in live if i not in done]
-        scheduler_of(llm).eviction_manager.check_integrity()
+        check_integrity(scheduler_of(llm).eviction_manager)
     answers = finish(llm)
     assert set(answers) <= set(live)
 

@@ -12,6 +12,7 @@ import torch
 
 import vllm_defensive
 from tests.engine.ghost import GhostWorker
+from tests.engine.integrity import check_integrity
 from vllm_defensive.plan import Eviction
 
 MAX_TOKENS = 16
@@ -226,7 +227,7 @@ class Harness:
         for blocks in self.manager.req_to_blocks.values():
             owners.update(block.block_id for block in blocks if not block.is_null)
         if self.eviction is not None:
-            self.manager.check_integrity()
+            check_integrity(self.manager)
             for state in self.manager._states.values():
                 owners.update(block.block_id for block in state.packed)
         null = self.pool.null_block.block_id

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.engine.harness import Harness, text
+from tests.engine.integrity import held_blocks
 from tests.engine.test_random_walk import walk
 from vllm_defensive.engine import scheduler
 from vllm_defensive.engine.admission import ExpectedLength, Load, fits
@@ -175,7 +176,7 @@ def test_what_a_request_lasts_at_is_what_it_holds_later(tiny_model: Path) -> Non
         while request.num_output_tokens < 4:
             h.step()
         assert h.manager.lasting_blocks(request) == foreseen
-        assert h.manager.held_blocks(request.request_id) == foreseen[0]
+        assert held_blocks(h.manager, request.request_id) == foreseen[0]
         h.run()
 
 

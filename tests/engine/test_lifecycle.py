@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.engine.harness import Harness, text
+from tests.engine.integrity import held_blocks
 
 W, N = 32, 32
 MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
@@ -47,7 +48,7 @@ def test_free_count_rises_by_g_minus_s_at_the_release(tiny_model: Path, asynchro
         assert h.held == g + 1 + packed
     h.step()
     assert h.held == 1 + packed
-    assert h.manager.held_blocks(request_id) == 1 + packed
+    assert held_blocks(h.manager, request_id) == 1 + packed
     assert h.manager.totals.freed_blocks == g - packed
     h.run()
     h.assert_all_returned()

@@ -329,34 +329,3 @@ class EvictionBlockManager(FullAttentionManager):
             state.num_tokens, state.shared_blocks + len(state.packed), self.block_size
         )
         return {"policy": state.settings.policy, "prompt_tokens": prompt, "kept_tokens": prompt - dropped}
-
-    # -- invariants ---------------------------------------------------------------------------------------------------
-
-    def held_blocks(self, request_id: str) -> int:
-        """Blocks of the pool that the request holds a reference to."""
-        positional = sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
-        state = self._states.get(request_id)
-        return positional + (len(state.packed) if state is not None else 0)
-
-    def check_integrity(self) -> None:
-        """Assert that packed blocks have one owner and no hash, and that nothing belongs to an unknown request."""
-        owned: set[int] = set()
-        for request_id, state in self._states.items():
-            assert request_id in self.req_to_blocks, f"{request_id} has a state but no blocks"
-            for block in state.packed:
-                assert block.ref_cnt == 1 and block.block_hash is None and not block.is_null, block
-                assert block.block_id not in owned, f"block {block.block_id} packed twice"
-                owned.add(block.block_id)
-        for request_id, blocks in self.req_to_blocks.items():
-            for block in blocks:
-                assert block.is_null or block.block_id not in owned, f"{request_id} holds packed block {block.block_id}"
-        assert set(self._planned) <= set(self._states)
-        assert self.decided == {request_id for request_id, state in self._states.items() if state.decided}
-        assert self.hashed <= self.decided
-        for request_id, tokens in self.settled.items():
-            assert request_id in self.decided and tokens <= len(self.req_to_blocks[request_id]) * self.block_size
-        released = [state for request_id, state in self._states.items() if self.is_released(request_id)]
-        assert self.saved_blocks == sum(state.saved_blocks for state in released)
-        assert self.packed_blocks == len(owned)
-        assert set(self._hit_tokens) <= set(self.requests)
-        assert set(self._waiting) <= set(self.requests) - set(self._states)
