@@ -120,7 +120,7 @@ def token_counter(model: Path) -> Callable[[str], int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", default="layer-defensivekv")
+    parser.add_argument("--policy", default="halokv")
     parser.add_argument("--keep", default="0.2")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4000, 7000], help="document lengths")
     parser.add_argument("--max-tokens", type=int, default=64, help="of each answer, 24 or more")

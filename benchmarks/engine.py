@@ -19,8 +19,11 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.server import commit
@@ -104,7 +107,7 @@ class Engine:
         executor = self._engine.model_executor.driver_worker
         self._evictor = getattr(getattr(executor, "worker", executor), "_evictor", None)
         self.eviction_bytes = 0
-        """Most that an eviction has allocated, beside what was there when it began."""
+        """Most that the evictions of one step have allocated, beside what was there when they began."""
         if self._evictor is not None:
             self._watch_memory()
 
@@ -173,15 +176,16 @@ def alone(engine: Engine, tokens: int, seed: int, policy: str | None) -> dict[st
     }  # fmt: skip
 
 
-def profile(engine: Engine, tokens: int, policy: str | None) -> str:
+def profile(engine: Engine, tokens: int, seed: int, policy: str | None) -> str:
     """Where the device's time goes in one request of 34 tokens: a table of kernels, the longest first."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
     with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as watched:
-        engine.add(tokens, 34, 4711, policy)
+        engine.add(tokens, 34, seed, policy)
         engine.run()
-    kernels = [k for k in watched.key_averages() if k.self_device_time_total and not k.key.startswith(("aten::", "_C"))]
+    kernels = [k for k in watched.key_averages() if k.device_type != DeviceType.CPU and not k.is_user_annotation]
     kernels.sort(key=lambda kernel: -kernel.self_device_time_total)
     lines = ["   ms  calls  us a call  kernel"]
     for kernel in kernels[:40]:
@@ -192,15 +196,15 @@ def profile(engine: Engine, tokens: int, policy: str | None) -> str:
 
 def load(engine: Engine, options: argparse.Namespace, output: int, seed: int) -> dict[str, Any]:
     """All requests at once."""
-    before, preempted = engine.eviction_seconds(), _preemptions(engine)
+    spent, preempted = engine.eviction_seconds(), _preemptions(engine)
     for i in range(options.requests):
         engine.add(options.prompt, output, seed * 1000 + i)
     samples = engine.run()
     seconds, tokens = samples[-1][0], sum(fresh for _, fresh, _, _ in samples)
     assert tokens == options.requests * output, "a request was not answered whole"
     steps: dict[int, list[float]] = defaultdict(list)
-    for (start, *_), (end, fresh, running, _) in pairwise(samples):
-        if fresh == running:  # a decode step, in which nobody came or went
+    for (start, before, among, _), (end, fresh, running, _) in pairwise(samples):
+        if before == fresh == running == among:  # a decode step in which nobody came or went
             steps[running].append(end - start)
     thin = samples[:: max(1, len(samples) // 200)]
     return {
@@ -210,7 +214,7 @@ def load(engine: Engine, options: argparse.Namespace, output: int, seed: int) ->
         "mean_running": sum(n for _, _, n, _ in samples) / len(samples),
         "peak_pool": max(usage for *_, usage in samples),
         "preemptions": _preemptions(engine) - preempted,
-        "eviction_seconds": engine.eviction_seconds() - before,
+        "eviction_seconds": engine.eviction_seconds() - spent,
         "step_ms_by_running": {n: statistics.median(t) * 1e3 for n, t in sorted(steps.items()) if len(t) >= 5},
         "samples": [(round(t, 3), running, round(usage, 3)) for t, _, running, usage in thin],
     }
@@ -222,14 +226,17 @@ def _preemptions(engine: Engine) -> float:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """A row's record."""
-    folder = options.model or write_model(options.out)
-    engine = Engine(options, folder)
+    with model_folder(options.model) as folder:
+        engine = Engine(options, folder)
+    names = ("row", "keep", "prompt", "output", "requests", "pool", "graphs", "chunk", "block")
     record: dict[str, Any] = {
-        "row": options.row, "keep": options.keep, "prompt": options.prompt, "output": options.output,
-        "requests": options.requests, "pool": options.pool, "pool_tokens": engine.pool_tokens,
-        "graphs": options.graphs, "chunk": options.chunk, "start_seconds": engine.start_seconds, "machine": machine(),
-        "command": f"python -m benchmarks.engine {' '.join(sys.argv[1:])}",
-    }  # fmt: skip
+        **{name: getattr(options, name) for name in names},
+        "model": "Llama-3.1-8B's shape" if options.model is None else options.model.name,
+        "pool_tokens": engine.pool_tokens,
+        "start_seconds": engine.start_seconds,
+        "machine": machine(),
+        "command": f"python -m benchmarks.engine {' '.join(sys.argv[1:-2])}",  # without this process's --row NAME
+    }
     print(f"{options.row}: ready after {engine.start_seconds:.0f} s", flush=True)
     kept = int(options.prompt * options.keep)
     wanted = {"stock": (options.prompt, None), "stock, kept length": (kept, None)}
@@ -242,7 +249,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         record["alone"][name] = alone(engine, tokens, 100 * number + 7, policy)
         record["alone"][name]["eviction_mib"] = engine.eviction_bytes / 2**20
         if options.profile:
-            profiles += f"{name}, {tokens} tokens\n{profile(engine, tokens, policy)}\n"
+            profiles += f"{name}, {tokens} tokens\n{profile(engine, tokens, 100 * number + 50, policy)}\n"
         print(f"  alone, {name}: {_short(record['alone'][name])}", flush=True)
     if options.profile:
         (options.out / f"profile-{options.row}.txt").write_text(profiles)
@@ -265,11 +272,12 @@ def machine() -> dict[str, str]:
     import triton
     import vllm
 
+    from benchmarks.kernels.machine import driver
+
     gpu = torch.cuda.is_available()
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return {
         "device": torch.cuda.get_device_name() if gpu else "CPU",
-        "driver": subprocess.run(query, capture_output=True, text=True).stdout.strip() if gpu else "-",
+        "driver": driver() if gpu else "-",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "vllm": vllm.__version__,
@@ -278,30 +286,32 @@ def machine() -> dict[str, str]:
     }
 
 
-def write_model(out: Path) -> Path:
-    """A folder with the default model's config; it has no weights."""
-    folder = out / "llama-8b"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(_LLAMA_8B, indent=1))
-    return folder
+@contextmanager
+def model_folder(chosen: Path | None) -> Iterator[Path]:
+    """The chosen model's, or one with the default model's config, which is all that random weights need."""
+    if chosen is not None:
+        yield chosen
+        return
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(_LLAMA_8B))
+        yield Path(folder)
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
 def report(records: list[dict[str, Any]]) -> str:
-    """Markdown, a table for each load."""
-    machines = {json.dumps(record["machine"], sort_keys=True): record["machine"] for record in records}
-    lines = ["# Engines on a GPU", ""]
-    lines += ["- " + ", ".join(f"{name} {value}" for name, value in m.items()) for m in machines.values()]
-    lines.append("- an 8B model's shape with random weights; all requests at once; medians")
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    """Markdown, a table for each load on each machine. Rows that were measured again count once, the last time."""
+    lines = ["# Engines", "", "Random weights, all requests at once, medians."]
+    groups: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for record in records:
-        of = ("prompt", "output", "requests", "pool", "graphs", "chunk")
-        groups[tuple(record[name] for name in of)].append(record)
-    for (prompt, output, requests, pool, graphs, _), group in groups.items():
-        title = f"{requests} x ({prompt} + {output}) tokens, a pool of {pool:g}, graphs: {graphs}"
-        lines += ["", f"## {title}", ""]
+        of = ("model", "prompt", "output", "requests", "pool", "graphs", "chunk", "block", "machine")
+        groups[json.dumps([record[name] for name in of])][_name(record)] = record
+    for rows in groups.values():
+        group = list(rows.values())
+        load = "{model}: {requests} x ({prompt} + {output}) tokens, a pool of {pool:g}, graphs: {graphs}"
+        lines += ["", f"## {load.format(**group[0])}", ""]
+        lines += [", ".join(f"{name} {value}" for name, value in group[0]["machine"].items()), ""]
         lines += ["| row | output tok/s | to stock | beyond prefill | peak running | evictions, s | preemptions |"]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
         stock = next((record for record in group if record["row"] == "stock"), None)

@@ -16,6 +16,12 @@ FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU: a kernel must not 
 MIN_REPEATS, MAX_REPEATS, SECONDS = 10, 200, 0.5
 
 
+def driver() -> str:
+    """Version of the NVIDIA driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0].strip()
+
+
 @dataclass(frozen=True)
 class Machine:
     """Names and versions, for the report's head."""
@@ -32,15 +38,11 @@ class Machine:
     def here(cls, device: str) -> Machine:
         import triton
 
-        driver = "-"
-        if device == "cuda":
-            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0].strip()
         name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, Triton's interpreter"
         command = f"python -m benchmarks.kernels {' '.join(sys.argv[1:])}".strip()
         versions = (torch.version.cuda, torch.__version__, triton.__version__, platform.python_version())
         cuda, own_torch, own_triton, python = map(str, versions)
-        return cls(name, driver, cuda, own_torch, own_triton, python, command)
+        return cls(name, driver() if device == "cuda" else "-", cuda, own_torch, own_triton, python, command)
 
     def rows(self) -> dict[str, str]:
         return asdict(self)

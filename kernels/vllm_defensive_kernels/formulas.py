@@ -250,8 +250,7 @@ def value_norm_l2(value_HTD: Tensor, factor_QDC: Tensor) -> Tensor:
 def certain_by_mass(attention_RT: Tensor, mass: Tensor | float, cap: int) -> Tensor:
     """The largest entries of each row that together stay below `mass` of its sum, at most `cap`. -> bool [R, T].
 
-    Rows may have several axes; `mass` then has as many, and one of size 1 for T.
-
+    mass: a number, or what broadcasts against `attention_RT`, whose rows may have several axes.
     The entry that crosses the threshold is left out, as the reference leaves it out. Ties: the lowest token wins.
     """
     share_RT = attention_RT / attention_RT.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(attention_RT.dtype).tiny)

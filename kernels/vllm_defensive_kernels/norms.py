@@ -30,7 +30,8 @@ WARPS = 8
 STAGES = 3
 
 
-@triton.jit(do_not_specialize=["layer", "out_head_stride"])
+# out_ptr: where a layer's part of a larger tensor begins must not make a variant of its own.
+@triton.jit(do_not_specialize=["out_ptr", "layer", "out_head_stride"])
 def _value_norm_kernel(
     out_ptr, value_ptr, weight_ptr, table_ptr, count_ptr, start_ptr, layer_page_ptr,
     factor, layer, columns, out_head_stride, value_page_stride, value_token_stride,

@@ -14,6 +14,7 @@ from tests.e2e.engines import Answer, assert_all_returned, audit_of, generate, r
 from tests.reference_model import Layer, ReferenceLlama, decode_logprobs
 from vllm_defensive.audit import Audit
 from vllm_defensive.policy import PRESETS
+from vllm_defensive.worker import cuda_evictor
 
 pytestmark = pytest.mark.e2e
 
@@ -85,3 +86,26 @@ def test_values_that_stay_in_place_are_not_needed(
 ) -> None:
     with engine(model, "snapkv", dtype="float32", audit=str(tmp_path), enable_prefix_caching=False) as llm:
         formulas.assert_the_same_without_values_in_place(llm, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("kernels", ["reference"], indirect=True)
+@pytest.mark.parametrize("policy", ["criticalkv", "layer-defensivekv", "halokv"])
+def test_layers_are_weighed_together_or_apart(
+    model: Path,
+    tmp_path: Path,
+    kernels: str,
+    policy: str,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel_calls: dict[str, int],
+) -> None:
+    """What is kept does not depend on how many layers' scores there is room for."""
+    prompt, kept = random_prompts((140,), seed=6)[0], []
+    with engine(model, policy, dtype="float32", audit=str(tmp_path), enable_prefix_caching=False) as llm:
+        for room, launches in ((2**22, 1), (1, 2)):
+            monkeypatch.setattr(cuda_evictor, "SCORES_AT_A_TIME", room)
+            kernel_calls.clear()
+            (answer,) = generate(llm, [prompt], 2)
+            assert kernel_calls["window_scores"] == launches
+            kept.append(audit_of(tmp_path, answer.request_id).mask())
+    assert bool((kept[0] == kept[1]).all())
+    assert 0 < kept[0].float().mean() < 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.policy.cases import SHAPES, LayerInputs, Shape, kept_by_head, make_layers, scale_of, score, select_tokens
-from vllm_defensive.policy import PRESETS, Policy, select
+from vllm_defensive.policy import PRESETS, Attention, Policy, select, settle
 from vllm_defensive_kernels import formulas
 
 SHAPE = Shape(200, heads=4, group=3, window=16)
@@ -217,3 +217,30 @@ def test_two_ranks_score_as_one(name: str, bias: str) -> None:
         torch.testing.assert_close(ours_HE[~ours_certain], expected_HE[~ours_certain], rtol=1e-5, atol=0)
         if whole.rank_HE is not None:
             torch.testing.assert_close(parts[rank].rank_HE, whole.rank_HE.chunk(2)[rank], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("reduce_heads", [None, lambda part: part + part], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize(
+    ("name", "skipped"),
+    [("snapkv", 24), ("criticalkv", 0), ("criticalkv", 24), ("layer-defensivekv", 0), ("halokv", 0), ("halokv", 24)],
+)
+def test_layers_settled_together_score_as_each_alone(name: str, reduce_heads: object, skipped: int) -> None:
+    """skipped: values that are missing at the front, as the policy can do without them."""
+    policy, window, layers, heads, tokens = PRESETS[name], 8, 3, 2, 120
+    generator = torch.Generator().manual_seed(7)
+    mean_LHT = torch.rand(layers, heads, tokens, generator=generator).pow(8)
+    mean_LHT /= 1.1 * mean_LHT.sum(dim=-1, keepdim=True)
+    score_LHT = mean_LHT + torch.rand(layers, heads, tokens, generator=generator) / tokens
+    norm_LHT = (
+        torch.rand(layers, heads, tokens - skipped, generator=generator) * torch.tensor([1.0, 5, 9])[:, None, None]
+    )
+    options = {"window": window, "keep_ratio": 0.3, "evictable": (32, 128), "reduce_heads": reduce_heads}
+    together = settle(policy, Attention.of(policy, score_LHT, mean_LHT, window), norm_LHT, **options).apart()
+    for layer, scores in enumerate(together):
+        alone = settle(
+            policy, Attention.of(policy, score_LHT[layer], mean_LHT[layer], window), norm_LHT[layer], **options
+        )
+        assert torch.equal(scores.scores_HE, alone.scores_HE)
+        assert (scores.rank_HE is None) == (alone.rank_HE is None)
+        assert scores.rank_HE is None or torch.equal(scores.rank_HE, alone.rank_HE)
+    assert not torch.equal(together[0].scores_HE, together[1].scores_HE)

@@ -230,25 +230,26 @@ def _weigh_and_settle(
     attention: Attention, norm_HT: Tensor | None, cap: int, reduce_heads: ReduceHeads | None
 ) -> Tensor:
     """DefensiveKV's two stages: weigh by the value norm, then lift what is certain (at most `cap` tokens of a head) to
-    the layer's maximum.
+    the layer's maximum. Of one layer, or of several with their axis in front.
 
     The norm is divided by its sum over *heads*, token by token: it looks like a slip of the axis in the reference,
     but dividing over tokens costs quality. Both that sum and the mean bias run over the heads of all ranks; the
     maximum is that of this rank's heads, above all that shares this rank's budget of the layer.
     """
     scores_HT, bias_H = attention.scores_HT, attention.bias_H
+    # Z: the biases' sum, how many heads there are, the norms' sums of T tokens.
     parts = [bias_H.sum(dim=-1, keepdim=True), torch.full_like(bias_H[..., :1], bias_H.shape[-1])]
     if norm_HT is not None:
         parts.append(norm_HT.sum(dim=-2))
-    sums_1X = torch.cat(parts, dim=-1).unsqueeze(-2)
+    sums_1Z = torch.cat(parts, dim=-1).unsqueeze(-2)
     if reduce_heads is not None:
-        sums_1X = reduce_heads(sums_1X)
+        sums_1Z = reduce_heads(sums_1Z)
     if norm_HT is not None:
         # The quotient first: with a single head it is exactly 1, and equal scores stay equal.
-        scores_HT = scores_HT * (norm_HT / sums_1X[..., 2:].clamp_min(torch.finfo(sums_1X.dtype).tiny))
+        scores_HT = scores_HT * (norm_HT / sums_1Z[..., 2:].clamp_min(torch.finfo(sums_1Z.dtype).tiny))
     if cap == 0:
         return scores_HT
-    mass_11 = formulas.STAGE_ONE_MASS - sums_1X[..., :1] / sums_1X[..., 1:2]
+    mass_11 = formulas.STAGE_ONE_MASS - sums_1Z[..., :1] / sums_1Z[..., 1:2]
     certain_HT = formulas.certain_by_mass(attention.mean_HT, mass_11, cap)
     return torch.where(certain_HT, scores_HT.amax(dim=(-2, -1), keepdim=True), scores_HT)
 
@@ -274,7 +275,7 @@ def _hash_to_unit(key: Tensor) -> Tensor:
 
 
 def _cut_and_force(scores_HT: Tensor, start: int, stop: int) -> Tensor:
-    """Cut [H, T] to the evictable range; what lies beyond the scored tokens is the window, which must stay."""
+    """Cut [H, T] or [L, H, T] to the evictable range. Beyond the scored tokens lies the window, which must stay."""
     *rows, scored = scores_HT.shape
     cut_HE = torch.full((*rows, stop - start), FORCED, device=scores_HT.device)
     if start < scored:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.utils.math_utils import cdiv
 
 from vllm_defensive import audit, vllm_compat
 from vllm_defensive.config import EvictionConfig
@@ -38,7 +39,7 @@ KERNEL_AGGREGATES = ("mean", "defensive")
 KERNEL_POOLS = (1, 3, 5)
 LONG_PROMPT = 8192 + 256  # `window.tiling` changes at 8192 scored tokens
 # Of several layers in one go: 8K tokens of all layers of a Llama-3.1-8B twice over. More of them bring no speed, and
-# each takes part in some dozen temporaries (see `cuda_worker.memory_beside_cache`).
+# take more memory (see `cuda_worker.SETTLE_COPIES`).
 SCORES_AT_A_TIME = 2**22
 
 
@@ -167,20 +168,33 @@ class CUDAEvictor:
         known = prompt.policy.aggregate in KERNEL_AGGREGATES and prompt.policy.pool_kernel in KERNEL_POOLS
         if not known:
             return [self._score_in_torch(prompt, layer) for layer in layers]
-        step = max(1, SCORES_AT_A_TIME // (self._pages.num_kv_heads * prompt.tokens.total))
+        weights_L = self._weights(prompt.policy)
+        most = max(1, SCORES_AT_A_TIME // (self._pages.num_kv_heads * prompt.tokens.total))
         if any(scales.key != self._scales[0].key for scales in self._scales):
-            step = 1  # a launch takes one scale
+            most = 1  # a launch takes one scale
+        if any(weights is None for weights in weights_L):
+            most = 1  # layers with value norms are not settled with layers that have none
+        step = cdiv(len(layers), cdiv(len(layers), most))  # groups of one size, so far as that goes
         scores = []
         for first in layers[::step]:
-            scores += self._score_some(prompt, first, min(first + step, len(layers)))
+            scores += self._score_some(prompt, first, weights_L[first : first + step])
         return scores
 
-    def _score_some(self, prompt: _Prompt, first: int, last: int) -> list[LayerScores]:
-        """Layers `[first, last)`, their attention in one launch."""
-        policy, window = prompt.policy, prompt.window_LWQD.shape[1]
+    def _weights(self, policy: Policy) -> list[Tensor | None]:
+        """By what each layer's values are projected before their norm is taken; None weighs no values."""
+        layers = range(self._pages.num_layers)
+        if policy.value_weight == "none":
+            return [None] * len(layers)
+        project = self._projections.factor if policy.value_weight == "l2-gram" else self._projections.slices
+        return [project(layer) for layer in layers]
+
+    def _score_some(self, prompt: _Prompt, first: int, weights_L: Sequence[Tensor | None]) -> list[LayerScores]:
+        """As many layers as `weights_L` has, from the first on, their attention in one launch."""
+        policy, window, last = prompt.policy, prompt.window_LWQD.shape[1], first + len(weights_L)
         observed = window_scores(
             prompt.window_LWQD[first:last, None],
-            replace(self._pages, layer_page_L=self._pages.layer_page_L[first:last]),
+            # A copy, as for value_table_1B.
+            replace(self._pages, layer_page_L=self._pages.layer_page_L[first:last].clone()),
             prompt.table_1B,
             prompt.tokens,
             aggregate="defensive" if policy.aggregate == "defensive" else "mean",
@@ -188,35 +202,33 @@ class CUDAEvictor:
             scale=self._scale,
             key_scale=self._scales[first].key,
         )
-        attention = Attention.of(policy, observed.score_LHT, observed.mean_LHT, window)
         return settle(
             policy,
-            attention,
-            self._norms(prompt, first, last),
+            Attention.of(policy, observed.score_LHT, observed.mean_LHT, window),
+            self._norms(prompt, first, weights_L),
             window=window,
             keep_ratio=prompt.eviction.keep,
             evictable=prompt.evictable,
             reduce_heads=self._reduce_heads,
         ).apart()
 
-    def _norms(self, prompt: _Prompt, first: int, last: int) -> Tensor | None:
-        """Value norms of layers `[first, last)`, fp32 `[L, H, T]`; None weighs no values."""
-        kind, tokens = prompt.policy.value_weight, prompt.value_tokens
-        of_layer = self._projections.factor if kind == "l2-gram" else self._projections.slices
-        weights = [of_layer(layer) for layer in range(first, last)] if kind != "none" else [None]
-        if any(weight is None for weight in weights):
-            return None
-        shape = (last - first, self._pages.num_kv_heads, tokens.total)
+    def _norms(self, prompt: _Prompt, first: int, weights_L: Sequence[Tensor | None]) -> Tensor | None:
+        """Value norms of layers from the first on, fp32 `[L, H, T]`, or None where a layer has no weights."""
+        order, tokens = 2 if prompt.policy.value_weight == "l2-gram" else 1, prompt.value_tokens
+        shape = (len(weights_L), self._pages.num_kv_heads, tokens.total)
         norm_LHT = torch.empty(shape, dtype=torch.float32, device=prompt.table_1B.device)
-        for layer, weight, norm_HT in zip(range(first, last), weights, norm_LHT, strict=True):
+        for layer, (weights, norm_HT) in enumerate(zip(weights_L, norm_LHT, strict=True), first):
+            if weights is None:
+                return None
+            scale = self._scales[layer].value
             value_norm(
                 self._pages,
                 layer,
                 prompt.value_table_1B,
                 tokens,
-                weight,
-                order=2 if kind == "l2-gram" else 1,
-                value_scale=self._scales[layer].value,
+                weights,
+                order=order,
+                value_scale=scale,
                 out_HT=norm_HT,
             )
         return norm_LHT
