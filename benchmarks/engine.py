@@ -5,7 +5,8 @@ its own, started once: first single requests, for what an eviction costs a prefi
 once on a pool that holds a few. `benchmarks.serving` measures more, over vLLM's own load generator, and starts an
 engine for every round; this one is for an hour, or minutes, on a borrowed GPU.
 
-Appends to OUT/records.jsonl and writes OUT/report.md.
+Appends to OUT/records.jsonl, after each part of a row, so that what was measured stays if the machine goes; and writes
+OUT/report.md.
 """
 
 from __future__ import annotations
@@ -224,8 +225,8 @@ def _preemptions(engine: Engine) -> float:
     return float(sum(m.value for m in engine._llm.get_metrics() if m.name == "vllm:num_preemptions"))
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """A row's record."""
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row's record, as it grows: with single requests, and with each load."""
     with model_folder(options.model) as folder:
         engine = Engine(options, folder)
     names = ("row", "keep", "prompt", "output", "requests", "pool", "graphs", "chunk", "block")
@@ -253,14 +254,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         print(f"  alone, {name}: {_short(record['alone'][name])}", flush=True)
     if options.profile:
         (options.out / f"profile-{options.row}.txt").write_text(profiles)
+    record["loads"] = []
+    yield record
     load(engine, argparse.Namespace(**{**vars(options), "requests": 4}), 16, 1)  # warms up
     record["prefill"] = load(engine, options, 2, 2)
     print(f"  answers of 2: {_short(record['prefill'])}", flush=True)
-    record["loads"] = []
     for repeat in range(options.repeats):
         record["loads"].append(load(engine, options, options.output, 3 + repeat))
         print(f"  load {repeat}: {_short(record['loads'][-1])}", flush=True)
-    return record
+        yield record
 
 
 def _short(values: dict[str, Any]) -> str:
@@ -314,12 +316,11 @@ def report(records: list[dict[str, Any]]) -> str:
         lines += [", ".join(f"{name} {value}" for name, value in group[0]["machine"].items()), ""]
         lines += ["| row | output tok/s | to stock | beyond prefill | peak running | evictions, s | preemptions |"]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-        stock = next((record for record in group if record["row"] == "stock"), None)
-        for record in group:
+        loaded = [record for record in group if record["loads"]]
+        stock = next((_rates(record) for record in loaded if record["row"] == "stock"), None)
+        for record in loaded:
             rate, seconds = _rates(record)
-            ratios = ["-", "-"]
-            if stock is not None:
-                ratios = [f"{rate / _rates(stock)[0]:.2f}", f"{_rates(stock)[1] / seconds:.2f}"]
+            ratios = ["-", "-"] if stock is None else [f"{rate / stock[0]:.2f}", f"{stock[1] / seconds:.2f}"]
             peak = max(one["peak_running"] for one in record["loads"])
             spent = statistics.median(one["eviction_seconds"] for one in record["loads"])
             thrown = sum(one["preemptions"] for one in record["loads"])
@@ -353,9 +354,9 @@ def main(arguments: list[str]) -> int:
     file = options.out / "records.jsonl"
     if options.row:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the scheduler is looked at
-        record = measure(options)
-        with file.open("a") as out:
-            out.write(json.dumps(record) + "\n")
+        before = file.read_text() if file.exists() else ""
+        for record in measure(options):
+            file.write_text(f"{before}{json.dumps(record)}\n")
         return 0
     failed = 0
     for row in options.rows.split(","):

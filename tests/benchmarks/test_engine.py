@@ -36,6 +36,13 @@ def test_what_has_no_stock_vllm_beside_it_has_no_ratios(other: dict[str, Any]) -
     assert "| halokv 0.2 | 250 | - | - | 4 |" in text
 
 
+def test_a_row_whose_load_was_cut_off_keeps_its_single_requests() -> None:
+    text = engine.report([record("stock", 10.0, loads=[]), record("halokv", 4.0)])
+    assert "| stock: stock, 512 tokens | 200.0 |" in text
+    assert "| stock | " not in text
+    assert "| halokv 0.2 | 250 | - | - | 4 |" in text
+
+
 def test_a_row_that_was_measured_again_counts_once() -> None:
     text = engine.report([record("stock", 10.0), record("halokv", 4.0), record("stock", 8.0)])
     assert "| halokv 0.2 | 250 | 2.00 |" in text
