@@ -35,8 +35,11 @@ class Row:
 
     @property
     def fit(self) -> int:
-        """Requests like this one that the pool holds at once (vLLM keeps one block for itself)."""
-        return (POOL_BLOCKS - 1) // self.held
+        """Requests like this one that the pool holds at once (vLLM keeps one block for itself). The last one to come
+        must find room for its whole prompt, beside what is kept of it, until it is evicted."""
+        prompt = -(-self.prompt_tokens // BLOCK_SIZE)
+        first = prompt + self.held if self.held < prompt else self.held
+        return 1 + (POOL_BLOCKS - 1 - first) // self.held
 
 
 def ask(server: Server, name: str, question: Question, max_tokens: int) -> Row:
@@ -147,7 +150,7 @@ def main() -> None:
     for before, after in zip(rows[: len(questions)], rows[len(questions) :], strict=True):
         ratio, speed = before.held / after.held, before.milliseconds_per_token / after.milliseconds_per_token
         print(f"{before.prompt_tokens} tokens: {ratio:.1f}x fewer blocks, {speed:.2f}x the decode speed")
-    print(f"\nWhat each head kept is in {audit}/; read a file with vllm_defensive.audit.load(path).")
+    print(f"\nWhat each head kept is in {audit}/; see one with\n  python -m vllm_defensive.audit show FILE")
 
 
 if __name__ == "__main__":

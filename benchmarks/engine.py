@@ -28,8 +28,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.server import commit
+from vllm_defensive.policy import PRESETS
 
 RESULTS = Path("benchmarks/results/engine")
+STOCK = "stock"
+_ABOUT = """\
+Random weights, all requests at once, medians. Beyond prefill: ratio of the time that is left when that of the same load
+with answers of two tokens is taken off. Alone: one request at a time."""
 ALONE, DECODED = 3, 96  # single requests, and tokens of each
 _LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -58,23 +63,34 @@ GRAPHS: dict[str, dict[str, Any]] = {
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=(__doc__ or "").split("\n\n")[0])
+    about = f"{(__doc__ or '').split(chr(10) * 2)[0]} The defaults are for a GPU with some 40 GB."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=about)
     parser.add_argument("--model", type=Path, help="folder with a config.json (default: Llama-3.1-8B's shape)")
     parser.add_argument("--rows", default="stock,halokv", help="stock, or a policy; comma-separated")
     parser.add_argument("--policies", default="halokv,layer-defensivekv", help="of single requests")
-    parser.add_argument("--keep", type=float, default=0.2)
+    parser.add_argument("--keep", type=float, default=0.2, help="of each prompt's cache")
     parser.add_argument("--prompt", type=int, default=8192, help="tokens")
     parser.add_argument("--output", type=int, default=1024, help="tokens")
-    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--requests", type=int, default=24, help="of a load, all at once")
     parser.add_argument("--pool", type=float, default=4, help="KV cache in multiples of one request")
     parser.add_argument("--repeats", type=int, default=1, help="loads; each has prompts of its own")
-    parser.add_argument("--graphs", choices=sorted(GRAPHS), default="decode")
-    parser.add_argument("--block", type=int, default=16, help="tokens of a block (CPUs: 32)")
+    parser.add_argument(
+        "--graphs", choices=GRAPHS, default="decode", help="CUDA graphs: none; of decode steps; all, and torch.compile"
+    )
+    parser.add_argument("--block", type=int, help="tokens of a block (default: 16, on CPUs 32)")
     parser.add_argument("--chunk", type=int, default=8192, help="vLLM's max_num_batched_tokens")
     parser.add_argument("--profile", action="store_true", help="also write what single requests spend their time on")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of records and report")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # this process measures it
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    policies = {name for name, policy in PRESETS.items() if not policy.internal}
+    for option, names, known in (
+        ("--rows", options.rows, {STOCK, *policies}),
+        ("--policies", options.policies, {"none", *policies}),
+    ):
+        if unknown := set(names.split(",")) - known:
+            parser.error(f"{option} {', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}")
+    return options
 
 
 # -- one row, in its own process --------------------------------------------------------------------------------------
@@ -84,13 +100,14 @@ class Engine:
     """An `LLM` that is stepped by hand, so that steps can be timed and looked at."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        import torch
         from vllm import LLM
 
         import vllm_defensive
 
-        self.block = options.block
+        self.block = options.block or (16 if torch.cuda.is_available() else 32)
         blocks = int(options.pool * -(-(options.prompt + options.output) // self.block)) + 1
-        evicting = options.row != "stock"
+        evicting = options.row != STOCK
         extra = vllm_defensive.engine_kwargs(options.row, keep=options.keep, per_request=True) if evicting else {}
         started = time.perf_counter()
         llm = LLM(
@@ -229,10 +246,11 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row's record, as it grows: with single requests, and with each load."""
     with model_folder(options.model) as folder:
         engine = Engine(options, folder)
-    names = ("row", "keep", "prompt", "output", "requests", "pool", "graphs", "chunk", "block")
+    names = ("row", "keep", "prompt", "output", "requests", "pool", "graphs", "chunk")
     record: dict[str, Any] = {
         **{name: getattr(options, name) for name in names},
         "model": "Llama-3.1-8B's shape" if options.model is None else options.model.name,
+        "block": engine.block,
         "pool_tokens": engine.pool_tokens,
         "start_seconds": engine.start_seconds,
         "machine": machine(),
@@ -241,7 +259,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     print(f"{options.row}: ready after {engine.start_seconds:.0f} s", flush=True)
     kept = int(options.prompt * options.keep)
     wanted = {"stock": (options.prompt, None), "stock, kept length": (kept, None)}
-    if options.row != "stock":
+    if options.row != STOCK:
         names = ["none", *options.policies.split(",")]
         wanted = {name: (options.prompt, name) for name in names}
     record["alone"], profiles = {}, ""
@@ -304,7 +322,7 @@ def model_folder(chosen: Path | None) -> Iterator[Path]:
 
 def report(records: list[dict[str, Any]]) -> str:
     """Markdown, a table for each load on each machine. Rows that were measured again count once, the last time."""
-    lines = ["# Engines", "", "Random weights, all requests at once, medians."]
+    lines = ["# Engines", "", _ABOUT]
     groups: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for record in records:
         of = ("model", "prompt", "output", "requests", "pool", "graphs", "chunk", "block", "machine")
@@ -317,7 +335,7 @@ def report(records: list[dict[str, Any]]) -> str:
         lines += ["| row | output tok/s | to stock | beyond prefill | peak running | evictions, s | preemptions |"]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
         loaded = [record for record in group if record["loads"]]
-        stock = next((_rates(record) for record in loaded if record["row"] == "stock"), None)
+        stock = next((_rates(record) for record in loaded if record["row"] == STOCK), None)
         for record in loaded:
             rate, seconds = _rates(record)
             ratios = ["-", "-"] if stock is None else [f"{rate / stock[0]:.2f}", f"{stock[1] / seconds:.2f}"]
@@ -339,7 +357,7 @@ def report(records: list[dict[str, Any]]) -> str:
 
 
 def _name(record: dict[str, Any]) -> str:
-    return "stock" if record["row"] == "stock" else f"{record['row']} {record['keep']:g}"
+    return STOCK if record["row"] == STOCK else f"{record['row']} {record['keep']:g}"
 
 
 def _rates(record: dict[str, Any]) -> tuple[float, float]:
@@ -354,6 +372,7 @@ def main(arguments: list[str]) -> int:
     file = options.out / "records.jsonl"
     if options.row:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the scheduler is looked at
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         before = file.read_text() if file.exists() else ""
         for record in measure(options):
             file.write_text(f"{before}{json.dumps(record)}\n")
@@ -361,9 +380,10 @@ def main(arguments: list[str]) -> int:
     failed = 0
     for row in options.rows.split(","):
         failed |= subprocess.run([sys.executable, "-m", "benchmarks.engine", *arguments, "--row", row]).returncode
-    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    (options.out / "report.md").write_text(report(records))
-    print(report(records))
+    if file.exists():
+        text = report([json.loads(line) for line in file.read_text().splitlines()])
+        (options.out / "report.md").write_text(text)
+        print(text)
     return 1 if failed else 0
 
 

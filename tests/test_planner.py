@@ -108,6 +108,16 @@ def test_wrong_input_ends_with_2_and_one_line(
     assert error.startswith(words) and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(("context", "noted"), [(7168, False), (7169, True)])
+def test_more_tokens_than_the_model_has_positions_are_noted(
+    folder: Path, capsys: pytest.CaptureFixture[str], context: int, noted: bool
+) -> None:
+    config = {**LLAMA_8B, "max_position_embeddings": 8192}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(arguments(folder, context=context, output=1024)) == 0
+    assert ("8192 positions" in capsys.readouterr().out) == noted
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", json.dumps({**LLAMA_8B, "kv_lora_rank": 512})])
 def test_unusable_configuration_ends_with_2_and_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], content: str

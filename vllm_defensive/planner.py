@@ -195,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 1 or more")
         memory = parse_bytes(args.memory)
-        model = read_model(load_config(args.model), args.tp, args.kv_dtype)
+        config = load_config(args.model)
+        model = read_model(config, args.tp, args.kv_dtype)
         # Any policy: they differ in what they keep, not in how much.
         settings = {"policy": "layer-defensivekv", "keep": args.keep, "window": args.window}
         eviction = EvictionConfig.model_validate(settings)
@@ -208,6 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     before, after = (plan(model, memory, args.context, args.output, e, args.block_size) for e in (None, eviction))
     print(report(before, after))
+    positions = (config.get("text_config") or config).get("max_position_embeddings")
+    if isinstance(positions, int) and args.context + args.output > positions:
+        print(f"note: prompt and output are longer than this model's {positions} positions")
     if not before.at_once or not after.at_once:
         print("this memory does not hold one such request" + ("" if not before.at_once else " while it is evicted"))
     return 0

@@ -49,9 +49,16 @@ def test_a_row_that_was_measured_again_counts_once() -> None:
     assert text.count("| stock | ") == 1
 
 
+@pytest.mark.parametrize("option", ["--rows", "--policies"])
+def test_unknown_policies_are_refused_before_anything_starts(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        engine.parse([option, "stock,nonsense" if option == "--rows" else "nonsense"])
+    assert f"{option} nonsense: choose from" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_it_runs(tiny_model: Path, tmp_path: Path) -> None:
-    sizes = {"block": 32, "chunk": 512, "prompt": 512, "output": 24, "requests": 5, "pool": 2, "graphs": "none"}
+    sizes = {"chunk": 512, "prompt": 512, "output": 24, "requests": 5, "pool": 2, "graphs": "none"}
     options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "benchmarks.engine", "--model", str(tiny_model), "--out", str(tmp_path), *options]
     run = subprocess.run([*command, "--profile"], capture_output=True, text=True, timeout=240)
