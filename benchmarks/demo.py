@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.documents import Question, make_question
 from benchmarks.models import ensure_model
 from benchmarks.server import Server
+from vllm_defensive.planner import Plan
 
 FOLDER = Path(".demo")
 BLOCK_SIZE = 32
@@ -39,7 +40,7 @@ class Row:
         must find room for its whole prompt, beside what is kept of it, until it is evicted."""
         prompt = -(-self.prompt_tokens // BLOCK_SIZE)
         first = prompt + self.held if self.held < prompt else self.held
-        return 1 + (POOL_BLOCKS - 1 - first) // self.held
+        return Plan(prefill=first, mean=self.held, full=self.held, memory=POOL_BLOCKS - 1).at_once
 
 
 def ask(server: Server, name: str, question: Question, max_tokens: int) -> Row:

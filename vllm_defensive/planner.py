@@ -36,13 +36,14 @@ class Model:
     """What decides the size of a model's KV cache. Only layers of full attention are evicted.
 
     full_layers, windowed_layers: attention layers that see the whole prefix, and those that see `window` tokens.
-    token_bytes: keys and values of one token in one layer, on one GPU.
+    token_bytes: keys and values of one token in one layer, on one GPU. positions: longest sequence, None if unknown.
     """
 
     full_layers: int
     windowed_layers: int
     window: int
     token_bytes: int
+    positions: int | None = None
 
     def bytes(self, full_tokens: int, seen_tokens: int) -> int:
         """KV cache of a request that holds `full_tokens` slots in full layers and has seen `seen_tokens` tokens."""
@@ -118,8 +119,9 @@ def read_model(config: Mapping[str, Any], tp: int = 1, kv_dtype: str = "auto") -
         kinds = [_SLIDING[0] if windowed else _FULL] * layers
     if any(kind in _SLIDING for kind in kinds) and not window:
         raise ValueError("--model: its configuration has layers with a window, but not the window's size")
+    positions = text.get("max_position_embeddings")
     token_bytes = 2 * kv_heads // tp * head_dim * _DTYPE_BYTES[name]
-    return Model(kinds.count(_FULL), sum(kind in _SLIDING for kind in kinds), window, token_bytes)
+    return Model(kinds.count(_FULL), sum(kind in _SLIDING for kind in kinds), window, token_bytes, positions)
 
 
 def _number(config: Mapping[str, Any], name: str) -> int:
@@ -195,8 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 1 or more")
         memory = parse_bytes(args.memory)
-        config = load_config(args.model)
-        model = read_model(config, args.tp, args.kv_dtype)
+        model = read_model(load_config(args.model), args.tp, args.kv_dtype)
         # Any policy: they differ in what they keep, not in how much.
         settings = {"policy": "layer-defensivekv", "keep": args.keep, "window": args.window}
         eviction = EvictionConfig.model_validate(settings)
@@ -209,9 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     before, after = (plan(model, memory, args.context, args.output, e, args.block_size) for e in (None, eviction))
     print(report(before, after))
-    positions = (config.get("text_config") or config).get("max_position_embeddings")
-    if isinstance(positions, int) and args.context + args.output > positions:
-        print(f"note: prompt and output are longer than this model's {positions} positions")
+    if model.positions is not None and args.context + args.output > model.positions:
+        print(f"note: prompt and output are longer than this model's {model.positions} positions")
     if not before.at_once or not after.at_once:
         print("this memory does not hold one such request" + ("" if not before.at_once else " while it is evicted"))
     return 0

@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks import engine
+from benchmarks.engine.__main__ import parse
+from benchmarks.engine.measure import kernel_table
+from benchmarks.engine.report import report
 
 
 def record(row: str, seconds: float, **changes: Any) -> dict[str, Any]:
@@ -23,7 +26,7 @@ def record(row: str, seconds: float, **changes: Any) -> dict[str, Any]:
 
 
 def test_rows_of_one_load_are_put_beside_stock_vllm() -> None:
-    text = engine.report([record("stock", 10.0), record("halokv", 4.0)])
+    text = report([record("stock", 10.0), record("halokv", 4.0)])
     assert "| stock | 100 | 1.00 | 1.00 | 4 |" in text
     assert "| halokv 0.2 | 250 | 2.50 | 4.00 | 4 | 0.50 | 1 |" in text  # beyond prefill 8 s and 2 s
     assert "| halokv 0.2: halokv, 512 tokens | 200.0 | 4.00 | 2.0% | 80 | 5.00 |" in text
@@ -31,20 +34,20 @@ def test_rows_of_one_load_are_put_beside_stock_vllm() -> None:
 
 @pytest.mark.parametrize("other", [{"requests": 9}, {"machine": {"device": "another GPU"}}], ids=["load", "machine"])
 def test_what_has_no_stock_vllm_beside_it_has_no_ratios(other: dict[str, Any]) -> None:
-    text = engine.report([record("stock", 10.0), record("halokv", 4.0, **other)])
+    text = report([record("stock", 10.0), record("halokv", 4.0, **other)])
     assert text.count("\n## ") == 2
     assert "| halokv 0.2 | 250 | - | - | 4 |" in text
 
 
 def test_a_row_whose_load_was_cut_off_keeps_its_single_requests() -> None:
-    text = engine.report([record("stock", 10.0, loads=[]), record("halokv", 4.0)])
+    text = report([record("stock", 10.0, loads=[]), record("halokv", 4.0)])
     assert "| stock: stock, 512 tokens | 200.0 |" in text
     assert "| stock | " not in text
     assert "| halokv 0.2 | 250 | - | - | 4 |" in text
 
 
 def test_a_row_that_was_measured_again_counts_once() -> None:
-    text = engine.report([record("stock", 10.0), record("halokv", 4.0), record("stock", 8.0)])
+    text = report([record("stock", 10.0), record("halokv", 4.0), record("stock", 8.0)])
     assert "| halokv 0.2 | 250 | 2.00 |" in text
     assert text.count("| stock | ") == 1
 
@@ -52,8 +55,20 @@ def test_a_row_that_was_measured_again_counts_once() -> None:
 @pytest.mark.parametrize("option", ["--rows", "--policies"])
 def test_unknown_policies_are_refused_before_anything_starts(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        engine.parse([option, "stock,nonsense" if option == "--rows" else "nonsense"])
+        parse([option, "stock,nonsense" if option == "--rows" else "nonsense"])
     assert f"{option} nonsense: choose from" in capsys.readouterr().err
+
+
+def test_a_profile_lists_kernels_alone_the_longest_first() -> None:
+    from torch.autograd import DeviceType
+
+    def average(name: str, spent: float, device: DeviceType = DeviceType.CUDA, ours: bool = False) -> SimpleNamespace:
+        times = {"self_device_time_total": spent, "count": 4, "device_type": device, "is_user_annotation": ours}
+        return SimpleNamespace(key=name, **times)
+
+    averages = [average("short", 1e3), average("long", 3e3), average("aten::mm", 9e3, DeviceType.CPU)]
+    lines = kernel_table([*averages, average("eviction", 9e3, ours=True)]).splitlines()
+    assert [line.split() for line in lines[1:]] == [["3.00", "4", "750.0", "long"], ["1.00", "4", "250.0", "short"]]
 
 
 @pytest.mark.slow
@@ -68,4 +83,4 @@ def test_it_runs(tiny_model: Path, tmp_path: Path) -> None:
     assert stock["loads"][0]["peak_running"] == 2 < ours["loads"][0]["peak_running"]
     assert ours["alone"]["none"]["eviction_ms"] == 0 < ours["alone"]["layer-defensivekv"]["eviction_ms"]
     assert "| halokv 0.2 |" in (tmp_path / "report.md").read_text()
-    assert "layer-defensivekv, 512 tokens\n" in (tmp_path / "profile-halokv.txt").read_text()  # kernels a GPU has only
+    assert "layer-defensivekv, 512 tokens\n" in (tmp_path / "profile-halokv.txt").read_text()

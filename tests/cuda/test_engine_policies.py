@@ -89,7 +89,7 @@ def test_values_that_stay_in_place_are_not_needed(
 
 
 @pytest.mark.parametrize("kernels", ["reference"], indirect=True)
-@pytest.mark.parametrize("policy", ["criticalkv", "layer-defensivekv", "halokv"])
+@pytest.mark.parametrize("policy", ["snapkv", "criticalkv", "layer-defensivekv", "halokv"])
 def test_layers_are_weighed_together_or_apart(
     model: Path,
     tmp_path: Path,

@@ -38,8 +38,8 @@ from vllm_defensive_kernels import PageSelection, RaggedTokens, compact, select_
 KERNEL_AGGREGATES = ("mean", "defensive")
 KERNEL_POOLS = (1, 3, 5)
 LONG_PROMPT = 8192 + 256  # `window.tiling` changes at 8192 scored tokens
-# Of several layers in one go: 8K tokens of all layers of a Llama-3.1-8B twice over. More of them bring no speed, and
-# take more memory (see `cuda_worker.SETTLE_COPIES`).
+# Of several layers in one go: 8K tokens of all layers of a Llama-3.1-8B twice over. More of them would take more memory
+# (see `cuda_worker.SETTLE_COPIES`).
 SCORES_AT_A_TIME = 2**22
 
 
@@ -172,7 +172,7 @@ class CUDAEvictor:
         most = max(1, SCORES_AT_A_TIME // (self._pages.num_kv_heads * prompt.tokens.total))
         if any(scales.key != self._scales[0].key for scales in self._scales):
             most = 1  # a launch takes one scale
-        if any(weights is None for weights in weights_L):
+        if len({weights is None for weights in weights_L}) > 1:
             most = 1  # layers with value norms are not settled with layers that have none
         step = cdiv(len(layers), cdiv(len(layers), most))  # groups of one size, so far as that goes
         scores = []
@@ -213,13 +213,14 @@ class CUDAEvictor:
         ).apart()
 
     def _norms(self, prompt: _Prompt, first: int, weights_L: Sequence[Tensor | None]) -> Tensor | None:
-        """Value norms of layers from the first on, fp32 `[L, H, T]`, or None where a layer has no weights."""
+        """Value norms of layers from the first on, fp32 `[L, H, T]`, or None where they have no weights."""
+        if weights_L[0] is None:
+            return None
         order, tokens = 2 if prompt.policy.value_weight == "l2-gram" else 1, prompt.value_tokens
         shape = (len(weights_L), self._pages.num_kv_heads, tokens.total)
         norm_LHT = torch.empty(shape, dtype=torch.float32, device=prompt.table_1B.device)
         for layer, (weights, norm_HT) in enumerate(zip(weights_L, norm_LHT, strict=True), first):
-            if weights is None:
-                return None
+            assert weights is not None, "either all layers of a group have weights, or none"
             scale = self._scales[layer].value
             value_norm(
                 self._pages,

@@ -1,40 +1,24 @@
-"""Stock vLLM and vLLM with eviction on an 8B model's shape, for machines with a GPU: `python -m benchmarks.engine`.
-
-Weights are random, so any GPU that holds them will do, and nothing is downloaded. Each row is an engine in a process of
-its own, started once: first single requests, for what an eviction costs a prefill and gains a decode step; then many at
-once on a pool that holds a few. `benchmarks.serving` measures more, over vLLM's own load generator, and starts an
-engine for every round; this one is for an hour, or minutes, on a borrowed GPU.
-
-Appends to OUT/records.jsonl, after each part of a row, so that what was measured stays if the machine goes; and writes
-OUT/report.md.
-"""
+"""One row: an engine in this process, its single requests and its loads."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.engine.report import STOCK
 from benchmarks.server import commit
-from vllm_defensive.policy import PRESETS
 
-RESULTS = Path("benchmarks/results/engine")
-STOCK = "stock"
-_ABOUT = """\
-Random weights, all requests at once, medians. Beyond prefill: ratio of the time that is left when that of the same load
-with answers of two tokens is taken off. Alone: one request at a time."""
 ALONE, DECODED = 3, 96  # single requests, and tokens of each
 _LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -60,40 +44,6 @@ GRAPHS: dict[str, dict[str, Any]] = {
     "decode": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
     "full": {},
 }
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    about = f"{(__doc__ or '').split(chr(10) * 2)[0]} The defaults are for a GPU with some 40 GB."
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=about)
-    parser.add_argument("--model", type=Path, help="folder with a config.json (default: Llama-3.1-8B's shape)")
-    parser.add_argument("--rows", default="stock,halokv", help="stock, or a policy; comma-separated")
-    parser.add_argument("--policies", default="halokv,layer-defensivekv", help="of single requests")
-    parser.add_argument("--keep", type=float, default=0.2, help="of each prompt's cache")
-    parser.add_argument("--prompt", type=int, default=8192, help="tokens")
-    parser.add_argument("--output", type=int, default=1024, help="tokens")
-    parser.add_argument("--requests", type=int, default=24, help="of a load, all at once")
-    parser.add_argument("--pool", type=float, default=4, help="KV cache in multiples of one request")
-    parser.add_argument("--repeats", type=int, default=1, help="loads; each has prompts of its own")
-    parser.add_argument(
-        "--graphs", choices=GRAPHS, default="decode", help="CUDA graphs: none; of decode steps; all, and torch.compile"
-    )
-    parser.add_argument("--block", type=int, help="tokens of a block (default: 16, on CPUs 32)")
-    parser.add_argument("--chunk", type=int, default=8192, help="vLLM's max_num_batched_tokens")
-    parser.add_argument("--profile", action="store_true", help="also write what single requests spend their time on")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of records and report")
-    parser.add_argument("--row", help=argparse.SUPPRESS)  # this process measures it
-    options = parser.parse_args(arguments)
-    policies = {name for name, policy in PRESETS.items() if not policy.internal}
-    for option, names, known in (
-        ("--rows", options.rows, {STOCK, *policies}),
-        ("--policies", options.policies, {"none", *policies}),
-    ):
-        if unknown := set(names.split(",")) - known:
-            parser.error(f"{option} {', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}")
-    return options
-
-
-# -- one row, in its own process --------------------------------------------------------------------------------------
 
 
 class Engine:
@@ -196,14 +146,20 @@ def alone(engine: Engine, tokens: int, seed: int, policy: str | None) -> dict[st
 
 def profile(engine: Engine, tokens: int, seed: int, policy: str | None) -> str:
     """Where the device's time goes in one request of 34 tokens: a table of kernels, the longest first."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
     with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as watched:
         engine.add(tokens, 34, seed, policy)
         engine.run()
-    kernels = [k for k in watched.key_averages() if k.device_type != DeviceType.CPU and not k.is_user_annotation]
+    return kernel_table(watched.key_averages())
+
+
+def kernel_table(averages: Sequence[Any]) -> str:
+    """The kernels among torch's averages: not what the host does, nor a named range, which has kernels inside."""
+    from torch.autograd import DeviceType
+
+    kernels = [k for k in averages if k.device_type != DeviceType.CPU and not k.is_user_annotation]
     kernels.sort(key=lambda kernel: -kernel.self_device_time_total)
     lines = ["   ms  calls  us a call  kernel"]
     for kernel in kernels[:40]:
@@ -212,14 +168,14 @@ def profile(engine: Engine, tokens: int, seed: int, policy: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def load(engine: Engine, options: argparse.Namespace, output: int, seed: int) -> dict[str, Any]:
-    """All requests at once."""
+def load(engine: Engine, requests: int, tokens: int, output: int, seed: int) -> dict[str, Any]:
+    """So many requests at once, of `tokens` prompt tokens and `output` new ones each."""
     spent, preempted = engine.eviction_seconds(), _preemptions(engine)
-    for i in range(options.requests):
-        engine.add(options.prompt, output, seed * 1000 + i)
+    for i in range(requests):
+        engine.add(tokens, output, seed * 1000 + i)
     samples = engine.run()
-    seconds, tokens = samples[-1][0], sum(fresh for _, fresh, _, _ in samples)
-    assert tokens == options.requests * output, "a request was not answered whole"
+    seconds, answered = samples[-1][0], sum(fresh for _, fresh, _, _ in samples)
+    assert answered == requests * output, "a request was not answered whole"
     steps: dict[int, list[float]] = defaultdict(list)
     for (start, before, among, _), (end, fresh, running, _) in pairwise(samples):
         if before == fresh == running == among:  # a decode step in which nobody came or went
@@ -227,7 +183,7 @@ def load(engine: Engine, options: argparse.Namespace, output: int, seed: int) ->
     thin = samples[:: max(1, len(samples) // 200)]
     return {
         "seconds": seconds,
-        "output_throughput": tokens / seconds,
+        "output_throughput": answered / seconds,
         "peak_running": max(running for _, _, running, _ in samples),
         "mean_running": sum(n for _, _, n, _ in samples) / len(samples),
         "peak_pool": max(usage for *_, usage in samples),
@@ -260,8 +216,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     kept = int(options.prompt * options.keep)
     wanted = {"stock": (options.prompt, None), "stock, kept length": (kept, None)}
     if options.row != STOCK:
-        names = ["none", *options.policies.split(",")]
-        wanted = {name: (options.prompt, name) for name in names}
+        wanted = {name: (options.prompt, name) for name in ("none", *options.policies.split(","))}
     record["alone"], profiles = {}, ""
     for number, (name, (tokens, policy)) in enumerate(wanted.items()):
         engine.eviction_bytes = 0
@@ -274,11 +229,11 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         (options.out / f"profile-{options.row}.txt").write_text(profiles)
     record["loads"] = []
     yield record
-    load(engine, argparse.Namespace(**{**vars(options), "requests": 4}), 16, 1)  # warms up
-    record["prefill"] = load(engine, options, 2, 2)
+    load(engine, 4, options.prompt, 16, 1)  # warms up
+    record["prefill"] = load(engine, options.requests, options.prompt, 2, 2)
     print(f"  answers of 2: {_short(record['prefill'])}", flush=True)
     for repeat in range(options.repeats):
-        record["loads"].append(load(engine, options, options.output, 3 + repeat))
+        record["loads"].append(load(engine, options.requests, options.prompt, options.output, 3 + repeat))
         print(f"  load {repeat}: {_short(record['loads'][-1])}", flush=True)
         yield record
 
@@ -315,77 +270,3 @@ def model_folder(chosen: Path | None) -> Iterator[Path]:
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(_LLAMA_8B))
         yield Path(folder)
-
-
-# -- the report -------------------------------------------------------------------------------------------------------
-
-
-def report(records: list[dict[str, Any]]) -> str:
-    """Markdown, a table for each load on each machine. Rows that were measured again count once, the last time."""
-    lines = ["# Engines", "", _ABOUT]
-    groups: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for record in records:
-        of = ("model", "prompt", "output", "requests", "pool", "graphs", "chunk", "block", "machine")
-        groups[json.dumps([record[name] for name in of])][_name(record)] = record
-    for rows in groups.values():
-        group = list(rows.values())
-        load = "{model}: {requests} x ({prompt} + {output}) tokens, a pool of {pool:g}, graphs: {graphs}"
-        lines += ["", f"## {load.format(**group[0])}", ""]
-        lines += [", ".join(f"{name} {value}" for name, value in group[0]["machine"].items()), ""]
-        lines += ["| row | output tok/s | to stock | beyond prefill | peak running | evictions, s | preemptions |"]
-        lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-        loaded = [record for record in group if record["loads"]]
-        stock = next((_rates(record) for record in loaded if record["row"] == STOCK), None)
-        for record in loaded:
-            rate, seconds = _rates(record)
-            ratios = ["-", "-"] if stock is None else [f"{rate / stock[0]:.2f}", f"{stock[1] / seconds:.2f}"]
-            peak = max(one["peak_running"] for one in record["loads"])
-            spent = statistics.median(one["eviction_seconds"] for one in record["loads"])
-            thrown = sum(one["preemptions"] for one in record["loads"])
-            cells = [_name(record), f"{rate:.0f}", *ratios, f"{peak}", f"{spent:.2f}", f"{thrown:.0f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines += ["", "| alone | TTFT, ms | eviction, ms | of the TTFT | its memory, MiB | decode step, ms |"]
-        lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
-        for record in group:
-            for name, one in record["alone"].items():
-                share = one["eviction_ms"] / one["ttft_ms"]
-                cells = [f"{_name(record)}: {name}, {one['tokens']} tokens", f"{one['ttft_ms']:.1f}"]
-                memory = f"{one['eviction_mib']:.0f}" if one.get("eviction_mib") else "-"
-                cells += [f"{one['eviction_ms']:.2f}", f"{share:.1%}", memory, f"{one['step_ms']:.2f}"]
-                lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _name(record: dict[str, Any]) -> str:
-    return STOCK if record["row"] == STOCK else f"{record['row']} {record['keep']:g}"
-
-
-def _rates(record: dict[str, Any]) -> tuple[float, float]:
-    """Median output throughput, and median seconds beyond those of the same load with answers of two tokens."""
-    beyond = [one["seconds"] - record["prefill"]["seconds"] for one in record["loads"]]
-    return statistics.median(one["output_throughput"] for one in record["loads"]), statistics.median(beyond)
-
-
-def main(arguments: list[str]) -> int:
-    options = parse(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "records.jsonl"
-    if options.row:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the scheduler is looked at
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        before = file.read_text() if file.exists() else ""
-        for record in measure(options):
-            file.write_text(f"{before}{json.dumps(record)}\n")
-        return 0
-    failed = 0
-    for row in options.rows.split(","):
-        failed |= subprocess.run([sys.executable, "-m", "benchmarks.engine", *arguments, "--row", row]).returncode
-    if file.exists():
-        text = report([json.loads(line) for line in file.read_text().splitlines()])
-        (options.out / "report.md").write_text(text)
-        print(text)
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
