@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VLLM_VERSION = "0.32.0"  # the release whose internals vllm_defensive/vllm_compat.py knows
+VLLM_VERSION = "0.32.0"  # the release whose internals vllm_defensive/compat knows
 
 
 def project_version() -> str:

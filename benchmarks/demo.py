@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.documents import Question, make_question
 from benchmarks.models import ensure_model
 from benchmarks.server import Server
-from vllm_defensive.planner import Plan
+from vllm_defensive.tools.planner import Plan
 
 FOLDER = Path(".demo")
 BLOCK_SIZE = 32

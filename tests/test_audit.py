@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_defensive import audit
-from vllm_defensive.config import EvictionConfig
 from vllm_defensive.plan import Eviction
 from vllm_defensive.policy import Selection
+from vllm_defensive.settings.engine import EvictionConfig
 
 N = 4
 # Two layers of two heads; blocks [1, 4) of five (and a tail of 3 tokens) are packed into 2: 8 pages for four heads.

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.picture import browser, chromium
 from vllm_defensive.audit import Audit
-from vllm_defensive.audit_html import render
+from vllm_defensive.tools.audit_html import render
 
 pytestmark = pytest.mark.skipif(browser() is None, reason="no Chromium in PATH")
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_defensive.audit import Audit
-from vllm_defensive.audit_html import render
+from vllm_defensive.tools.audit_html import render
 
 
 def make_audit(heads: int, num_tokens: int = 6) -> Audit:

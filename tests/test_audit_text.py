@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from tests.tiny_model import tiny_tokenizer
-from vllm_defensive.audit_text import token_texts
+from vllm_defensive.tools.audit_text import token_texts
 
 TEXT = "Rain fell. 港口下雨了，整天。👩🏽‍🚀 naïve <|end|> İ  two  spaces\n" * 3
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_defensive import config
+from vllm_defensive.settings import engine as config
 
 POLICIES = ", ".join(config.allowed_policies())
 # flag -> (default as --help states it, a value other than that, what it becomes)
@@ -169,7 +169,7 @@ def test_a_setting_without_a_policy_is_refused(parser: Any, capsys: pytest.Captu
 
 
 def test_flags_are_added_once_to_a_parser(parser: Any) -> None:
-    from vllm_defensive.cli import add_flags
+    from vllm_defensive.serving.cli import add_flags
 
     add_flags(parser)
     assert sum(a.option_strings == ["--kv-eviction"] for a in parser._actions) == 1

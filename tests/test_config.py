@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 import vllm_defensive
-from vllm_defensive import config
 from vllm_defensive.policy import PRESETS
+from vllm_defensive.settings import engine as config
 
 POLICIES = ", ".join(config.allowed_policies())
 

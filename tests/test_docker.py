@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from prometheus_client.samples import Sample
 
 from tests.dashboard import dashboard, missing, needs, targets
-from vllm_defensive import metrics
+from vllm_defensive.serving import prometheus as metrics
 
 DOCKER = Path(__file__).parents[1] / "docker"
 DOCKERFILES = ("Dockerfile", "Dockerfile.cpu")

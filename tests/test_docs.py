@@ -7,10 +7,10 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import vllm_defensive
-from vllm_defensive.cli import flag_of
-from vllm_defensive.config import KEY, NONE, EvictionConfig, allowed_policies
 from vllm_defensive.policy.presets import PRESETS, public_names
-from vllm_defensive.request import RequestSettings
+from vllm_defensive.serving.cli import flag_of
+from vllm_defensive.settings.engine import KEY, NONE, EvictionConfig, allowed_policies
+from vllm_defensive.settings.request import RequestSettings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,7 +43,7 @@ def test_readme_lists_every_policy_with_its_source() -> None:
 
 
 def test_readme_lists_every_metric() -> None:
-    from vllm_defensive.metrics import (  # imports vLLM, which the other tests here do without
+    from vllm_defensive.serving.prometheus import (  # imports vLLM, which the other tests here do without
         BY_POLICY,
         COUNTERS,
         GAUGES,

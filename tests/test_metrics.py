@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from vllm_defensive import metrics
-from vllm_defensive.metrics import EvictionStatLogger, Pool, Totals
 from vllm_defensive.plan import WorkerReport
+from vllm_defensive.serving import prometheus as metrics
+from vllm_defensive.serving.prometheus import EvictionStatLogger, Pool, Totals
 
 
 def engine_config(policy: str | None) -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from vllm_defensive.config import EvictionConfig
-from vllm_defensive.planner import Model, Plan, main, parse_bytes, plan, read_model
+from vllm_defensive.settings.engine import EvictionConfig
+from vllm_defensive.tools.planner import Model, Plan, main, parse_bytes, plan, read_model
 
 LLAMA_8B = {
     "num_hidden_layers": 32,

@@ -19,7 +19,10 @@ def test_import_borders() -> None:
     groups = [
         (["vllm_defensive", "vllm_defensive.plugin", "vllm_defensive.plan"], ("vllm", "torch", "pydantic")),
         (["vllm_defensive_kernels.formulas", "vllm_defensive.policy"], ("vllm", "transformers")),
-        (["vllm_defensive.config", "vllm_defensive.request", "vllm_defensive.audit"], ("vllm", "transformers")),
+        (
+            ["vllm_defensive.settings.engine", "vllm_defensive.settings.request", "vllm_defensive.audit"],
+            ("vllm", "transformers"),
+        ),
     ]
     code = "import sys\n" + "".join(
         f"import {module}\n" + SHOW.format(roots=forbidden) for modules, forbidden in groups for module in modules
@@ -53,8 +56,9 @@ def test_registering_imports_neither_engine_nor_worker_and_the_engine_no_worker(
     assert registered == {
         "vllm_defensive",
         "vllm_defensive.plugin",
-        "vllm_defensive.plan",
-        "vllm_defensive.vllm_compat",
+        "vllm_defensive.compat",
+        "vllm_defensive.compat.base",
+        "vllm_defensive.compat.serving",
     }
     assert "vllm_defensive.engine.kv_manager" in engine
     assert not [m for m in engine if m.startswith("vllm_defensive.worker")]
@@ -83,13 +87,13 @@ def test_registering_twice_patches_once() -> None:
 def test_a_mistake_of_ours_does_not_break_vllm(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from vllm_defensive import vllm_compat
+    from vllm_defensive.compat import serving
     from vllm_defensive.plugin import register
 
     def broken(*args: object) -> None:
         raise AttributeError("vLLM has changed")
 
-    monkeypatch.setattr(vllm_compat, "patch_cli", broken)
+    monkeypatch.setattr(serving, "patch_cli", broken)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     register()
     assert "vllm_defensive could not be loaded" in caplog.text

@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.server import Server, commit
-from vllm_defensive.config import EvictionConfig, allowed_policies, known_policy
-from vllm_defensive.request import RequestFieldError, RequestSettings, resolve, settings_or_none
+from vllm_defensive.settings.engine import EvictionConfig, allowed_policies, known_policy
+from vllm_defensive.settings.request import RequestFieldError, RequestSettings, resolve, settings_or_none
 
 CASES = os.environ.get("FUZZ_CASES")
 NUM_TOKENS = 90

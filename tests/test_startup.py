@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from vllm_defensive import config, startup
+from vllm_defensive import limits, platforms, startup
+from vllm_defensive.settings import engine as config
 
 SETTINGS = config.parse({"policy": "snapkv", "window": 32, "min_tokens": 256})
 assert SETTINGS is not None
@@ -25,7 +26,7 @@ def vllm_config(**changes: Any) -> Any:
             get_total_num_kv_heads=lambda: 6,
         ),
         parallel_config=SimpleNamespace(
-            worker_cls=startup.PLATFORMS["cpu"][0],
+            worker_cls=platforms.PLATFORMS["cpu"].worker,
             tensor_parallel_size=1,
             pipeline_parallel_size=1,
             decode_context_parallel_size=1,
@@ -71,32 +72,32 @@ def test_unsupported_combinations_name_the_option_and_the_way_out(
     changes: dict[str, Any], option: str, way_out: str
 ) -> None:
     with pytest.raises(ValueError) as error:
-        startup.check(vllm_config(**changes), SETTINGS)
+        limits.check(vllm_config(**changes), SETTINGS)
     message = str(error.value)
     assert message.startswith(option) and way_out in message and config.TURN_OFF in message
     assert "\n" not in message
 
 
 def test_a_plain_config_is_accepted() -> None:
-    startup.check(vllm_config(), SETTINGS)
-    startup.check(vllm_config(parallel_config__tensor_parallel_size=2), SETTINGS)
-    startup.check(vllm_config(speculative_config=SimpleNamespace(method="ngram")), SETTINGS)
+    limits.check(vllm_config(), SETTINGS)
+    limits.check(vllm_config(parallel_config__tensor_parallel_size=2), SETTINGS)
+    limits.check(vllm_config(speculative_config=SimpleNamespace(method="ngram")), SETTINGS)
 
 
 def test_the_server_in_rust_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would pass wrong fields on to the scheduler, which then evicts nothing, and has no metrics of ours."""
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
-    startup.check(vllm_config(), SETTINGS)
+    limits.check(vllm_config(), SETTINGS)
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(ValueError, match=r"^VLLM_USE_RUST_FRONTEND=1: .* unset it.*--kv-eviction none"):
-        startup.check(vllm_config(), SETTINGS)
+        limits.check(vllm_config(), SETTINGS)
 
 
 def test_a_window_longer_than_the_shortest_prompt_is_refused() -> None:
     settings = config.parse({"policy": "snapkv", "window": 32, "min_tokens": 31})
     assert settings is not None
     with pytest.raises(ValueError, match=r"kv_eviction_window=32: choose at most kv_eviction_min_tokens=31"):
-        startup.check(vllm_config(), settings)
+        limits.check(vllm_config(), settings)
 
 
 def test_a_folder_for_audits_is_made_or_refused_at_start(tmp_path: Path) -> None:
@@ -107,11 +108,11 @@ def test_a_folder_for_audits_is_made_or_refused_at_start(tmp_path: Path) -> None
         settings = config.parse({"policy": "snapkv", "audit": str(folder)})
         assert settings is not None
         if allowed:
-            startup.check(vllm_config(), settings)
+            limits.check(vllm_config(), settings)
             assert folder.is_dir()
         else:
             with pytest.raises(ValueError, match=r"kv_eviction_audit=.*: name a folder that can be written to"):
-                startup.check(vllm_config(), settings)
+                limits.check(vllm_config(), settings)
 
 
 def arguments(**changes: Any) -> Any:
@@ -124,7 +125,7 @@ def test_our_classes_and_the_smallest_block_are_chosen() -> None:
     chosen = arguments()
     assert startup.prepare(chosen) is not None
     assert chosen.scheduler_cls == startup.SCHEDULER
-    assert (chosen.worker_cls, chosen.block_size) == startup.PLATFORMS["cpu"]
+    assert (chosen.worker_cls, chosen.block_size) == platforms.PLATFORMS["cpu"]
     again = arguments(**{k: v for k, v in vars(chosen).items() if k != "additional_config"})
     assert startup.prepare(again) is not None, "arguments that went through once may go through again"
 

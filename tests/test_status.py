@@ -14,9 +14,11 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_defensive import config, metrics, status
 from vllm_defensive.plan import Eviction
 from vllm_defensive.plugin import register
+from vllm_defensive.serving import prometheus as metrics
+from vllm_defensive.serving import status
+from vllm_defensive.settings import engine as config
 
 
 @pytest.fixture

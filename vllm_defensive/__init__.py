@@ -18,7 +18,7 @@ def engine_kwargs(policy: str, **settings: Any) -> dict[str, Any]:
     settings: keep, window, min_tokens, audit, shared, admission, per_request, as the flags of the same names.
     Raises ValueError for wrong ones.
     """
-    from vllm_defensive import config
+    from vllm_defensive.settings import engine as config
 
     parsed = config.parse({"policy": policy, **settings})
     if parsed is None:

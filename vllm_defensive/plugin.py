@@ -17,16 +17,16 @@ _commands: list[str] = []  # names of the parsers that got our flags in this pro
 def register() -> None:
     """Make vLLM know our flags and settings. Never raises: a mistake of ours must not break a stock vLLM command."""
     try:
-        from vllm_defensive import vllm_compat
+        from vllm_defensive.compat import serving
 
-        vllm_compat.patch_cli(_add_flags)
-        vllm_compat.patch_engine_config(_before_engine_config, _after_engine_config)
+        serving.patch_cli(_add_flags)
+        serving.patch_engine_config(_before_engine_config, _after_engine_config)
     except Exception:
         logging.getLogger("vllm").exception("vllm_defensive could not be loaded; KV eviction is not available")
 
 
 def _add_flags(parser: Any) -> None:
-    from vllm_defensive.cli import add_flags
+    from vllm_defensive.serving.cli import add_flags
 
     add_flags(parser)
     _commands.append(parser.prog)
@@ -40,10 +40,10 @@ def _before_engine_config(engine_args: Any) -> Any:
 
 
 def _after_engine_config(vllm_config: Any, settings: Any) -> None:
-    from vllm_defensive import startup
+    from vllm_defensive import limits
 
     with _one_line_for_commands():
-        startup.check(vllm_config, settings)
+        limits.check(vllm_config, settings)
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ class Engine:
 
         import vllm_defensive
         from benchmarks.quality.forced import ForcedAnswers
-        from vllm_defensive import config
+        from vllm_defensive.settings import engine as config
 
         torch.set_num_threads(1)
         # Settings measured side by side share their whole prompt; each must be evicted as if it were alone.

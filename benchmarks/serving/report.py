@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving.scenarios import BLOCK_SIZE, model_folder
-from vllm_defensive.config import EvictionConfig
-from vllm_defensive.planner import load_config, plan, read_model
+from vllm_defensive.settings.engine import EvictionConfig
+from vllm_defensive.tools.planner import load_config, plan, read_model
 
 Record = dict[str, Any]
 STOCK = "stock"

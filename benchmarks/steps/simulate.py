@@ -42,9 +42,9 @@ def make_scheduler(model: Path, asynchronous: bool, **settings: Any) -> Any:
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
-    from vllm_defensive.config import from_vllm_config
     from vllm_defensive.engine import scheduler
     from vllm_defensive.engine.spec import as_evictable
+    from vllm_defensive.settings.engine import from_vllm_config
 
     config = EngineArgs(
         model=str(model),

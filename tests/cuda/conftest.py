@@ -55,7 +55,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """How often each of our kernels was asked for, by name: proof that no other path gave the right answer."""
-    from vllm_defensive.worker import cuda_backend, cuda_evictor
+    from vllm_defensive.worker.cuda import backend as cuda_backend
+    from vllm_defensive.worker.cuda import evictor as cuda_evictor
 
     calls: dict[str, int] = {}
 

@@ -14,7 +14,7 @@ from tests.e2e.engines import Answer, assert_all_returned, audit_of, generate, r
 from tests.reference_model import Layer, ReferenceLlama, decode_logprobs
 from vllm_defensive.audit import Audit
 from vllm_defensive.policy import PRESETS
-from vllm_defensive.worker import cuda_evictor
+from vllm_defensive.worker.cuda import evictor as cuda_evictor
 
 pytestmark = pytest.mark.e2e
 

@@ -11,7 +11,7 @@ import vllm_defensive
 from tests.cuda.conftest import MODE
 from tests.cuda.engines import engine
 from tests.e2e.engines import core_of, generate, largest_difference, random_prompts, worker_of
-from vllm_defensive.startup import PLATFORMS
+from vllm_defensive.platforms import PLATFORMS
 
 pytestmark = pytest.mark.e2e
 
@@ -25,7 +25,7 @@ def config_of(model: Path, **arguments: Any) -> Any:
 
 def test_worker_and_block_size_are_chosen(model: Path) -> None:
     config = config_of(model)
-    assert config.parallel_config.worker_cls == PLATFORMS["cuda"][0]
+    assert config.parallel_config.worker_cls == PLATFORMS["cuda"].worker
     assert config.cache_config.block_size == 16
     assert config_of(model, block_size=48).cache_config.block_size == 48
 

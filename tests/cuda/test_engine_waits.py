@@ -95,9 +95,9 @@ def test_the_guard_sees_what_reads() -> None:
 
 @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 def test_steps_and_evictions_never_wait(model: Path, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_defensive.worker import cuda_backend
-    from vllm_defensive.worker.cuda_evictor import CUDAEvictor
-    from vllm_defensive.worker.cuda_runtime import CUDARuntime
+    from vllm_defensive.worker.cuda import backend as cuda_backend
+    from vllm_defensive.worker.cuda.evictor import CUDAEvictor
+    from vllm_defensive.worker.cuda.runtime import CUDARuntime
     from vllm_defensive.worker.window import Capture
 
     policies = ("layer-defensivekv", "criticalkv", "pyramidkv", "cake")

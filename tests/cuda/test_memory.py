@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_defensive.worker.cuda_worker import memory_beside_cache
+from vllm_defensive.worker.cuda.worker import memory_beside_cache
 
 LLAMA_8B = {"num_layers": 32, "num_query_heads": 32, "num_kv_heads": 8, "head_size": 128, "window_bytes": 64}
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vllm_defensive.plan import Eviction, StepMessage
-from vllm_defensive.worker.cuda_backend import _rest
-from vllm_defensive.worker.cuda_runtime import NOBODY, CUDARuntime
+from vllm_defensive.worker.cuda.backend import _rest
+from vllm_defensive.worker.cuda.runtime import NOBODY, CUDARuntime
 from vllm_defensive.worker.window import WindowQueries
 from vllm_defensive_kernels import PagedKV
 

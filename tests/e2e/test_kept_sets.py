@@ -24,7 +24,7 @@ from tests.reference_model import Layer, ReferenceLlama
 from vllm_defensive.audit import Audit
 from vllm_defensive.plan import Eviction, StepMessage
 from vllm_defensive.policy import PRESETS, Policy
-from vllm_defensive.worker import cpu_evictor
+from vllm_defensive.worker.cpu import evictor as cpu_evictor
 
 pytestmark = pytest.mark.e2e
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_defensive import vllm_compat
+from vllm_defensive.compat import channels
 from vllm_defensive.plan import Eviction
 from vllm_defensive.policy import PRESETS
 
@@ -48,8 +48,8 @@ class GhostWorker:
     def execute(self, output: Any, rejected: Mapping[str, int]) -> None:
         """One step: update tables as vLLM's runner does, read, write, then evict. rejected: of each request's tokens in
         this step, how many of the last are wrong drafts."""
-        message = vllm_compat.read_message(output)
-        for request_id in vllm_compat.reset_requests(output):
+        message = channels.read_message(output)
+        for request_id in channels.reset_requests(output):
             self._rows.pop(request_id, None)
         computed = self._update_tables(output)
         written: dict[int, str] = {}

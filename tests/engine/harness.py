@@ -58,9 +58,9 @@ class Harness:
         from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
         from vllm.v1.structured_output import StructuredOutputManager
 
-        from vllm_defensive.config import from_vllm_config
         from vllm_defensive.engine.scheduler import make_scheduler
         from vllm_defensive.engine.spec import as_evictable
+        from vllm_defensive.settings.engine import from_vllm_config
 
         extra = {} if policy is None else vllm_defensive.engine_kwargs(policy, **{"min_tokens": 33, **settings})
         config = EngineArgs(

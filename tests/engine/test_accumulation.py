@@ -14,7 +14,7 @@ pytestmark = pytest.mark.e2e
 
 def spans(harness: Harness, steps: int = 200) -> list[tuple[str, int, int]]:
     """(request, first token, end) of each row of a step whose workers were told to sum, until nobody is left."""
-    from vllm_defensive.vllm_compat import read_message
+    from vllm_defensive.compat.channels import read_message
 
     found = []
     for _ in range(steps):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.harness import Harness, text
-from vllm_defensive import vllm_compat
+from vllm_defensive.compat import channels
 
 MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 
@@ -98,7 +98,7 @@ def test_a_plan_is_dropped_if_its_request_is_thrown_out_in_the_same_pass(tiny_mo
     h.check()
     assert planned == [minor]
     assert output.preempted_req_ids == {minor} and major in output.num_scheduled_tokens
-    assert vllm_compat.read_message(output).evictions == []
+    assert channels.read_message(output).evictions == []
     h.run()
     assert [e.request_id for e in h.evictions] == [minor]
     h.assert_all_returned()

@@ -147,7 +147,7 @@ def test_totals_are_what_the_plans_say(tiny_model: Path) -> None:
 
 
 def test_stats_carry_each_increase_once(tiny_model: Path) -> None:
-    from vllm_defensive.metrics import COUNTERS
+    from vllm_defensive.serving.prometheus import COUNTERS
 
     h = Harness(tiny_model, num_blocks=200, keep=0.2)
     for i, length in enumerate((1000, 777)):

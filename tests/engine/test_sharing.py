@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.engine.harness import Harness, text
+from vllm_defensive.engine.lifecycle import RequestState
 from vllm_defensive.engine.sharing import worth_sharing
-from vllm_defensive.engine.state import RequestState
-from vllm_defensive.request import RequestSettings
+from vllm_defensive.settings.request import RequestSettings
 
 W, N = 32, 32
 MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])

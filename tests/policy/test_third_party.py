@@ -25,7 +25,7 @@ def run(code: str, *folders: Path) -> subprocess.CompletedProcess[str]:
 
 def test_an_installed_package_adds_its_policy() -> None:
     code = (
-        "from vllm_defensive.config import parse\n"
+        "from vllm_defensive.settings.engine import parse\n"
         "from vllm_defensive.policy import public_names\n"
         "print(public_names()[-1], parse({'policy': 'key-distance'}).policy)"
     )

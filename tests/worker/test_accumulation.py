@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.policy import naive
-from vllm_defensive.worker.accumulation import Accumulations
-from vllm_defensive.worker.cpu_pages import PageCodec, PageView
+from vllm_defensive.worker.cpu.accumulation import Accumulations
+from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive_kernels import formulas
 
 L, H, G, N, D, T = 2, 2, 3, 8, 4, 37

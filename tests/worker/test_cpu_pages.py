@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_defensive.worker.cpu_pages import PageCodec, PageView
+from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 
 L, B, H, N, D = 3, 5, 2, 4, 6
 
@@ -104,7 +104,7 @@ def test_pages_of_this_machines_kernels_round_trip(page_tokens: int, head_size: 
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    from vllm_defensive.worker.cpu_backend import discover_codec
+    from vllm_defensive.worker.cpu.backend import discover_codec
 
     isa = _get_attn_isa(dtype, page_tokens, head_size)
     cache = torch.zeros(3, 2, page_tokens, 2 * head_size, dtype=dtype)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_defensive.worker.cpu_pages import PageView
-from vllm_defensive.worker.cpu_runtime import CPURuntime
+from vllm_defensive.worker.cpu.pages import PageView
+from vllm_defensive.worker.cpu.runtime import CPURuntime
 from vllm_defensive.worker.window import WindowQueries
 
 

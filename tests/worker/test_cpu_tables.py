@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from vllm_defensive.plan import Eviction
-from vllm_defensive.worker.cpu_pages import PageView
-from vllm_defensive.worker.cpu_tables import BatchTable, RequestTable
+from vllm_defensive.worker.cpu.pages import PageView
+from vllm_defensive.worker.cpu.tables import BatchTable, RequestTable
 
 L, BLOCKS, H, N, D = 2, 200, 2, 4, 2
 

@@ -16,9 +16,9 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from vllm_defensive.config import EvictionConfig
 from vllm_defensive.engine.spec import as_evictable
-from vllm_defensive.worker.worker import check_layers, evictable_group
+from vllm_defensive.limits import check_layers, evictable_group
+from vllm_defensive.settings.engine import EvictionConfig
 
 NAMES = ["model.layers.0.attn", "model.layers.1.attn"]
 

@@ -23,13 +23,13 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
-from vllm_defensive.config import NONE, EvictionConfig
+from vllm_defensive.engine.lifecycle import RequestState
 from vllm_defensive.engine.sharing import worth_sharing
-from vllm_defensive.engine.state import RequestState
-from vllm_defensive.metrics import Totals
 from vllm_defensive.plan import Eviction, StepMessage, kept_tokens
 from vllm_defensive.policy import PRESETS
-from vllm_defensive.request import RequestSettings, settings_or_none
+from vllm_defensive.serving.prometheus import Totals
+from vllm_defensive.settings.engine import NONE, EvictionConfig
+from vllm_defensive.settings.request import RequestSettings, settings_or_none
 
 
 class EvictionBlockManager(FullAttentionManager):

@@ -13,11 +13,13 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_defensive import metrics, status, vllm_compat
-from vllm_defensive.config import KEY, from_vllm_config
+from vllm_defensive.compat import channels
 from vllm_defensive.engine.admission import ExpectedLength, Load, fits
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
 from vllm_defensive.plan import WorkerReport
+from vllm_defensive.serving import prometheus as metrics
+from vllm_defensive.serving import status
+from vllm_defensive.settings.engine import KEY, from_vllm_config
 
 # An answer that ended by itself: its length says something of the next ones'.
 _ENDED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_REPETITION)
@@ -92,7 +94,7 @@ class _EvictionMixin(Scheduler):
         output = super().schedule(*args, **kwargs)
         message = self.eviction_manager.take_message(output.num_scheduled_tokens)
         self._evictions.extend(status.record_of(e, self.eviction_manager.block_size) for e in message.evictions)
-        vllm_compat.attach_message(output, message)
+        channels.attach_message(output, message)
         return output
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
@@ -161,7 +163,7 @@ class _EvictionMixin(Scheduler):
         return Load(rest, own, (blocks[i].block_id for i in range(leading - 1, -1, -1)))
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
-        report = vllm_compat.read_report(model_runner_output)
+        report = channels.read_report(model_runner_output)
         if report is not None:
             # vLLM hands on the first rank's output only. Each rank packs as many pages as that one.
             ranks = self.vllm_config.parallel_config.tensor_parallel_size

@@ -12,8 +12,8 @@ from typing import Any
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
-from vllm_defensive.config import EvictionConfig
-from vllm_defensive.vllm_compat import register_spec
+from vllm_defensive.compat.scheduling import register_spec
+from vllm_defensive.settings.engine import EvictionConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vllm_defensive.vllm_compat import get_logger
+from vllm_defensive.compat.base import get_logger
 
 logger = get_logger("kv_eviction")
 

@@ -4,21 +4,21 @@ pass, and reports what that took."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_defensive import vllm_compat
-from vllm_defensive.config import TURN_OFF, from_vllm_config
-from vllm_defensive.engine.spec import EvictableSpec, as_evictable
+from vllm_defensive.compat import channels
+from vllm_defensive.compat.base import get_logger
+from vllm_defensive.engine.spec import as_evictable
+from vllm_defensive.limits import check_layers, evictable_group
 from vllm_defensive.plan import Eviction, StepMessage, WorkerReport
 from vllm_defensive.policy import ReduceHeads
+from vllm_defensive.settings.engine import from_vllm_config
 
-logger = vllm_compat.get_logger("kv_eviction")
+logger = get_logger("kv_eviction")
 
 
 class Runtime(Protocol):
@@ -104,8 +104,8 @@ class EvictionWorker(Worker):
         """One step, and the evictions that are due after it."""
         if self._runtime is None or self._evictor is None:
             return super().execute_model(scheduler_output)
-        message = vllm_compat.read_message(scheduler_output)
-        self._runtime.begin(message, vllm_compat.reset_requests(scheduler_output))
+        message = channels.read_message(scheduler_output)
+        self._runtime.begin(message, channels.reset_requests(scheduler_output))
         try:
             output = super().execute_model(scheduler_output)
         finally:
@@ -120,47 +120,6 @@ class EvictionWorker(Worker):
 
     def _report(self, output: Any) -> Any:
         # vLLM answers steps without tokens with one shared object, on which a report would stay for ever.
-        if output is not None and self._evictor is not None and not vllm_compat.is_shared_output(output):
-            vllm_compat.attach_report(output, self._evictor.take_report())
+        if output is not None and self._evictor is not None and not channels.is_shared_output(output):
+            channels.attach_report(output, self._evictor.take_report())
         return output
-
-
-def evictable_group(groups: Sequence[Any]) -> int:
-    """The index of the KV cache group to evict. Raises ValueError unless there is exactly one, and all others slide.
-
-    A sliding window has its blocks at their positions, whatever ours hold. Of other kinds (states of Mamba layers,
-    chunks, attention that we do not evict) nobody has tried what becomes of them beside packed blocks.
-    """
-    evictable = [i for i, group in enumerate(groups) if isinstance(group.kv_cache_spec, EvictableSpec)]
-    if len(evictable) != 1:
-        raise ValueError(
-            f"kv_eviction: this model has {len(evictable)} groups of full-attention layers whose KV cache could be "
-            f"evicted, and exactly one is supported; {TURN_OFF}"
-        )
-    for i, group in enumerate(groups):
-        kind = type(group.kv_cache_spec)
-        if i not in evictable and kind is not SlidingWindowSpec:
-            raise ValueError(
-                f"kv_eviction: layer {group.layer_names[0]} has a cache of the kind {kind.__name__}, which is not "
-                f"supported beside evicted layers; {TURN_OFF}"
-            )
-    return evictable[0]
-
-
-def check_layers(names: list[str], layers: list[Any], context: Mapping[str, Any]) -> None:
-    """Refuse attention that packed pages cannot reproduce, or that scores would misjudge. Raises ValueError.
-
-    context: all layers of the model by name, those of other KV cache groups and those without a cache included.
-    """
-    readers = {getattr(layer, "kv_sharing_target_layer_name", None): name for name, layer in context.items()}
-    for name, layer in zip(names, layers, strict=True):
-        impl = layer.impl
-        for wrong, what in (
-            (impl.alibi_slopes is not None, "uses ALiBi"),
-            (impl.sinks is not None, "uses attention sinks"),
-            (getattr(impl, "logits_soft_cap", None) not in (None, 0), "caps its logits"),
-            (name in readers, f"shares its KV cache with {readers.get(name)}"),
-            (layer.num_heads != layers[0].num_heads, "has another number of query heads than the first"),
-        ):
-            if wrong:
-                raise ValueError(f"kv_eviction: layer {name} {what}, which is not supported; {TURN_OFF}")

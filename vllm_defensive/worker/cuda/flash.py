@@ -6,7 +6,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_defensive.worker.cuda_backend import EvictionImpl, EvictionMetadataBuilder
+from vllm_defensive.worker.cuda.backend import EvictionImpl, EvictionMetadataBuilder
 
 
 class EvictionFlashMetadataBuilder(EvictionMetadataBuilder, FlashAttentionMetadataBuilder):

@@ -23,7 +23,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from vllm_defensive.worker.cuda_runtime import CUDARuntime
+from vllm_defensive.worker.cuda.runtime import CUDARuntime
 from vllm_defensive.worker.window import Capture
 from vllm_defensive_kernels import DecodeWorkspace, ragged_paged_decode
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_defensive.worker.cpu_pages import PageCodec, PageView
+from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive_kernels.formulas import accumulate_attention
 
 

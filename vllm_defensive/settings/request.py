@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from vllm_defensive.config import NONE, EvictionConfig, allowed_policies, known_policy
+from vllm_defensive.settings.engine import NONE, EvictionConfig, allowed_policies, known_policy
 
 _PREFIX = "kv_eviction"
 

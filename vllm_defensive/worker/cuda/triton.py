@@ -6,7 +6,7 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from vllm_defensive.worker.cuda_backend import EvictionImpl, EvictionMetadataBuilder
+from vllm_defensive.worker.cuda.backend import EvictionImpl, EvictionMetadataBuilder
 
 
 class EvictionTritonMetadataBuilder(EvictionMetadataBuilder, TritonAttentionMetadataBuilder):

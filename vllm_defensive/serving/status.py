@@ -16,8 +16,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vllm_defensive.config import KEY
 from vllm_defensive.plan import Eviction, kept_tokens
+from vllm_defensive.settings.engine import KEY
 
 PATH = "/kv_eviction"
 SHOWN, REMEMBERED = 20, 1000  # evictions that the status lists; those that can be asked for by id
@@ -96,7 +96,7 @@ def names_of(internal_id: str) -> set[str]:
 
 def summary() -> dict[str, Any]:
     """The answer to `GET /kv_eviction`. Totals are None where nobody counts."""
-    from vllm_defensive.metrics import read_totals  # which imports vLLM
+    from vllm_defensive.serving.prometheus import read_totals  # which imports vLLM
 
     last = list(_recent)[: -SHOWN - 1 : -1]
     totals = read_totals() if _counted else None

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from vllm.utils.math_utils import cdiv
 
-from vllm_defensive import audit, vllm_compat
-from vllm_defensive.config import EvictionConfig
+from vllm_defensive import audit
+from vllm_defensive.compat import worker as compat
 from vllm_defensive.plan import Eviction, WorkerReport
 from vllm_defensive.policy import (
     PRESETS,
@@ -31,7 +31,8 @@ from vllm_defensive.policy import (
     settle,
 )
 from vllm_defensive.policy.budget import guarded, layer_deciles, pages_by_decile
-from vllm_defensive.worker.cuda_runtime import CUDARuntime
+from vllm_defensive.settings.engine import EvictionConfig
+from vllm_defensive.worker.cuda.runtime import CUDARuntime
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive_kernels import PageSelection, RaggedTokens, compact, select_pages, value_norm, window_scores
 
@@ -39,7 +40,7 @@ KERNEL_AGGREGATES = ("mean", "defensive")
 KERNEL_POOLS = (1, 3, 5)
 LONG_PROMPT = 8192 + 256  # `window.tiling` changes at 8192 scored tokens
 # Of several layers in one go: 8K tokens of all layers of a Llama-3.1-8B twice over. More of them would take more memory
-# (see `cuda_worker.SETTLE_COPIES`).
+# (see `worker.SETTLE_COPIES`).
 SCORES_AT_A_TIME = 2**22
 
 
@@ -138,8 +139,8 @@ class CUDAEvictor:
     def _pack(self, eviction: Eviction, window_LWQD: Tensor) -> tuple[PageSelection, Tensor]:
         """Score, select and copy. Returns what was chosen, and the fresh blocks' ids on the device."""
         device, page_tokens = self._pages.key_PND.device, self._pages.page_tokens
-        table_B = vllm_compat.to_device(eviction.source_blocks, device)
-        fresh_K = vllm_compat.to_device(eviction.packed_blocks, device)
+        table_B = compat.to_device(eviction.source_blocks, device)
+        fresh_K = compat.to_device(eviction.packed_blocks, device)
         policy, scored = PRESETS[eviction.policy], eviction.num_tokens - window_LWQD.shape[1]
         value_table_1B, value_tokens = table_1B, tokens = table_B[None], RaggedTokens.of([scored], device)
         if first_value := policy.first_value(eviction.shared_blocks):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_defensive.plan import Eviction
-from vllm_defensive.worker.cpu_pages import PageView
+from vllm_defensive.worker.cpu.pages import PageView
 
 _SPARE_PAGES = 32  # room for growth in a fresh table, so that it is not reallocated at each new block
 

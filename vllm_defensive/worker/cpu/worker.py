@@ -6,12 +6,12 @@ from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_defensive import vllm_compat
-from vllm_defensive.worker.accumulation import Accumulations
-from vllm_defensive.worker.cpu_backend import EvictionCPUBackend, EvictionCPUImpl, discover_codec
-from vllm_defensive.worker.cpu_evictor import CPUEvictor
-from vllm_defensive.worker.cpu_pages import PageView
-from vllm_defensive.worker.cpu_runtime import CPURuntime
+from vllm_defensive.compat import worker as compat
+from vllm_defensive.worker.cpu.accumulation import Accumulations
+from vllm_defensive.worker.cpu.backend import EvictionCPUBackend, EvictionCPUImpl, discover_codec
+from vllm_defensive.worker.cpu.evictor import CPUEvictor
+from vllm_defensive.worker.cpu.pages import PageView
+from vllm_defensive.worker.cpu.runtime import CPURuntime
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.window import WindowQueries
 from vllm_defensive.worker.worker import EvictionWorker
@@ -22,7 +22,7 @@ class EvictionCPUWorker(EvictionWorker, CPUWorker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model with our attention backend in the place of the CPU platform's."""
-        with vllm_compat.cpu_attention_backend(f"{EvictionCPUBackend.__module__}.{EvictionCPUBackend.__qualname__}"):
+        with compat.cpu_attention_backend(f"{EvictionCPUBackend.__module__}.{EvictionCPUBackend.__qualname__}"):
             super().load_model(*args, **kwargs)
 
     def start_eviction(self, group: int, names: list[str], layers: list[Any]) -> tuple[CPURuntime, CPUEvictor]:
@@ -32,7 +32,7 @@ class EvictionCPUWorker(EvictionWorker, CPUWorker):
         windows = WindowQueries(len(layers), self.eviction.window, first.num_heads, first.head_size, dtype)
         scale = first.impl.scale
         accumulations = Accumulations(view, codec, scale)
-        runtime = CPURuntime(view, windows, accumulations, vllm_compat.request_ids_of(self.model_runner))
+        runtime = CPURuntime(view, windows, accumulations, compat.request_ids_of(self.model_runner))
         for index, layer in enumerate(layers):
             assert isinstance(layer.impl, EvictionCPUImpl)
             layer.impl.runtime, layer.impl.layer_index = runtime, index

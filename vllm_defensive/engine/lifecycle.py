@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from vllm_defensive.policy import PRESETS
-from vllm_defensive.request import RequestSettings
+from vllm_defensive.settings.request import RequestSettings
 
 
 @dataclass

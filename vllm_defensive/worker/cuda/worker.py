@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from vllm.utils.math_utils import cdiv
 
-from vllm_defensive import vllm_compat
-from vllm_defensive.worker.cuda_backend import EvictionImpl
-from vllm_defensive.worker.cuda_evictor import SCORES_AT_A_TIME, CUDAEvictor, LayerScales
-from vllm_defensive.worker.cuda_runtime import CUDARuntime, widest_launch
+from vllm_defensive.compat import worker as compat
+from vllm_defensive.worker.cuda.backend import EvictionImpl
+from vllm_defensive.worker.cuda.evictor import SCORES_AT_A_TIME, CUDAEvictor, LayerScales
+from vllm_defensive.worker.cuda.runtime import CUDARuntime, widest_launch
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.window import WindowQueries
 from vllm_defensive.worker.worker import EvictionWorker, logger
@@ -18,8 +18,8 @@ from vllm_defensive_kernels import PagedKV
 
 SCORE_COPIES = 8  # of all layers' scores: weighed, stacked, sorted (with int64 indices), and what sorting takes
 SETTLE_COPIES = 16  # of those of the layers that are weighed in one go: temporaries, those of another sort among them
-_FLASH = "vllm_defensive.worker.cuda_flash.EvictionFlashBackend"
-_TRITON = "vllm_defensive.worker.cuda_triton.EvictionTritonBackend"
+_FLASH = "vllm_defensive.worker.cuda.flash.EvictionFlashBackend"
+_TRITON = "vllm_defensive.worker.cuda.triton.EvictionTritonBackend"
 
 
 class EvictionGPUWorker(EvictionWorker):
@@ -27,8 +27,8 @@ class EvictionGPUWorker(EvictionWorker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model with our attention backend, on top of the one that the user asked for or that fits."""
-        path = _FLASH if vllm_compat.prefers_flash_attention(self.vllm_config) else _TRITON
-        with vllm_compat.custom_attention_backend(self.vllm_config, path):
+        path = _FLASH if compat.prefers_flash_attention(self.vllm_config) else _TRITON
+        with compat.custom_attention_backend(self.vllm_config, path):
             super().load_model(*args, **kwargs)
 
     def determine_available_memory(self) -> int:
@@ -83,7 +83,7 @@ class EvictionGPUWorker(EvictionWorker):
         for attention_group in self.model_runner.attn_groups[group]:
             for builder in attention_group.metadata_builders:
                 builder.runtime = runtime
-        vllm_compat.keep_out_of_decode_graphs(self.model_runner, lambda: runtime.observing)
+        compat.keep_out_of_decode_graphs(self.model_runner, lambda: runtime.observing)
         projections = Projections(self.model_runner.get_model(), names, first.num_heads, first.head_size)
         scales = [LayerScales(layer._k_scale_float, layer._v_scale_float) for layer in layers]
         logger.info("KV eviction decodes with its own kernel; prompts take %s", first.get_attn_backend().get_name())

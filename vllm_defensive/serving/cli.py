@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vllm_defensive import config
+from vllm_defensive.settings import engine as config
 
 _PREFIX = "kv_eviction"
-_STATUS = "vllm_defensive.status.StatusMiddleware"
+_STATUS = "vllm_defensive.serving.status.StatusMiddleware"
 
 
 def flag_of(field: str) -> str:

@@ -22,9 +22,9 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_defensive.worker.accumulation import Accumulation
-from vllm_defensive.worker.cpu_pages import PageCodec
-from vllm_defensive.worker.cpu_runtime import CPURuntime, EvictedRows
+from vllm_defensive.worker.cpu.accumulation import Accumulation
+from vllm_defensive.worker.cpu.pages import PageCodec
+from vllm_defensive.worker.cpu.runtime import CPURuntime, EvictedRows
 from vllm_defensive.worker.window import Capture
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vllm_defensive.plan import StepMessage
-from vllm_defensive.worker.accumulation import Accumulation, Accumulations
-from vllm_defensive.worker.cpu_pages import PageView
-from vllm_defensive.worker.cpu_tables import BatchTable, RequestTable
+from vllm_defensive.worker.cpu.accumulation import Accumulation, Accumulations
+from vllm_defensive.worker.cpu.pages import PageView
+from vllm_defensive.worker.cpu.tables import BatchTable, RequestTable
 from vllm_defensive.worker.window import Capture, WindowQueries
 
 

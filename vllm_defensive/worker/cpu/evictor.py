@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from vllm_defensive import audit
-from vllm_defensive.config import EvictionConfig
 from vllm_defensive.plan import Eviction, WorkerReport
 from vllm_defensive.policy import PRESETS, LayerScores, ReduceHeads, Selection, score_layer, select
 from vllm_defensive.policy.budget import layer_deciles, pages_by_decile
-from vllm_defensive.worker.cpu_pages import PageCodec, PageView
-from vllm_defensive.worker.cpu_runtime import CPURuntime
-from vllm_defensive.worker.cpu_tables import RequestTable
+from vllm_defensive.settings.engine import EvictionConfig
+from vllm_defensive.worker.cpu.pages import PageCodec, PageView
+from vllm_defensive.worker.cpu.runtime import CPURuntime
+from vllm_defensive.worker.cpu.tables import RequestTable
 from vllm_defensive.worker.projections import Projections
 
 # Of keys and values that may lie unpacked beside the cache: 5,000 tokens of a 135M model, 1,000 of an 8B one.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_defensive import vllm_compat
+from vllm_defensive.compat import worker as compat
 from vllm_defensive.plan import Eviction, StepMessage
 from vllm_defensive.worker.window import Capture, WindowQueries
 from vllm_defensive_kernels import DecodeWorkspace, PackedState, PagedKV
@@ -119,7 +119,7 @@ class CUDARuntime:
                 self.slot_R.fill_(NOBODY)
             self._all_nobody = True
         else:
-            vllm_compat.copy_to_device(slots, self.slot_R[: len(slots)])
+            compat.copy_to_device(slots, self.slot_R[: len(slots)])
             self._all_nobody = False
 
     def _captures(self, common: Any, starts: np.ndarray) -> tuple[Capture, ...]:

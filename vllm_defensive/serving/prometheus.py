@@ -15,9 +15,9 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from vllm_defensive import status
-from vllm_defensive.config import from_vllm_config
 from vllm_defensive.plan import DECILES, WorkerReport
+from vllm_defensive.serving import status
+from vllm_defensive.settings.engine import from_vllm_config
 
 _PREFIX = "kv_eviction:"
 _RECORD = _PREFIX + "record:"

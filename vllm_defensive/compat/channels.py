@@ -1,0 +1,51 @@
+"""What rides on vLLM's own messages between its processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_defensive.plan import StepMessage, WorkerReport
+
+_MESSAGE = "kv_eviction_message"
+_REPORT = "kv_eviction_report"
+
+
+def attach_message(scheduler_output: Any, message: StepMessage) -> None:
+    """Send a message to the workers. An extra attribute of `SchedulerOutput` survives pickling (not
+    `dataclasses.replace`)."""
+    if message:
+        setattr(scheduler_output, _MESSAGE, message)
+
+
+def read_message(scheduler_output: Any) -> StepMessage:
+    """The message that rides on a scheduler output; an empty one if none does."""
+    return getattr(scheduler_output, _MESSAGE, None) or StepMessage()
+
+
+def attach_report(model_runner_output: Any, report: WorkerReport) -> None:
+    """Send what a worker did with a step's output, which is the only thing that goes back to the scheduler."""
+    if report:
+        # Model runner V2 answers with a promise, around the output that it will fill in.
+        output = getattr(model_runner_output, "model_runner_output", model_runner_output)
+        setattr(output, _REPORT, report)
+
+
+def is_shared_output(model_runner_output: Any) -> bool:
+    """Whether this is the output object that vLLM hands out for every step without tokens."""
+    from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+
+    return model_runner_output is EMPTY_MODEL_RUNNER_OUTPUT
+
+
+def read_report(model_runner_output: Any) -> WorkerReport | None:
+    """What the worker did before this output, None if it does not say."""
+    return getattr(model_runner_output, _REPORT, None)
+
+
+def reset_requests(scheduler_output: Any) -> set[str]:
+    """Requests of which a worker must forget everything before this step: ended, preempted, new, or resumed."""
+    cached = scheduler_output.scheduled_cached_reqs
+    gone = set(scheduler_output.finished_req_ids) | set(scheduler_output.preempted_req_ids or ())
+    gone.update(new.req_id for new in scheduler_output.scheduled_new_reqs)
+    gone.update(getattr(cached, "resumed_req_ids", ()))
+    return gone

@@ -1,0 +1,128 @@
+"""What is refused at start, and why: options, folders, models. Every message names the option and the way out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm_defensive.platforms import CPU_ONLY, PLATFORMS, only_on_cpus, refusal, refused_drafts, refused_on_cuda
+from vllm_defensive.settings.engine import TURN_OFF, EvictionConfig, option_name
+
+_FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
+
+
+def check(vllm_config: Any, settings: EvictionConfig) -> None:
+    """Refuse combinations that are not supported. Raises ValueError with the option's name and the way out."""
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    on_cuda = parallel.worker_cls == PLATFORMS["cuda"].worker
+    for unsupported, option, value, way_out in (
+        (
+            model.get_total_num_kv_heads() % parallel.tensor_parallel_size,
+            "tensor_parallel_size",
+            parallel.tensor_parallel_size,
+            f"choose a divisor of the model's {model.get_total_num_kv_heads()} KV heads",
+        ),
+        (parallel.pipeline_parallel_size > 1, "pipeline_parallel_size", parallel.pipeline_parallel_size, "use 1"),
+        (getattr(parallel, "decode_context_parallel_size", 1) > 1, "decode_context_parallel_size", "> 1", "use 1"),
+        (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill_context_parallel_size", "> 1", "use 1"),
+        (getattr(parallel, "use_ubatching", False), "enable_dbo", True, "turn micro-batching off"),
+        refused_drafts(vllm_config.speculative_config, on_cuda),
+        (vllm_config.kv_transfer_config is not None, "kv_transfer_config", "set", "drop it"),
+        (getattr(vllm_config, "ec_transfer_config", None) is not None, "ec_transfer_config", "set", "drop it"),
+        (
+            os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0",
+            "VLLM_USE_RUST_FRONTEND",
+            os.environ.get("VLLM_USE_RUST_FRONTEND"),
+            "unset it: that server neither checks requests' fields nor has our metrics",
+        ),
+        (model.runner_type != "generate", "runner", model.runner_type, "use a model that generates text"),
+        (model.is_encoder_decoder, "model", model.model, "use a decoder-only model"),
+        (model.use_mla, "model", f"{model.model} (multi-head latent attention)", "use a model with KV heads"),
+        (
+            cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32", *(_FP8 if on_cuda else ())),
+            "kv_cache_dtype",
+            cache.cache_dtype,
+            "use auto",
+        ),
+        (
+            getattr(cache, "kv_cache_dtype_skip_layers", None),
+            "kv_cache_dtype_skip_layers",
+            getattr(cache, "kv_cache_dtype_skip_layers", None),
+            "drop it",
+        ),
+        (
+            settings.window > vllm_config.scheduler_config.max_num_batched_tokens,
+            option_name("window"),
+            settings.window,
+            f"choose at most max_num_batched_tokens={vllm_config.scheduler_config.max_num_batched_tokens}",
+        ),
+        *(refused_on_cuda(vllm_config) if on_cuda else ()),
+    ):
+        if unsupported:
+            raise ValueError(refusal(option, value, way_out))
+    if on_cuda and only_on_cpus(settings.policy):
+        raise ValueError(f"{option_name('policy')}={settings.policy}: {CPU_ONLY}")
+    if settings.audit is not None:
+        _check_writable(settings.audit)
+    if settings.window > settings.min_tokens:
+        raise ValueError(
+            f"{option_name('window')}={settings.window}: choose at most "
+            f"{option_name('min_tokens')}={settings.min_tokens}, or raise that one"
+        )
+
+
+def _check_writable(folder: str) -> None:
+    """Make the folder of the audits now: a worker that fails to write the first of them would end the engine."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ValueError(f"{option_name('audit')}={folder}: name a folder that can be written to")
+
+
+def evictable_group(groups: Sequence[Any]) -> int:
+    """The index of the KV cache group to evict. Raises ValueError unless there is exactly one, and all others slide.
+
+    A sliding window has its blocks at their positions, whatever ours hold. Of other kinds (states of Mamba layers,
+    chunks, attention that we do not evict) nobody has tried what becomes of them beside packed blocks.
+    """
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    from vllm_defensive.engine.spec import EvictableSpec  # workers know it; servers need not
+
+    evictable = [i for i, group in enumerate(groups) if isinstance(group.kv_cache_spec, EvictableSpec)]
+    if len(evictable) != 1:
+        raise ValueError(
+            f"kv_eviction: this model has {len(evictable)} groups of full-attention layers whose KV cache could be "
+            f"evicted, and exactly one is supported; {TURN_OFF}"
+        )
+    for i, group in enumerate(groups):
+        kind = type(group.kv_cache_spec)
+        if i not in evictable and kind is not SlidingWindowSpec:
+            raise ValueError(
+                f"kv_eviction: layer {group.layer_names[0]} has a cache of the kind {kind.__name__}, which is not "
+                f"supported beside evicted layers; {TURN_OFF}"
+            )
+    return evictable[0]
+
+
+def check_layers(names: list[str], layers: list[Any], context: Mapping[str, Any]) -> None:
+    """Refuse attention that packed pages cannot reproduce, or that scores would misjudge. Raises ValueError.
+
+    context: all layers of the model by name, those of other KV cache groups and those without a cache included.
+    """
+    readers = {getattr(layer, "kv_sharing_target_layer_name", None): name for name, layer in context.items()}
+    for name, layer in zip(names, layers, strict=True):
+        impl = layer.impl
+        for wrong, what in (
+            (impl.alibi_slopes is not None, "uses ALiBi"),
+            (impl.sinks is not None, "uses attention sinks"),
+            (getattr(impl, "logits_soft_cap", None) not in (None, 0), "caps its logits"),
+            (name in readers, f"shares its KV cache with {readers.get(name)}"),
+            (layer.num_heads != layers[0].num_heads, "has another number of query heads than the first"),
+        ):
+            if wrong:
+                raise ValueError(f"kv_eviction: layer {name} {what}, which is not supported; {TURN_OFF}")

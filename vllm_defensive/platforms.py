@@ -1,0 +1,78 @@
+"""What depends on the device: our worker, the smallest block, and options that only GPUs refuse."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from vllm_defensive.policy import PRESETS
+from vllm_defensive.settings.engine import TURN_OFF
+
+
+class Platform(NamedTuple):
+    """worker: its class's path. block_tokens: the smallest block that the platform's fast attention takes: small pages
+    waste least."""
+
+    worker: str
+    block_tokens: int
+
+
+PLATFORMS = {
+    "cpu": Platform("vllm_defensive.worker.cpu.worker.EvictionCPUWorker", 32),
+    "cuda": Platform("vllm_defensive.worker.cuda.worker.EvictionGPUWorker", 16),
+}
+
+Row = tuple[Any, str, Any, str]  # (whether it is refused, option, value, way out)
+
+CPU_ONLY = "supported on CPUs only, as it sums the attention of all queries; choose another policy on a GPU"
+
+
+def current() -> Platform:
+    """This process's platform. Raises ValueError for one that we have no worker for."""
+    from vllm.platforms import current_platform
+
+    kind = "cuda" if current_platform.is_cuda() else "cpu" if current_platform.is_cpu() else None
+    if kind is None:  # ROCm, too, calls its device type cuda
+        raise ValueError(refusal("device", current_platform.device_name, "use an NVIDIA GPU or the CPU build of vLLM"))
+    return PLATFORMS[kind]
+
+
+def refusal(option: str, value: Any, way_out: str) -> str:
+    """What a user reads of an option that does not go together with eviction."""
+    return f"{option}={value}: not supported together with --kv-eviction; {way_out}, or {TURN_OFF}"
+
+
+def only_on_cpus(policy: str) -> bool:
+    """Whether the policy reads what only CPUs sum up."""
+    return policy in PRESETS and PRESETS[policy].accumulates
+
+
+def refused_on_cuda(vllm_config: Any) -> tuple[Row, ...]:
+    """Rows for `limits.check` that only GPUs have."""
+    attention, chosen = vllm_config.attention_config, getattr(vllm_config.attention_config.backend, "name", None)
+    fp8 = vllm_config.cache_config.cache_dtype.startswith("fp8")
+    return (
+        (not vllm_config.use_v2_model_runner, "VLLM_USE_V2_MODEL_RUNNER", 0, "use model runner V2, vLLM's default"),
+        (
+            chosen not in (None, "FLASH_ATTN", "TRITON_ATTN"),
+            "attention_backend",
+            chosen,
+            "choose FLASH_ATTN or TRITON_ATTN",
+        ),
+        (
+            fp8 and chosen == "FLASH_ATTN",
+            "attention_backend",
+            "FLASH_ATTN with an fp8 KV cache",
+            "choose TRITON_ATTN",
+        ),
+        (attention.backend_per_kind, "attention_config.backend_per_kind", attention.backend_per_kind, "drop it"),
+    )
+
+
+def refused_drafts(speculative: Any, on_cuda: bool) -> Row:
+    """Row for `limits.check`. Drafts looked up in the text are verified like any other tokens of a row; draft models
+    and heads have a KV cache of their own, or read the target's hidden states, and nobody has tried them with packed
+    pages."""
+    method = None if speculative is None else speculative.method
+    # Model runner V2, which GPUs need, has another n-gram drafter, of which only the device knows what was accepted.
+    allowed, way_out = ((), "drop it: drafts work on CPUs only") if on_cuda else (("ngram",), "use ngram")
+    return method is not None and method not in allowed, "speculative_config.method", method, way_out

@@ -1,0 +1,1 @@
+"""API servers and the command line: flags, checks of requests, status, metrics."""

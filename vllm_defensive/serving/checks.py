@@ -1,0 +1,61 @@
+"""Requests are checked before the engine sees them: a mistake is an HTTP 400, or VLLMValidationError from `LLM`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_defensive.compat.serving import request_error
+from vllm_defensive.platforms import CPU_ONLY, PLATFORMS, current, only_on_cpus
+from vllm_defensive.settings.engine import KEY, from_vllm_config
+from vllm_defensive.settings.request import (
+    RequestFieldError,
+    names_fields,
+    refuse_beam_search,
+    refuse_booleans,
+    resolve,
+)
+
+
+def check_request(vllm_config: Any, prompt: Any, params: Any) -> None:
+    """Refuse a request with wrong `kv_eviction*` fields: HTTP 400, or VLLMValidationError from `LLM`.
+
+    vllm_config: of the engine that is asked. It may be a stock one, though another of the process evicts.
+    """
+    extra_args = getattr(params, "extra_args", None)
+    settings = from_vllm_config(vllm_config) if extra_args else None
+    num_tokens = _length(prompt)
+    if settings is None or num_tokens is None:
+        return
+    try:
+        own = resolve(settings, extra_args, num_tokens)
+        if only_on_cpus(own.policy) and current() == PLATFORMS["cuda"]:
+            raise RequestFieldError(f"{KEY}={own.policy!r}: {CPU_ONLY}", KEY, own.policy)
+    except RequestFieldError as error:
+        raise request_error(str(error), error.field, error.value) from None
+
+
+def _length(prompt: Any) -> int | None:
+    """Tokens of a prompt, None if it is not yet tokenized: it comes again once it is."""
+    if not isinstance(prompt, dict):
+        return None
+    for name in ("prompt_token_ids", "prompt_embeds"):
+        if prompt.get(name) is not None:
+            return len(prompt[name])
+    return None
+
+
+async def check_body(vllm_config: Any, request: Any, raw_request: Any) -> None:
+    """Refuse what `check_request` does not see: fields of a beam search, and booleans, which it sees as 0 and 1.
+
+    raw_request: None in `vllm run-batch`, where only what vLLM made of the body can be seen.
+    """
+    fields = getattr(request, "vllm_xargs", None) or {}
+    if not names_fields(fields) or from_vllm_config(vllm_config) is None:
+        return
+    try:
+        if getattr(request, "use_beam_search", False):
+            refuse_beam_search(fields)
+        body = {"vllm_xargs": fields} if raw_request is None else await raw_request.json()
+        refuse_booleans(body.get("vllm_xargs") if isinstance(body, dict) else None)
+    except RequestFieldError as error:
+        raise request_error(str(error), error.field, error.value) from None

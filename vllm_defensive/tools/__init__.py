@@ -1,0 +1,1 @@
+"""Commands: the planner, and what an audit shows."""

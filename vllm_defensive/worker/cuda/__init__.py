@@ -1,0 +1,1 @@
+"""Workers on NVIDIA GPUs."""
