@@ -8,22 +8,23 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.evictions import eviction
 from vllm_defensive import audit
-from vllm_defensive.plan import Eviction
 from vllm_defensive.policy import Selection
-from vllm_defensive.settings.engine import EvictionConfig
 
 N = 4
 # Two layers of two heads; blocks [1, 4) of five (and a tail of 3 tokens) are packed into 2: 8 pages for four heads.
 PAGES_LH = torch.tensor([[1, 3], [2, 2]], dtype=torch.int32)
-EVICTION = Eviction(
+EVICTION = eviction(
+    23,
+    (1, 2),
+    block_tokens=N,
+    shared_blocks=1,
+    source_blocks=(9, 8, 7, 6, 5, 4),
     request_id="chat/7 a",
     policy="adakv",
     keep=0.3,
-    num_tokens=23,
-    shared_blocks=1,
-    source_blocks=(9, 8, 7, 6, 5, 4),
-    packed_blocks=(1, 2),
+    window=5,
     token_ids=tuple(range(100, 123)),
 )
 TOKENS = [[4, 9, 18, 19], [*range(4, 16)], [4, 6, 8, 10, 12, 14, 18, 19], [*range(12, 20)]]
@@ -32,8 +33,7 @@ TOKENS = [[4, 9, 18, 19], [*range(4, 16)], [4, 6, 8, 10, 12, 14, 18, 19], [*rang
 @pytest.fixture
 def written(tmp_path: Path) -> audit.Audit:
     tokens_PN = torch.tensor([t for head in TOKENS for t in head], dtype=torch.int32).view(8, N)
-    config = EvictionConfig(policy="snapkv", keep=0.2, window=5)
-    path = audit.write(str(tmp_path / "new folder"), EVICTION, Selection(PAGES_LH, tokens_PN), config, N)
+    path = audit.write(str(tmp_path / "new folder"), EVICTION, Selection(PAGES_LH, tokens_PN))
     assert path == audit.path_of(tmp_path / "new folder", "chat/7 a") and path.name == "chat_7_a.safetensors"
     assert [p.name for p in path.parent.iterdir()] == [path.name], "no partial file is left"
     return audit.load(path)
@@ -65,14 +65,11 @@ def test_what_the_request_asked_for_is_recorded(written: audit.Audit) -> None:
 
 def test_the_heads_of_all_ranks_are_read_together(tmp_path: Path) -> None:
     tokens_PN = torch.tensor([t for head in TOKENS for t in head], dtype=torch.int32).view(8, N)
-    config = EvictionConfig(policy="snapkv", keep=0.2, window=5)
-    whole = audit.load(audit.write(str(tmp_path), EVICTION, Selection(PAGES_LH, tokens_PN), config, N))
+    whole = audit.load(audit.write(str(tmp_path), EVICTION, Selection(PAGES_LH, tokens_PN)))
     # Rank 0 has the first head of each layer, rank 1 the second.
     per_head = tokens_PN.split(PAGES_LH.flatten().tolist())
     paths = [
-        audit.write(
-            str(tmp_path), EVICTION, Selection(PAGES_LH[:, r : r + 1], torch.cat(per_head[r::2])), config, N, (r, 2)
-        )
+        audit.write(str(tmp_path), EVICTION, Selection(PAGES_LH[:, r : r + 1], torch.cat(per_head[r::2])), (r, 2))
         for r in range(2)
     ]
     assert paths[1].name == "chat_7_a.rank1of2.safetensors"

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from vllm_defensive.plan import WorkerReport
+from vllm_defensive.compat.channels import attach_counts
+from vllm_defensive.counts import Increase, Pool, Totals
 from vllm_defensive.serving import prometheus as metrics
-from vllm_defensive.serving.prometheus import EvictionStatLogger, Pool, Totals
+from vllm_defensive.serving.prometheus import EvictionStatLogger
 
 
 def engine_config(policy: str | None) -> Any:
@@ -34,9 +35,9 @@ def forget() -> None:
         REGISTRY.unregister(collector)
 
 
-def stats_with(increase: Totals, **others: int) -> Any:
+def stats_with(increase: Increase, **others: int) -> Any:
     stats = SimpleNamespace(waiting_lora_adapters=dict(others))
-    metrics.attach(stats, increase)
+    attach_counts(stats, increase)
     return stats
 
 
@@ -46,8 +47,8 @@ def value(name: str, engine: int = 0, **labels: str) -> float | None:
 
 def test_increases_add_up_engine_by_engine(logger: EvictionStatLogger) -> None:
     for engine, requests in ((0, 1), (1, 5), (0, 2)):
-        stats = stats_with(Totals(requests, 100, 30, prefix_hit_tokens=64, freed_blocks=4))
-        metrics.attach_worker(stats, WorkerReport(1500, [6, 0, 0, 0, 0, 3, 0, 0, 0, 1]))
+        totals = Totals(requests, 100, 30, prefix_hit_tokens=64, freed_blocks=4)
+        stats = stats_with(Increase(totals, 1500, [6, 0, 0, 0, 0, 3, 0, 0, 0, 1]))
         logger.record(stats, None, engine_idx=engine)
         assert stats.waiting_lora_adapters == {}
     assert value("vllm:kv_eviction_requests_total") == 3 and value("vllm:kv_eviction_requests_total", 1) == 5
@@ -62,15 +63,15 @@ def test_increases_add_up_engine_by_engine(logger: EvictionStatLogger) -> None:
 
 
 def test_what_is_not_ours_stays_on_the_stats(logger: EvictionStatLogger) -> None:
-    stats = stats_with(Totals(requests=1), some_adapter=3)
+    stats = stats_with(Increase(Totals(requests=1)), some_adapter=3)
     assert len(stats.waiting_lora_adapters) == 2
     logger.record(stats, None)
     assert stats.waiting_lora_adapters == {"some_adapter": 3}
 
 
 def test_steps_without_an_eviction_carry_nothing(logger: EvictionStatLogger) -> None:
-    stats = stats_with(Totals())
-    assert stats.waiting_lora_adapters == {}
+    assert not Increase()
+    stats = SimpleNamespace(waiting_lora_adapters={})
     logger.record(stats, None)
     logger.record(None, None)
     assert value("vllm:kv_eviction_requests_total") == 0
@@ -80,9 +81,7 @@ def test_steps_without_an_eviction_carry_nothing(logger: EvictionStatLogger) -> 
 def test_every_total_is_published(logger: EvictionStatLogger) -> None:
     """A field that is added to Totals or Pool must not be lost on the way."""
     ones, pool = Totals(*(1 for _ in vars(Totals()))), Pool(*(2 for _ in vars(Pool())))
-    stats = stats_with(ones)
-    metrics.attach_pool(stats, pool)
-    assert len(stats.waiting_lora_adapters) == len(vars(ones)) + len(vars(pool))
+    stats = stats_with(Increase(ones, pool=pool))
     logger.record(stats, None)
     assert stats.waiting_lora_adapters == {}
     assert all(value(f"{name}_total") == 1 for name, _ in metrics.COUNTERS.values())

@@ -93,7 +93,8 @@ def assert_usable(found: RequestSettings) -> None:
     assert type(found.protect) is int and 0 <= found.protect <= NUM_TOKENS
     assert found.report in (False, True)
     for block_size in (16, 32):
-        kept = ENGINE.packed_blocks(found.boundary or NUM_TOKENS, 0, block_size, found.policy, found.keep)
+        region = ENGINE.region(found.boundary or NUM_TOKENS, 0, block_size)
+        kept = ENGINE.budget_blocks(region, found.policy, found.keep)
         assert 0 <= kept <= NUM_TOKENS // block_size
 
 

@@ -14,7 +14,8 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_defensive.plan import Eviction
+from tests.evictions import eviction
+from vllm_defensive.counts import record_of
 from vllm_defensive.plugin import register
 from vllm_defensive.serving import prometheus as metrics
 from vllm_defensive.serving import status
@@ -33,8 +34,7 @@ def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[FastAPI]:
 
 
 def record(request_id: str) -> dict[str, object]:
-    eviction = Eviction(request_id, "snapkv", 0.2, 1000, 2, tuple(range(1, 33)), (40, 41, 42, 43, 44), None)
-    return status.record_of(eviction, block_size=32)
+    return record_of(eviction(1000, (40, 41, 42, 43, 44), shared_blocks=2, block_tokens=32, request_id=request_id))
 
 
 def test_a_record_counts_whole_blocks_and_the_tail() -> None:

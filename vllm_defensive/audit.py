@@ -25,7 +25,6 @@ from torch import Tensor
 from vllm_defensive.compat.base import get_logger
 from vllm_defensive.plan import Eviction
 from vllm_defensive.policy import Selection
-from vllm_defensive.settings.engine import EvictionConfig
 
 
 @dataclass(frozen=True)
@@ -108,13 +107,11 @@ def record(
     folder: str,
     eviction: Eviction,
     selection: Selection,
-    config: EvictionConfig,
-    block_size: int,
     rank: tuple[int, int] = (0, 1),
 ) -> None:
     """`write` for the engine: a full disk costs an audit and a warning, never the engine."""
     try:
-        write(folder, eviction, selection, config, block_size, rank)
+        write(folder, eviction, selection, rank)
     except (OSError, SafetensorError) as error:
         get_logger("kv_eviction").warning("KV eviction: no audit of %s: %s", eviction.request_id, error)
 
@@ -123,16 +120,15 @@ def write(
     folder: str,
     eviction: Eviction,
     selection: Selection,
-    config: EvictionConfig,
-    block_size: int,
     rank: tuple[int, int] = (0, 1),
 ) -> Path:
     """Write one file, atomically: a reader never sees half of it."""
     pages_LH = selection.pages_LH.cpu()
-    start, stop = eviction.shared_blocks * block_size, eviction.num_tokens // block_size * block_size
-    shared, tail = torch.arange(start), torch.arange(stop, eviction.num_tokens)
+    region = eviction.region
+    start, last = region.tokens
+    shared, tail = torch.arange(start), torch.arange(last, region.stop)
     tokens = selection.tokens_PN.cpu().flatten().long()
-    per_head = tokens.split((pages_LH.flatten().long() * block_size).tolist())
+    per_head = tokens.split((pages_LH.flatten().long() * region.page_tokens).tolist())
     indices = torch.cat([part for kept in per_head for part in (shared, kept, tail)])
     assert eviction.token_ids is not None
     target = path_of(folder, eviction.request_id, rank)
@@ -140,19 +136,19 @@ def write(
     partial = target.with_suffix(f".{os.getpid()}.partial")
     save_file(
         {
-            "kept_counts": (pages_LH * block_size + len(shared) + len(tail)).to(torch.int32),
+            "kept_counts": (pages_LH * region.page_tokens + len(shared) + len(tail)).to(torch.int32),
             "kept_indices": indices.to(torch.int32),
             "token_ids": torch.tensor(eviction.token_ids, dtype=torch.int32),
         },
         partial,
         metadata={
             "policy": eviction.policy,
-            "keep_ratio": repr(eviction.keep),
-            "num_tokens": str(eviction.num_tokens),
-            "block_size": str(block_size),
-            "packed_blocks": str(len(eviction.packed_blocks)),
-            "shared_blocks": str(eviction.shared_blocks),
-            "window": str(config.window),
+            "keep_ratio": repr(eviction.score.keep),
+            "num_tokens": str(region.stop),
+            "block_size": str(region.block_tokens),
+            "packed_blocks": str(len(eviction.packing.blocks)),
+            "shared_blocks": str(region.shared_blocks),
+            "window": str(region.window),
         },
     )
     partial.replace(target)

@@ -135,7 +135,8 @@ class Engine:
         if setting.policy == FP8:
             return 0.5
         evicted_at = prompt_tokens if setting.boundary is None else setting.boundary
-        packed = self._settings.packed_blocks(evicted_at, 0, self._page_tokens, setting.policy, setting.keep)
+        region = self._settings.region(evicted_at, 0, self._page_tokens)
+        packed = self._settings.budget_blocks(region, setting.policy, setting.keep)
         if not packed:
             return 1.0
         full_blocks = evicted_at // self._page_tokens

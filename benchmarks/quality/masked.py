@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.quality.metrics import divergence
 from benchmarks.quality.prompts import Prompt
-from vllm_defensive import plan
+from vllm_defensive.packing import Region
 from vllm_defensive.policy import LayerScores, Policy, score_layer, select, select_within
 from vllm_defensive.policy.budget import guarded
 
@@ -103,7 +103,7 @@ class MaskedModel:
         """Entries that stay, bool `[L, H, T]`. single: choose tokens one by one, as many as the whole pages hold."""
         tokens = len(self._prompt.tokens)
         stop = tokens // page_tokens * page_tokens
-        blocks = plan.packed_blocks(tokens, 0, keep=keep, window=self._window, min_tokens=1, block_size=page_tokens)
+        blocks = Region(tokens, 0, self._window, page_tokens, page_tokens).budget_blocks(keep)
         cut = [LayerScores(s.scores_HE[:, :stop], None if s.rank_HE is None else s.rank_HE[:, :stop]) for s in scores]
         if single:
             sharers = {"head": 1, "layer": self.heads, "model": self.heads * self.layers}[policy.scope]

@@ -14,7 +14,8 @@ from typing import Any
 
 import vllm_defensive
 from benchmarks.latency import make_engine, worker_of
-from vllm_defensive.plan import Eviction, packed_blocks
+from vllm_defensive.packing import Packing, Region
+from vllm_defensive.plan import Eviction, Score
 
 KEEP, MIN_TOKENS = 0.2, 64
 MANY_TOKENS = 512  # a prompt's length where several are evicted in one step
@@ -46,13 +47,14 @@ class Bench:
 
     def evictions(self, policy: str, tokens: int, count: int) -> list[Eviction]:
         """`count` evictions of prompts of `tokens` tokens, each on its own blocks. Raises ValueError if too many."""
-        settings = {"keep": KEEP, "window": self.window, "min_tokens": MIN_TOKENS, "block_size": self.block_size}
-        sources, packed = -(-tokens // self.block_size), packed_blocks(tokens, 0, **settings)
+        region = Region(tokens, 0, self.window, self.block_size, page_tokens=self.block_size)
+        sources, packed = -(-tokens // self.block_size), region.budget_blocks(KEEP)
         if 1 + count * (sources + packed) > self.num_blocks:
             raise ValueError(f"{count} prompts of {tokens} tokens do not fit: set VLLM_CPU_KVCACHE_SPACE higher")
         blocks = iter(range(1, self.num_blocks))  # block 0 is vLLM's null block
         take = lambda n: tuple(next(blocks) for _ in range(n))  # noqa: E731
-        return [Eviction(f"r{i}", policy, KEEP, tokens, 0, take(sources), take(packed)) for i in range(count)]
+        scores = [Score(f"r{i}", policy, KEEP, region, take(sources)) for i in range(count)]
+        return [Eviction(score, Packing(region, take(packed))) for score in scores]
 
     def seconds(self, evictions: Sequence[Eviction]) -> float:
         """Processor time of carrying them out in one step."""
@@ -60,7 +62,7 @@ class Bench:
 
         with torch.inference_mode():
             start = time.thread_time()
-            self.evictor.evict(list(evictions))
+            self.evictor.run([eviction.score for eviction in evictions], evictions)
             spent = time.thread_time() - start
         for eviction in evictions:
             self.runtime.tables.pop(eviction.request_id)

@@ -164,7 +164,7 @@ def simulate(model: Path, steps: int, repeats: int, asynchronous: bool) -> dict[
                 total[name].steps += block.steps
                 total[name].running += block.running
         rounds.append(total)
-        evicted += rows["ours, all evicted"].scheduler.eviction_manager.totals.requests
+        evicted += rows["ours, all evicted"].scheduler.eviction_manager.lifecycle.totals.requests
         print(f"  round {seed + 1} of {repeats}", flush=True)
     return {"steps": steps, "repeats": repeats, "asynchronous": asynchronous, "evicted": evicted, **compare(rounds)}
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_defensive.plan import Eviction, StepMessage
+from tests.evictions import eviction
+from vllm_defensive.plan import StepMessage
 from vllm_defensive.worker.cuda.backend import _rest
 from vllm_defensive.worker.cuda.runtime import NOBODY, CUDARuntime
 from vllm_defensive.worker.window import WindowQueries
@@ -42,9 +43,11 @@ def batch(lens: dict[str, tuple[int, int]], padding: int = 0) -> Any:
 
 def evict(runtime: CUDARuntime, request_id: str, blocks: int = 2) -> None:
     fresh = tuple(range(10, 10 + blocks))
-    eviction = Eviction(request_id, "snapkv", 0.2, 7 * N + 3, 1, tuple(range(8)), fresh)
+    event = eviction(
+        7 * N + 3, fresh, shared_blocks=1, source_blocks=tuple(range(8)), request_id=request_id, block_tokens=N
+    )
     offsets = torch.arange(L * H + 1, dtype=torch.int32) * blocks
-    runtime.install(eviction, offsets, torch.tensor(fresh, dtype=torch.int32))
+    runtime.install(event, offsets, torch.tensor(fresh, dtype=torch.int32))
 
 
 def test_state_is_written_where_the_runner_keeps_the_request(runtime: CUDARuntime) -> None:
@@ -94,11 +97,11 @@ def test_decode_rows_lead_and_evicted_prompts_form_runs(runtime: CUDARuntime) ->
 
 
 def test_window_queries_are_taken_where_the_chunk_overlaps_the_window(runtime: CUDARuntime) -> None:
-    runtime.begin(StepMessage(observe={"d": 100}), ())
+    runtime.begin(StepMessage(observe={"d": (68, 100)}), ())
     assert runtime.observing
     (capture,) = runtime.step(batch({"b": (1, 9), "d": (20, 80)})).captures
     assert (capture.source, capture.target, capture.count) == (1 + 8, 0, 12)  # tokens 68 to 79 of 60 to 79
-    runtime.begin(StepMessage(observe={"d": 100}), ())
+    runtime.begin(StepMessage(observe={"d": (68, 100)}), ())
     (capture,) = runtime.step(batch({"d": (20, 100)})).captures
     assert (capture.source, capture.target, capture.count) == (0, 12, 20)
     query = torch.randn(20, Q, D)

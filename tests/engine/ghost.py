@@ -55,9 +55,10 @@ class GhostWorker:
         written: dict[int, str] = {}
         for request_id, count in output.num_scheduled_tokens.items():
             self._write(request_id, computed[request_id], count, rejected.get(request_id, 0), written)
-            if (num_tokens := message.observe.get(request_id)) is not None:
-                first = num_tokens - self._window
-                chunk = range(max(computed[request_id], first), min(computed[request_id] + count, num_tokens))
+            if (observed := message.observe.get(request_id)) is not None:
+                first, stop = observed
+                assert stop - first == self._window
+                chunk = range(max(computed[request_id], first), min(computed[request_id] + count, stop))
                 self._rows[request_id].seen_window.update(chunk)
             if request_id in message.accumulate:
                 row, start = self._rows[request_id], computed[request_id]
@@ -65,6 +66,7 @@ class GhostWorker:
                 row.accumulated += count
         for request_id, count in output.num_scheduled_tokens.items():
             self._read(request_id, computed[request_id] + count - rejected.get(request_id, 0))
+        assert [e.score for e in message.evictions] == message.scores, "scored and packed in one step"
         for eviction in message.evictions:
             self._evict(eviction, set(written))
 
@@ -95,7 +97,7 @@ class GhostWorker:
         expected = self._exact[request_id][:end].copy()
         row = self._rows[request_id]
         if row.eviction is not None:
-            expected[row.eviction.num_tokens :] ^= _EVICTED * row.stamp
+            expected[row.eviction.region.stop :] ^= _EVICTED * row.stamp
         return expected
 
     def _write(self, request_id: str, start: int, count: int, rejected: int, written: dict[int, str]) -> None:
@@ -113,10 +115,10 @@ class GhostWorker:
         expected, table = self._expected(request_id, end), np.array(row.table)
         first = 0
         if row.eviction is not None:
-            shared, first = row.eviction.shared_blocks, row.eviction.num_tokens // size
-            kept = self.memory[list(row.eviction.source_blocks[:shared])].ravel()
+            shared, first = row.eviction.region.shared_blocks, row.eviction.region.stop // size
+            kept = self.memory[list(row.eviction.score.source_blocks[:shared])].ravel()
             assert (kept == expected[: shared * size]).all(), f"{request_id}: a shared block changed"
-            packed = self.memory[list(row.eviction.packed_blocks)]
+            packed = self.memory[list(row.eviction.packing.blocks)]
             assert (packed == -row.stamp).all(), f"{request_id}: somebody wrote its packed blocks"
         growth = self.memory[table[first : -(-end // size)]].ravel()[: end - first * size]
         assert (growth == expected[first * size :]).all(), f"{request_id}: a block does not hold its tokens"
@@ -125,22 +127,22 @@ class GhostWorker:
         """Positional blocks that the request still reads."""
         if row.eviction is None:
             return set(row.table)
-        full = row.eviction.num_tokens // self._block_size
-        return {*row.table[: row.eviction.shared_blocks], *row.table[full:]}
+        full = row.eviction.region.stop // self._block_size
+        return {*row.table[: row.eviction.region.shared_blocks], *row.table[full:]}
 
     def _evict(self, eviction: Eviction, written: set[int]) -> None:
         row, size = self._rows[eviction.request_id], self._block_size
         assert row.eviction is None, f"{eviction.request_id} is evicted twice"
         if PRESETS[eviction.policy].accumulates:
-            assert row.accumulated == eviction.num_tokens, f"{eviction.request_id}: {row.accumulated} queries"
+            assert row.accumulated == eviction.region.stop, f"{eviction.request_id}: {row.accumulated} queries"
         else:
             assert len(row.seen_window) == self._window, f"{eviction.request_id}: {len(row.seen_window)} window queries"
-        table = row.table[: -(-eviction.num_tokens // size)]
-        assert list(eviction.source_blocks) == table, "the plan's source blocks are not the request's"
-        assert not written & set(eviction.packed_blocks), "a packed block was written in the same step"
+        table = row.table[: -(-eviction.region.stop // size)]
+        assert list(eviction.score.source_blocks) == table, "the plan's source blocks are not the request's"
+        assert not written & set(eviction.packing.blocks), "a packed block was written in the same step"
         for other_id, other in self._rows.items():
-            assert not self._visible(other) & set(eviction.packed_blocks), f"{other_id} can see a packed block"
+            assert not self._visible(other) & set(eviction.packing.blocks), f"{other_id} can see a packed block"
         self._stamp += 1
         row.eviction, row.stamp = eviction, self._stamp
-        self.memory[list(eviction.packed_blocks)] = -self._stamp
+        self.memory[list(eviction.packing.blocks)] = -self._stamp
         self.evictions.append(eviction)

@@ -228,8 +228,11 @@ class Harness:
             owners.update(block.block_id for block in blocks if not block.is_null)
         if self.eviction is not None:
             check_integrity(self.manager)
-            for state in self.manager._states.values():
-                owners.update(block.block_id for block in state.packed)
+            families = self.manager.outlook.relatives._families
+            assert {r for family in families.values() for r in family} <= set(self.scheduler.requests)
+            assert all(families.values()), "no family without members is kept"
+            for life in self.manager.lifecycle.lives.values():
+                owners.update(block.block_id for block in life.blocks)
         null = self.pool.null_block.block_id
         for block in self.pool.blocks:
             if block.block_id != null:

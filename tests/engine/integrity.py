@@ -3,35 +3,57 @@
 from __future__ import annotations
 
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
+from vllm_defensive.engine.lifecycle import Life, Phase
 
 
 def held_blocks(manager: EvictionBlockManager, request_id: str) -> int:
     """Blocks of the pool that the request holds a reference to."""
     positional = sum(not block.is_null for block in manager.req_to_blocks.get(request_id, ()))
-    state = manager._states.get(request_id)
-    return positional + (len(state.packed) if state is not None else 0)
+    life = manager.lifecycle.lives.get(request_id)
+    return positional + (len(life.blocks) if life is not None else 0)
+
+
+def released(manager: EvictionBlockManager, request_id: str) -> bool:
+    """Whether the request was evicted and its originals have gone back to the pool."""
+    life = manager.lifecycle.lives.get(request_id)
+    return life is not None and life.phase is Phase.PACKED
 
 
 def check_integrity(manager: EvictionBlockManager) -> None:
-    """Assert that packed blocks have one owner and no hash, and that nothing belongs to an unknown request."""
-    owned: set[int] = set()
-    for request_id, state in manager._states.items():
-        assert request_id in manager.req_to_blocks, f"{request_id} has a state but no blocks"
-        for block in state.packed:
-            assert block.ref_cnt == 1 and block.block_hash is None and not block.is_null, block
-            assert block.block_id not in owned, f"block {block.block_id} packed twice"
-            owned.add(block.block_id)
+    """Assert the invariants of every life, that each packed block has one owner, and that the sums are right."""
+    lifecycle, owned = manager.lifecycle, set[int]()
+    for request_id, life in lifecycle.lives.items():
+        assert life.request.request_id == request_id and request_id in manager.req_to_blocks
+        check_life(manager, life)
+        ids = {block.block_id for block in life.blocks}
+        assert not owned & ids, f"{request_id} packs into a block of another"
+        owned |= ids
     for request_id, blocks in manager.req_to_blocks.items():
         for block in blocks:
             assert block.is_null or block.block_id not in owned, f"{request_id} holds packed block {block.block_id}"
-    assert set(manager._planned) <= set(manager._states)
-    assert manager.decided == {request_id for request_id, state in manager._states.items() if state.decided}
-    assert manager.hashed <= manager.decided
-    for request_id, tokens in manager.settled.items():
-        assert request_id in manager.decided
-        assert tokens <= len(manager.req_to_blocks[request_id]) * manager.block_size
-    released = [state for request_id, state in manager._states.items() if manager.is_released(request_id)]
-    assert manager.saved_blocks == sum(state.saved_blocks for state in released)
-    assert manager.packed_blocks == len(owned)
-    assert set(manager._hit_tokens) <= set(manager.requests)
-    assert set(manager._waiting) <= set(manager.requests) - set(manager._states)
+    by_phase = {phase: [r for r, life in lifecycle.lives.items() if life.phase is phase] for phase in Phase}
+    assert list(lifecycle.packing) == by_phase[Phase.PACKING] or set(lifecycle.packing) == set(by_phase[Phase.PACKING])
+    assert not lifecycle._planned, "the message of the step has taken them"
+    assert lifecycle._watched <= set(by_phase[Phase.PREFILL])
+    assert set(lifecycle.waiting) <= set(manager.requests) - set(lifecycle.lives)
+    packed = [life.packing for life in lifecycle.lives.values() if life.phase is Phase.PACKED]
+    assert lifecycle.saved_blocks == sum(packing.saved_blocks for packing in packed)
+    assert lifecycle.packed_blocks == len(owned)
+
+
+def check_life(manager: EvictionBlockManager, life: Life) -> None:
+    """One request: its packed blocks, its originals and its notes are those of its phase."""
+    blocks = manager.req_to_blocks[life.request.request_id]
+    evicted = life.phase in (Phase.PACKING, Phase.PACKED)
+    assert (life.packing is not None) == bool(life.blocks) == evicted
+    for block in life.blocks:
+        assert block.ref_cnt == 1 and block.block_hash is None and not block.is_null, block
+    if life.packing is not None:
+        region = life.packing.region
+        assert life.packing.blocks == tuple(block.block_id for block in life.blocks)
+        assert region.stop == life.stop and len(life.blocks) > 0
+        originals = blocks[region.shared_blocks : region.full_blocks]
+        assert all(block.is_null == (life.phase is Phase.PACKED) for block in originals)
+    assert life.ready_tokens <= len(blocks) * manager.block_size
+    assert not life.ready_tokens or life.phase in (Phase.PACKED, Phase.WHOLE)
+    assert not life.cached or evicted

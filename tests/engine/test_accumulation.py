@@ -53,7 +53,7 @@ def test_it_shares_no_blocks_with_others_of_the_same_prompt(tiny_model: Any) -> 
     for request_id in ids[:2]:
         harness.scheduler.requests[request_id].sampling_params.extra_args = {"kv_eviction": "h2o"}
     harness.run()
-    assert [(e.request_id, e.shared_blocks) for e in harness.evictions] == [(ids[0], 0), (ids[1], 0)]
+    assert [(e.request_id, e.region.shared_blocks) for e in harness.evictions] == [(ids[0], 0), (ids[1], 0)]
     harness.assert_all_returned()
 
 
@@ -76,7 +76,7 @@ def test_a_request_preempted_on_the_way_begins_anew(tiny_model: Any) -> None:
     again = [begin for begin, _ in rows].index(0)
     assert rows[again - 1][1] == 288, "it was not preempted on the way, so the test shows nothing"
     assert rows[again:] == [(0, 96), (96, 192), (192, 288), (288, 319)]
-    assert [e.num_tokens for e in harness.evictions] == [200, 319]
+    assert [e.region.stop for e in harness.evictions] == [200, 319]
     harness.assert_all_returned()
 
 

@@ -199,7 +199,7 @@ def test_other_cache_groups_count(tiny_model: Path) -> None:
     request = h.scheduler.requests[h.add(text(300, 0), max_tokens=8)]
     alone = h.scheduler._load(request, ()).own
     by_length = SimpleNamespace(get_num_blocks_to_allocate=lambda _, num_tokens, *args, **kwargs: num_tokens)
-    h.manager.other_managers = [by_length]
+    h.manager.beside([by_length])
     assert h.scheduler._load(request, ()).own == alone + 308  # what they take at its expected end
 
 

@@ -73,7 +73,7 @@ def test_a_request_that_was_thrown_out_is_evicted_at_the_same_place_again(
         h.check()
     assert preempted
     for request_id in preempted:
-        lengths = [e.num_tokens for e in h.evictions if e.request_id == request_id]
+        lengths = [e.region.stop for e in h.evictions if e.request_id == request_id]
         assert len(lengths) > 1 and set(lengths) == {300}, "its answer so far is computed from what was kept, as before"
     h.assert_all_returned()
 
@@ -92,8 +92,8 @@ def test_a_plan_is_dropped_if_its_request_is_thrown_out_in_the_same_pass(tiny_mo
     assert h.free == 16 - 9 - 1
     assert h.scheduler.requests[minor].num_computed_tokens == 288
     planned = []
-    start = h.manager._start_eviction
-    h.manager._start_eviction = lambda request_id, *args: (planned.append(request_id), start(request_id, *args))
+    pack = h.manager.lifecycle.pack
+    h.manager.lifecycle.pack = lambda life, *args: (planned.append(life.request.request_id), pack(life, *args))
     output = h.step()
     h.check()
     assert planned == [minor]

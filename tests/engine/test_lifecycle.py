@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.engine.harness import Harness, text
-from tests.engine.integrity import held_blocks
+from tests.engine.integrity import held_blocks, released
 
 W, N = 32, 32
 MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
@@ -40,7 +40,7 @@ def test_free_count_rises_by_g_minus_s_at_the_release(tiny_model: Path, asynchro
     h.step()
     assert h.held == 16, "the first chunk of 512 tokens"
     h.step()
-    assert len(h.evictions) == 1 and len(h.evictions[0].packed_blocks) == packed
+    assert len(h.evictions) == 1 and len(h.evictions[0].packing.blocks) == packed
     assert h.held == g + 1 + packed, "all originals, the tail block, and the packed blocks"
     # What a step computed may be overwritten once it has been processed: at once, or a step later.
     if asynchronous:
@@ -49,7 +49,7 @@ def test_free_count_rises_by_g_minus_s_at_the_release(tiny_model: Path, asynchro
     h.step()
     assert h.held == 1 + packed
     assert held_blocks(h.manager, request_id) == 1 + packed
-    assert h.manager.totals.freed_blocks == g - packed
+    assert h.manager.lifecycle.totals.freed_blocks == g - packed
     h.run()
     h.assert_all_returned()
 
@@ -75,7 +75,7 @@ def test_who_asks_for_one_token_is_left_alone(tiny_model: Path, asynchronous: bo
 def test_growth_takes_one_block_every_n_tokens(tiny_model: Path, asynchronous: bool) -> None:
     h = Harness(tiny_model, num_blocks=100, asynchronous=asynchronous, keep=0.25)
     request_id = h.add(text(1000, 0), max_tokens=100)
-    while not h.manager.is_released(request_id):
+    while not released(h.manager, request_id):
         h.step()
     while request_id in h.live:
         computed = h.scheduler.requests[request_id].num_computed_tokens
@@ -100,9 +100,9 @@ def test_prompts_of_every_edge_length_come_and_go(
     assert len(h.evictions) == evicted
     if evicted:
         (eviction,) = h.evictions
-        assert eviction.num_tokens == length
-        assert len(eviction.source_blocks) == -(-length // N)
-        assert 0 < len(eviction.packed_blocks) < length // N
+        assert eviction.region.stop == length
+        assert len(eviction.score.source_blocks) == -(-length // N)
+        assert 0 < len(eviction.packing.blocks) < length // N
     h.assert_all_returned()
 
 
@@ -112,7 +112,7 @@ def test_keep_all_moves_every_block(tiny_model: Path, block_size: int) -> None:
     for length in (700, 40, 1333, 17, 640):
         h.add(text(length, length % 31))
     h.run()
-    moved = {e.num_tokens: len(e.packed_blocks) for e in h.evictions}
+    moved = {e.region.stop: len(e.packing.blocks) for e in h.evictions}
     assert moved == {t: t // block_size for t in (700, 40, 1333, 640) if t >= block_size}
     h.assert_all_returned()
 
@@ -122,7 +122,7 @@ def test_prompts_below_min_tokens_are_left_alone(tiny_model: Path) -> None:
     for i, length in enumerate((499, 500)):
         h.add(text(length, i))
     h.run()
-    assert [e.num_tokens for e in h.evictions] == [500]
+    assert [e.region.stop for e in h.evictions] == [500]
 
 
 def test_token_ids_travel_with_the_plan_only_for_an_audit(tiny_model: Path, tmp_path: Path) -> None:
@@ -139,22 +139,24 @@ def test_totals_are_what_the_plans_say(tiny_model: Path) -> None:
     for i, length in enumerate((1000, 777, 20, 640)):
         h.add(text(length, i))
     h.run()
-    totals: Any = h.manager.totals
+    totals: Any = h.manager.lifecycle.totals
     assert totals.requests == 3
     assert totals.prompt_tokens == 1000 + 777 + 640
-    assert totals.freed_blocks == sum(e.num_tokens // N - len(e.packed_blocks) for e in h.evictions)
-    assert totals.kept_tokens == sum(len(e.packed_blocks) * N + e.num_tokens % N for e in h.evictions)
+    assert totals.freed_blocks == sum(e.region.stop // N - len(e.packing.blocks) for e in h.evictions)
+    assert totals.kept_tokens == sum(len(e.packing.blocks) * N + e.region.stop % N for e in h.evictions)
 
 
 def test_stats_carry_each_increase_once(tiny_model: Path) -> None:
+    from vllm_defensive.compat.channels import take_counts
     from vllm_defensive.serving.prometheus import COUNTERS
 
     h = Harness(tiny_model, num_blocks=200, keep=0.2)
     for i, length in enumerate((1000, 777)):
         h.add(text(length, i))
         h.run()
-    sums = {name: sum(s.waiting_lora_adapters.get(f"kv_eviction:{name}", 0) for s in h.stats) for name in COUNTERS}
-    assert sums == {name: getattr(h.manager.totals, name) for name in COUNTERS}
+    increases = [increase.totals for stats in h.stats for increase in take_counts(stats)]
+    sums = {name: sum(getattr(totals, name) for totals in increases) for name in COUNTERS}
+    assert sums == {name: getattr(h.manager.lifecycle.totals, name) for name in COUNTERS}
     assert sums["requests"] == 2
 
 

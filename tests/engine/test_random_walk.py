@@ -53,7 +53,7 @@ def walk(h: Harness, seed: int, steps: int, *, max_len: int, abort: float) -> di
         h.check()
     h.run()
     h.assert_all_returned()
-    happened["boundaries"] = sum(e.num_tokens < lengths[e.request_id] for e in h.evictions)
+    happened["boundaries"] = sum(e.region.stop < lengths[e.request_id] for e in h.evictions)
     happened["policies"] = len({e.policy for e in h.evictions})
     return happened
 

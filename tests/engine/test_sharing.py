@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from tests.engine.harness import Harness, text
-from vllm_defensive.engine.lifecycle import RequestState
-from vllm_defensive.engine.sharing import worth_sharing
+from tests.engine.integrity import released
+from vllm_defensive.engine.lifecycle import Life, Phase
+from vllm_defensive.engine.sharing import Relatives, worth_sharing
 from vllm_defensive.settings.request import RequestSettings
 
 W, N = 32, 32
@@ -38,7 +39,7 @@ def test_a_hit_leaves_the_window_to_compute(tiny_model: Path, length: int, async
     assert h.hits[again] == (length - W) // N * N
     assert length - h.hits[again] >= W
     assert len(h.evictions) == 2
-    assert h.manager.totals.prefix_hit_tokens == h.hits[again]
+    assert h.manager.lifecycle.totals.prefix_hit_tokens == h.hits[again]
     h.assert_all_returned()
 
 
@@ -61,7 +62,7 @@ def test_a_hit_leaves_more_than_a_row_that_vllm_would_fill_with_drafts(
     again = h.add(text(length, 0), extra_args=own)
     h.run()
     assert h.hits[again] == hit
-    assert [e.num_tokens for e in h.evictions] == [boundary or length] * 2
+    assert [e.region.stop for e in h.evictions] == [boundary or length] * 2
     h.assert_all_returned()
 
 
@@ -71,7 +72,7 @@ def test_a_prompt_that_is_left_alone_hits_all_but_its_last_token(tiny_model: Pat
         last = h.add(text(641, 0))
         h.run()
     assert h.hits[last] == 640
-    assert h.manager.totals.prefix_hit_tokens == 0, "which are of evicted requests"
+    assert h.manager.lifecycle.totals.prefix_hit_tokens == 0, "which are of evicted requests"
 
 
 @MODES
@@ -121,14 +122,14 @@ def test_a_prefix_is_left_in_place_once_its_copies_would_cost_more(
     tiny_model: Path, keep: float, shared_blocks: int
 ) -> None:
     h = two_requests(tiny_model, "keep", keep)
-    assert [e.shared_blocks for e in h.evictions] == [shared_blocks] * 2
+    assert [e.region.shared_blocks for e in h.evictions] == [shared_blocks] * 2
     if shared_blocks:
-        assert h.evictions[0].source_blocks[:20] == h.evictions[1].source_blocks[:20], "one copy"
+        assert h.evictions[0].score.source_blocks[:20] == h.evictions[1].score.source_blocks[:20], "one copy"
 
 
 def test_shared_blocks_are_evicted_when_asked_to(tiny_model: Path) -> None:
     h = two_requests(tiny_model, "evict", 0.8)
-    assert [e.shared_blocks for e in h.evictions] == [0, 0]
+    assert [e.region.shared_blocks for e in h.evictions] == [0, 0]
 
 
 @MODES
@@ -138,15 +139,15 @@ def test_a_protected_prefix_is_shared_in_place(tiny_model: Path, asynchronous: b
     h = Harness(tiny_model, num_blocks=200, keep=0.1, shared=shared, asynchronous=asynchronous)
     protect = {"kv_eviction_protect": 128}
     first = h.add(text(128, 0) + text(500, 1), max_tokens=60, extra_args=protect)
-    while not h.manager.is_released(first):
+    while not released(h.manager, first):
         h.step()
     second = h.add(text(128, 0) + text(300, 2), max_tokens=60, extra_args=protect)
-    while not h.manager.is_released(second):
+    while not released(h.manager, second):
         h.step()
         h.check()
     assert h.hits[second] == 128
-    assert [e.shared_blocks for e in h.evictions] == [4, 4]
-    assert h.evictions[0].source_blocks[:4] == h.evictions[1].source_blocks[:4]
+    assert [e.region.shared_blocks for e in h.evictions] == [4, 4]
+    assert h.evictions[0].score.source_blocks[:4] == h.evictions[1].score.source_blocks[:4]
     tables = [h.manager.req_to_blocks[request_id] for request_id in (first, second)]
     for place in range(4):
         mine, theirs = (table[place] for table in tables)
@@ -165,14 +166,14 @@ def test_blocks_that_an_evicted_request_shares_stay_with_it(tiny_model: Path) ->
     ids = [h.add(text(640, 0) + text(200, i + 1), max_tokens=[5, 60][i]) for i in range(2)]
     while ids[0] in h.live:
         h.step()
-    state = h.manager._states[ids[1]]
-    assert h.manager.is_released(ids[1]) and state.shared_blocks == 20
+    packing = h.manager.lifecycle.lives[ids[1]].packing
+    assert released(h.manager, ids[1]) and packing is not None and packing.region.shared_blocks == 20
     assert all(not block.is_null for block in h.manager.req_to_blocks[ids[1]][:20])
     # A third one with the same prefix hits those very blocks; they are pinned, so it leaves them in place as well.
     third = h.add(text(640, 0) + text(200, 9))
     h.run()
     assert h.hits[third] == 640
-    assert h.evictions[-1].shared_blocks == 20
+    assert h.evictions[-1].region.shared_blocks == 20
     h.assert_all_returned()
 
 
@@ -186,8 +187,7 @@ def held_by_step(tiny_model: Path, question: int, **arguments: Any) -> tuple[lis
         h.step()
         h.check()
         held.append(h.held)
-        states = h.manager._states.items() if h.eviction is not None else ()
-        moving.append(sum(len(state.packed) for i, state in states if not h.manager.is_released(i)))
+        moving.append(sum(len(life.blocks) for life in h.manager.lifecycle.packing.values()) if h.eviction else 0)
     h.assert_all_returned()
     return held, moving, h
 
@@ -205,7 +205,7 @@ def test_twenty_questions_about_one_text_hold_no_more_than_stock(
     assert len(ours) == len(stock)
     assert all(a - b <= c for a, b, c in zip(ours, moving, stock, strict=True))
     if question >= 100 and keep <= 0.2:
-        assert {e.shared_blocks for e in h.evictions} == {31}
+        assert {e.region.shared_blocks for e in h.evictions} == {31}
         assert sum(ours) < 0.75 * sum(stock)
 
 
@@ -221,9 +221,10 @@ def test_a_spared_request_stays_unevicted_when_the_others_are_gone(tiny_model: P
     """Its window was not computed, so it must not be evicted in a later chunk although nobody shares any more."""
     h = Harness(tiny_model, num_blocks=400, keep=0.5, chunk=64)
     ids = [h.add(text(640, 0) + text(20, i + 1), max_tokens=3) for i in range(4)]
-    while not h.manager.decided:
+    lives = h.manager.lifecycle.lives
+    while not any(life.phase is Phase.WHOLE for life in lives.values()):
         h.step()
-    spared = h.manager.decided - {eviction.request_id for eviction in h.evictions}
+    spared = {request_id for request_id, life in lives.items() if life.phase is Phase.WHOLE}
     assert spared
     for request_id in ids:
         if request_id in h.live and request_id not in spared:
@@ -241,30 +242,67 @@ def test_a_tiny_ratio_does_not_overflow(tiny_model: Path) -> None:
     h.assert_all_returned()
 
 
-def waiting(text: int) -> Any:
-    """A request of two blocks that waits: the first is everybody's."""
-    return SimpleNamespace(block_hashes=[b"document", f"question {text}".encode()], skip_reading_prefix_cache=False)
+def family(size: int, keep: float = 0.2, **life: Any) -> tuple[list[Life], Relatives, list[Life]]:
+    """Lives of requests of two blocks that wait: the first is everybody's. Also an empty list for those asked for."""
+    relatives, lives = Relatives(), []
+    for i in range(size):
+        request: Any = SimpleNamespace(
+            request_id=str(i), block_hashes=[b"document", f"question {i}".encode()], skip_reading_prefix_cache=False
+        )
+        relatives.add(request)
+        settings = RequestSettings(policy="snapkv", keep=keep)
+        lives.append(Life(request, settings, 64, **{"phase": Phase.PREFILL, **life}))
+    return lives, relatives, []
+
+
+def shared_of(life: Life, lives: list[Life], relatives: Relatives, asked: list[Life]) -> int:
+    def life_of(request: Any) -> Life:
+        asked.append(lives[int(request.request_id)])
+        return asked[-1]
+
+    return worth_sharing(life, 2, 32, relatives, life_of)
 
 
 def test_of_a_thousand_waiting_requests_a_few_are_compared() -> None:
     """It runs in the scheduler's step. What is shared is what it is with all of them."""
-    live = {str(i): waiting(i) for i in range(1000)}
-    state, asked = RequestState(64, RequestSettings(policy="snapkv", keep=0.2), decided=False), []
-
-    def state_of(request_id: str) -> RequestState:
-        asked.append(request_id)
-        return state
-
-    assert worth_sharing(live["999"], 0.2, 2, 32, live, state_of) == 1
+    lives, relatives, asked = family(1000)
+    assert shared_of(lives[999], lives, relatives, asked) == 1
     assert 5 <= len(asked) <= 100
-    asked.clear()
-    assert worth_sharing(live["999"], 0.002, 2, 32, live, state_of) == 1, "a tiny ratio wants five hundred sharers"
+    lives, relatives, asked = family(1000, keep=0.002)
+    assert shared_of(lives[999], lives, relatives, asked) == 1, "a tiny ratio wants five hundred sharers"
     assert 500 <= len(asked) <= 1000
 
 
+def test_strangers_are_not_even_looked_at() -> None:
+    lives, relatives, asked = family(5)
+    for i in range(1000):
+        relatives.add(SimpleNamespace(request_id=f"stranger {i}", block_hashes=[f"other {i}".encode()]))
+    assert shared_of(lives[0], lives, relatives, asked) == 1
+    assert len(asked) == 4
+
+
 def test_who_is_gone_after_its_prefill_is_nobody_to_share_with() -> None:
-    live = {str(i): waiting(i) for i in range(6)}
-    settings = RequestSettings(policy="snapkv", keep=0.2)
-    lasting, fleeting = RequestState(64, settings, decided=False), RequestState(64, settings, True, fleeting=True)
-    assert worth_sharing(live["0"], 0.2, 2, 32, live, lambda _: lasting) == 1
-    assert worth_sharing(live["0"], 0.2, 2, 32, live, lambda _: fleeting) == 0
+    lives, relatives, asked = family(6)
+    assert shared_of(lives[0], lives, relatives, asked) == 1
+    lives, relatives, asked = family(6, phase=Phase.WHOLE, brief=True)
+    assert shared_of(lives[0], lives, relatives, asked) == 0
+
+
+def test_a_request_that_has_left_is_no_relative() -> None:
+    lives, relatives, asked = family(6)
+    for i in range(1, 6):
+        relatives.remove(str(i))
+    relatives.remove("unknown")
+    assert shared_of(lives[0], lives, relatives, asked) == 0 and not asked
+
+
+@MODES
+def test_who_may_not_read_the_cache_does_not_keep_a_copy_whole(tiny_model: Path, asynchronous: bool) -> None:
+    """Its blocks are copies of its own, which nobody else can hit while the first ones are there."""
+    h = Harness(tiny_model, num_blocks=300, keep=0.2, asynchronous=asynchronous, chunk=2048)
+    ids = [h.add(text(640, 0) + text(200, i + 1), max_tokens=60) for i in range(8)]
+    h.scheduler.requests[ids[-1]].skip_reading_prefix_cache = True
+    h.run()
+    h.assert_all_returned()
+    shared = {eviction.request_id: eviction.region.shared_blocks for eviction in h.evictions}
+    assert shared[ids[1]] == 20 and shared[ids[-1]] == 0

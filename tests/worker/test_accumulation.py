@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.policy import naive
 from vllm_defensive.worker.cpu.accumulation import Accumulations
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
+from vllm_defensive.worker.window import IncompleteError
 from vllm_defensive_kernels import formulas
 
 L, H, G, N, D, T = 2, 2, 3, 8, 4, 37
@@ -32,7 +33,7 @@ class Prompt:
             page = buffer[int(BLOCKS[position // N])].view(L, H, 2, N, D)
             page[:, :, 0, position % N] = self.key_LHTD[:, :, position]
         view = PageView([buffer[:, layer] for layer in range(L)])
-        self.sums = Accumulations(view, PageCodec(order_ND, order_ND), SCALE)
+        self.sums = Accumulations(view, PageCodec(order_ND, order_ND), [SCALE] * L)
 
     def feed(self, begin: int, end: int, row_start: int = 0) -> None:
         part = self.sums.plan("a", T, (begin, end), row_start, BLOCKS)
@@ -86,7 +87,7 @@ def test_missing_queries_are_a_bug() -> None:
     prompt.feed(0, 20)
     with pytest.raises(AssertionError, match="begins at 21, and 20 queries were seen"):
         prompt.feed(21, T)
-    with pytest.raises(AssertionError, match="20 of 37"):
+    with pytest.raises(IncompleteError, match="20 were seen"):
         prompt.sums.pop("a")
 
 
@@ -96,5 +97,5 @@ def test_sums_that_no_eviction_took_are_forgotten() -> None:
     prompt.sums.drop_complete()
     prompt.feed(20, T)
     prompt.sums.drop_complete()
-    with pytest.raises(KeyError):
+    with pytest.raises(IncompleteError):
         prompt.sums.pop("a")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.evictions import eviction
 from vllm_defensive.plan import Eviction
 from vllm_defensive.worker.cpu.pages import PageView
 from vllm_defensive.worker.cpu.tables import BatchTable, RequestTable
@@ -18,30 +19,34 @@ def view() -> PageView:
     return PageView(list(torch.zeros(L, BLOCKS, H, N, 2 * D)))
 
 
-def eviction(num_tokens: int, shared: int, packed: tuple[int, ...], first_block: int = 10) -> Eviction:
-    source = tuple(range(first_block, first_block + -(-num_tokens // N)))
-    return Eviction("r", "snapkv", 0.2, num_tokens, shared, source, packed)
+def planned(stop: int, shared: int, packed: tuple[int, ...], first_block: int = 10) -> Eviction:
+    source = tuple(range(first_block, first_block + -(-stop // N)))
+    return eviction(stop, packed, shared_blocks=shared, source_blocks=source, block_tokens=N)
+
+
+def table_of(view: PageView, plan: Eviction, pages_LH: Tensor) -> RequestTable:
+    return RequestTable(view, plan.packing, plan.score.source_blocks[: plan.region.shared_blocks], pages_LH)
 
 
 def expected_pages(view: PageView, plan: Eviction, pages_LH: Tensor, growth: list[int], layer: int, head: int) -> list:
     """Pages that a head reads: shared blocks, its own of the packed ones, then blocks of later tokens."""
-    flat = view.of_packed(torch.tensor(plan.packed_blocks)).tolist()
+    flat = view.of_packed(torch.tensor(plan.packing.blocks)).tolist()
     before = int(pages_LH.flatten()[: layer * H + head].sum())
     own = flat[before : before + int(pages_LH[layer, head])]
 
     def positional(blocks: list[int]) -> list[int]:
         return [int(view.of_blocks(torch.tensor([b]))[layer, head, 0]) for b in blocks]
 
-    return [*positional(list(plan.source_blocks[: plan.shared_blocks])), *own, *positional(growth)]
+    return [*positional(list(plan.score.source_blocks[: plan.region.shared_blocks])), *own, *positional(growth)]
 
 
-PLAN = eviction(num_tokens=30, shared=1, packed=(100, 101, 102))
+PLAN = planned(stop=30, shared=1, packed=(100, 101, 102))
 PAGES_LH = torch.tensor([[1, 5], [2, 4]], dtype=torch.int32)  # 3 blocks of 4 pages
 
 
 @pytest.mark.parametrize("growth", [1, 2, 31, 33, 90])
 def test_a_table_grows_one_page_a_head_and_block(view: PageView, growth: int) -> None:
-    table = RequestTable(view, PLAN, PAGES_LH)
+    table = table_of(view, PLAN, PAGES_LH)
     blocks = list(range(17, 17 + growth))
     for some in (blocks[: growth // 2], blocks[growth // 2 :]):
         if some:
@@ -54,7 +59,7 @@ def test_a_table_grows_one_page_a_head_and_block(view: PageView, growth: int) ->
 
 
 def test_lengths_follow_from_vllms_own(view: PageView) -> None:
-    table = RequestTable(view, PLAN, PAGES_LH)
+    table = table_of(view, PLAN, PAGES_LH)
     batch = BatchTable()
     batch.update([table], [None])
     for seq_len in (31, 32, 33, 77):
@@ -66,9 +71,9 @@ def test_lengths_follow_from_vllms_own(view: PageView) -> None:
 
 
 def test_rows_come_grow_and_go_in_any_order(view: PageView) -> None:
-    plans = [PLAN, eviction(41, 0, (110, 111), 40), eviction(64, 2, (120,), 60)]
+    plans = [PLAN, planned(41, 0, (110, 111), 40), planned(64, 2, (120,), 60)]
     pages = [PAGES_LH, torch.tensor([[2, 2], [3, 1]]), torch.tensor([[1, 1], [1, 1]])]
-    rows = [RequestTable(view, plan, p) for plan, p in zip(plans, pages, strict=True)]
+    rows = [table_of(view, plan, p) for plan, p in zip(plans, pages, strict=True)]
     growth: list[list[int]] = [[], [], []]
     batch = BatchTable()
     next_block = 130
@@ -82,7 +87,7 @@ def test_rows_come_grow_and_go_in_any_order(view: PageView) -> None:
             else:
                 new.append(None)
         batch.update([rows[e] for e in present], new)
-        lengths = batch.lengths(torch.tensor([plans[e].num_tokens for e in present], dtype=torch.int32))
+        lengths = batch.lengths(torch.tensor([plans[e].region.stop for e in present], dtype=torch.int32))
         for position, e in enumerate(present):
             for layer in range(L):
                 for head in range(H):
@@ -93,7 +98,7 @@ def test_rows_come_grow_and_go_in_any_order(view: PageView) -> None:
 
 
 def test_a_batch_that_stays_the_same_keeps_its_tables(view: PageView) -> None:
-    rows = [RequestTable(view, PLAN, PAGES_LH) for _ in range(2)]
+    rows = [table_of(view, PLAN, PAGES_LH) for _ in range(2)]
     batch = BatchTable()
     batch.update(rows, [torch.tensor([17]), torch.tensor([18])])
     memory = batch.pages_LHEP.data_ptr()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_defensive.plan import StepMessage, WorkerReport
+from vllm_defensive.counts import Increase, WorkerReport
+from vllm_defensive.plan import StepMessage
 
 _MESSAGE = "kv_eviction_message"
 _REPORT = "kv_eviction_report"
+_COUNTS = "kv_eviction:"
 
 
 def attach_message(scheduler_output: Any, message: StepMessage) -> None:
@@ -40,6 +42,20 @@ def is_shared_output(model_runner_output: Any) -> bool:
 def read_report(model_runner_output: Any) -> WorkerReport | None:
     """What the worker did before this output, None if it does not say."""
     return getattr(model_runner_output, _REPORT, None)
+
+
+def attach_counts(stats: Any, increase: Increase) -> None:
+    """Put counts on `SchedulerStats`, whose fields are fixed: as the name of an entry in one of its dictionaries."""
+    stats.waiting_lora_adapters[_COUNTS + increase.dumps()] = 0
+
+
+def take_counts(stats: Any) -> list[Increase]:
+    """The counts that ride on these statistics, which others then do not see."""
+    carried = stats.waiting_lora_adapters
+    keys = [key for key in carried or () if key.startswith(_COUNTS)]
+    for key in keys:
+        del carried[key]
+    return [Increase.loads(key.removeprefix(_COUNTS)) for key in keys]
 
 
 def reset_requests(scheduler_output: Any) -> set[str]:

@@ -1,39 +1,210 @@
-"""What the scheduler's process knows of a request that may be evicted."""
+"""The life of a request that may be evicted, from its first allocation until its blocks are freed.
+
+    phase     how it is left                           positional blocks of the request      packed blocks
+    PREFILL   the allocation that reaches its stop     all `ceil(tokens / N)`                none
+    PACKING   the step that packs has been processed   all                                   `K` fresh ones
+    PACKED                                             `[0, s)` and from `g` on; null        `K`
+                                                       blocks keep the other positions
+    WHOLE                                              all                                   none
+
+A request is WHOLE if nothing is to be gained by its eviction, or if a worker could not carry it out. From every phase a
+request may be finished, aborted or preempted, which gives all its blocks back and ends its life; one that is resumed
+begins anew, and passes the same stop again.
+
+A request that waits has a life as well, an outlook: it is thrown away at the next look, for what the request shares
+with others, and whether it fits, may have changed.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request
 
+from vllm_defensive.counts import Totals
+from vllm_defensive.packing import Packing, Region
+from vllm_defensive.plan import Eviction, Score, StepMessage
 from vllm_defensive.policy import PRESETS
+from vllm_defensive.settings.engine import NONE
 from vllm_defensive.settings.request import RequestSettings
 
 
-@dataclass
-class RequestState:
-    """What is planned for a request that waits, and known of it from its first allocation until its blocks are freed.
+class Phase(Enum):
+    PREFILL = "its stop lies ahead"
+    PACKING = "its stop was reached: originals and packed blocks are there side by side"
+    PACKED = "its originals have gone back"
+    WHOLE = "nothing of it will be evicted"
 
-    num_tokens: `T`, where it is evicted: its boundary, or the end of its prompt (again, if it was preempted).
-    decided: the allocation that reaches `T` has been made, or this is not a request to evict.
-    fleeting: it ends with its prefill.
-    The rest is set when it is evicted.
+
+_NEXT = {
+    Phase.PREFILL: (Phase.PACKING, Phase.WHOLE),
+    Phase.PACKING: (Phase.PACKED, Phase.WHOLE),
+    Phase.PACKED: (),
+    Phase.WHOLE: (),
+}
+
+
+@dataclass(eq=False)
+class Life:
+    """stop: `T`, where the request is evicted: its boundary, or the end of its prompt (again, if it was preempted).
+    brief: it ends with its prefill. hit_tokens: what the prefix cache served.
+    packing, blocks: what it holds packed, from PACKING on.
+    ready_tokens: up to here the request has slots, and no block is left to hash. cached: the prefix cache has every
+        block of it that it may have.
     """
 
-    num_tokens: int
+    request: Request
     settings: RequestSettings
-    decided: bool
-    fleeting: bool = False
-    shared_blocks: int = 0
-    full_blocks: int = 0
-    packed: list[KVCacheBlock] = field(default_factory=list)
+    stop: int
+    phase: Phase
+    brief: bool = False
+    hit_tokens: int = 0
+    packing: Packing | None = None
+    blocks: list[KVCacheBlock] = field(default_factory=list)
+    ready_tokens: int = 0
+    cached: bool = False
+
+    def turn(self, phase: Phase) -> None:
+        assert phase in _NEXT[self.phase], f"{self.request.request_id}: {self.phase.name} to {phase.name}"
+        self.phase = phase
 
     @property
-    def saved_blocks(self) -> int:
-        """Blocks given back by the release, net of the packed ones."""
-        return self.full_blocks - self.shared_blocks - len(self.packed)
+    def ahead(self) -> bool:
+        """Whether its stop is still to be reached."""
+        return self.phase is Phase.PREFILL
 
     @property
     def accumulates(self) -> bool:
-        """Whether every query up to `T` must be computed: the request reads nobody's blocks."""
-        return not self.decided and PRESETS[self.settings.policy].accumulates
+        """Whether every query up to its stop must be computed: the request reads nobody's blocks."""
+        return self.ahead and PRESETS[self.settings.policy].accumulates
+
+    def evictable(self, shared_blocks: int, block_tokens: int, window: int) -> Region:
+        """What an eviction chooses from that leaves so many leading blocks in place."""
+        return Region(self.stop, shared_blocks, window, block_tokens, page_tokens=block_tokens)
+
+
+class Lifecycle:
+    """The lives of one scheduler's requests, and what happened to them since it was last asked."""
+
+    def __init__(self, window: int, with_token_ids: bool) -> None:
+        """window: the engine's. with_token_ids: evictions tell the workers their prompts, for audits."""
+        self._window, self._with_token_ids = window, with_token_ids
+        self.totals = Totals()
+        self.saved_blocks = 0  # sum over the live requests that were released
+        self.packed_blocks = 0  # sum over all live requests
+        self.lives: dict[str, Life] = {}
+        self.waiting: dict[str, Life] = {}  # of requests without an allocation, since the last look at them
+        self.packing: dict[str, Life] = {}  # those of `lives` in that phase: few, and asked for in every step
+        self._watched: set[str] = set()  # in `lives`, and their last tokens before the stop are still to be scheduled
+        self._planned: dict[str, Eviction] = {}
+
+    def get(self, request_id: str) -> Life | None:
+        return self.lives.get(request_id) or self.waiting.get(request_id)
+
+    # -- transitions --------------------------------------------------------------------------------------------------
+
+    def admit(self, request_id: str) -> None:
+        """The request is about to get its first blocks; nothing happens if it has some."""
+        if (life := self.waiting.pop(request_id, None)) is not None:
+            self.lives[request_id] = life
+            if life.ahead:
+                self._watched.add(request_id)
+
+    def pack(self, life: Life, region: Region, blocks: list[KVCacheBlock], source_blocks: Sequence[int]) -> None:
+        """The request's stop is reached by what was allocated just now: it holds packed blocks beside its originals."""
+        request_id, settings = life.request.request_id, life.settings
+        life.turn(Phase.PACKING)
+        life.packing, life.blocks = Packing(region, tuple(block.block_id for block in blocks)), blocks
+        self.packing[request_id] = life
+        self.packed_blocks += len(blocks)
+        token_ids = tuple(life.request.all_token_ids[: life.stop]) if self._with_token_ids else None
+        score = Score(request_id, settings.policy, settings.keep, region, tuple(source_blocks))
+        self._planned[request_id] = Eviction(score, life.packing, token_ids)
+
+    def release(self, life: Life) -> Region:
+        """The step that packed has been processed: the originals of this region are to go back."""
+        assert life.packing is not None
+        life.turn(Phase.PACKED)
+        del self.packing[life.request.request_id]
+        self.totals.freed_blocks += life.packing.saved_blocks
+        self.saved_blocks += life.packing.saved_blocks
+        return life.packing.region
+
+    def cancel(self, request_id: str) -> list[KVCacheBlock]:
+        """The workers could not pack: the request goes on over its originals. Returns blocks that are to go back."""
+        life = self.packing.pop(request_id, None)
+        if life is None:  # it has ended since
+            return []
+        life.turn(Phase.WHOLE)
+        self.totals.cancelled += 1
+        self.packed_blocks -= len(life.blocks)
+        blocks, life.blocks, life.packing = life.blocks, [], None
+        return blocks
+
+    def end(self, request_id: str) -> list[KVCacheBlock]:
+        """Finish, abort or preemption. Returns the packed blocks, which are to go back like all others."""
+        self.waiting.pop(request_id, None)
+        self._planned.pop(request_id, None)
+        self._watched.discard(request_id)
+        self.packing.pop(request_id, None)
+        life = self.lives.pop(request_id, None)
+        if life is None:
+            return []
+        self.packed_blocks -= len(life.blocks)
+        if life.phase is Phase.PACKED and life.packing is not None:
+            self.saved_blocks -= life.packing.saved_blocks
+        return life.blocks
+
+    # -- what the workers and others are told -------------------------------------------------------------------------
+
+    def take_message(self, num_scheduled_tokens: Mapping[str, int]) -> StepMessage:
+        """What the workers must know of the step that was just scheduled.
+
+        num_scheduled_tokens: tokens of each request in the step; `request.num_computed_tokens` includes them already.
+        Evictions planned for a request that was preempted later in the same pass are gone by now.
+        """
+        evictions, self._planned = list(self._planned.values()), {}
+        message = StepMessage(scores=[eviction.score for eviction in evictions], evictions=evictions)
+        for eviction in evictions:
+            self._count(eviction)
+        for request_id in [r for r in self._watched if r in num_scheduled_tokens]:
+            life = self.lives[request_id]
+            end = life.request.num_computed_tokens
+            if PRESETS[life.settings.policy].accumulates:
+                message.accumulate[request_id] = life.stop
+            elif end > life.stop - self._window:
+                message.observe[request_id] = (life.stop - self._window, life.stop)
+            if end >= life.stop:
+                self._watched.discard(request_id)
+        return message
+
+    def _count(self, eviction: Eviction) -> None:
+        self.totals.requests += 1
+        self.totals.prefix_hit_tokens += self.lives[eviction.request_id].hit_tokens
+        self.totals.prompt_tokens += eviction.region.stop
+        self.totals.kept_tokens += eviction.packing.kept_tokens
+
+    def cacheable_tokens(self, request_id: str, num_tokens: int) -> int:
+        """How many of the first `num_tokens` tokens may be hashed: none of a block filled after the eviction."""
+        life = self.lives.get(request_id)
+        if life is None or life.packing is None:
+            return num_tokens
+        limit = life.packing.region.tokens[1]
+        life.cached = num_tokens >= limit
+        return min(num_tokens, limit)
+
+    def report(self, request_id: str) -> dict[str, Any] | None:
+        """For the response of a request that asks for it: its policy, and tokens of its whole prompt, all and kept (a
+        mean over layers and heads)."""
+        life = self.lives.get(request_id)
+        if life is None or not life.settings.report:
+            return None
+        prompt, packing = life.request.num_prompt_tokens, life.packing
+        if packing is None:
+            return {"policy": NONE, "prompt_tokens": prompt, "kept_tokens": prompt}
+        kept = prompt - (packing.region.stop - packing.kept_tokens)
+        return {"policy": life.settings.policy, "prompt_tokens": prompt, "kept_tokens": kept}

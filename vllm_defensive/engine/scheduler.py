@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -13,12 +11,11 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_defensive.compat import channels
+from vllm_defensive.compat import channels, scheduling
+from vllm_defensive.counts import Pool
 from vllm_defensive.engine.admission import ExpectedLength, Load, fits
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
-from vllm_defensive.plan import WorkerReport
-from vllm_defensive.serving import prometheus as metrics
-from vllm_defensive.serving import status
+from vllm_defensive.engine.stats import Ledger
 from vllm_defensive.settings.engine import KEY, from_vllm_config
 
 # An answer that ended by itself: its length says something of the next ones'.
@@ -33,7 +30,7 @@ class _EvictionMixin(Scheduler):
         managers = self.kv_cache_manager.coordinator.single_type_managers
         ours = [manager for manager in managers if isinstance(manager, EvictionBlockManager)]
         (self.eviction_manager,) = ours  # the workers have refused any other number
-        self.eviction_manager.other_managers = [manager for manager in managers if manager is not ours[0]]
+        self.eviction_manager.beside([manager for manager in managers if manager is not ours[0]])
         self.eviction_manager.requests = self.requests
         # Set where admission is steady, and the blocks of the last hit in the prefix cache are then remembered.
         steady = self.eviction_manager.eviction.admission == "steady"
@@ -41,59 +38,39 @@ class _EvictionMixin(Scheduler):
         self._last_hit: Sequence[KVCacheBlock] = ()
         self._refused: tuple[Any, ...] = ()  # who was not let in, and what was looked at
         self._longest_hit: int | None = None
-        self._reported = metrics.Totals()
-        self._reported_pool = metrics.Pool()
-        self._worker_report = WorkerReport()  # since the last statistics
-        # Bounded, because nothing takes them out where statistics are off.
-        self._evictions: deque[dict[str, Any]] = deque(maxlen=status.REMEMBERED)
-        self._bound_prefix_cache()
-        self._skip_settled_allocations()
+        self._ledger = Ledger(self.vllm_config.parallel_config.tensor_parallel_size)
+        self._patch()
 
-    def _bound_prefix_cache(self) -> None:
-        """P8, on this scheduler's coordinator. Why: what the prefix cache hands out and takes in has to be limited for
-        all KV cache groups alike, and vLLM chooses the coordinator among several classes. How: two of its methods are
-        replaced on the one object. Until: vLLM asks block managers for such limits."""
-        manager = self.eviction_manager
-        coordinator = self.kv_cache_manager.coordinator
-        find, cache = coordinator.find_longest_cache_hit, coordinator.cache_blocks
+    def _patch(self) -> None:
+        """Install what vLLM's objects of this scheduler have no hooks for."""
+        manager, lives = self.eviction_manager, self.eviction_manager.lifecycle.lives
 
-        def find_longest_cache_hit(block_hashes: Any, max_cache_hit_length: int) -> Any:
-            limit = max_cache_hit_length if self._longest_hit is None else min(max_cache_hit_length, self._longest_hit)
-            return find(block_hashes, limit)
+        def ready_tokens(request: Request) -> int:
+            life = lives.get(request.request_id)
+            return 0 if life is None else life.ready_tokens
 
-        def cache_blocks(request: Request, num_computed_tokens: int) -> None:
-            request_id = request.request_id
-            if num_computed_tokens > manager.settled.get(request_id, 0) and request_id not in manager.hashed:
-                cache(request, manager.cacheable_tokens(request_id, num_computed_tokens))
+        def cacheable_tokens(request: Request, num_computed_tokens: int) -> int:
+            life = lives.get(request.request_id)
+            if life is None:
+                return num_computed_tokens
+            if life.cached or num_computed_tokens <= life.ready_tokens:
+                return 0
+            return manager.lifecycle.cacheable_tokens(request.request_id, num_computed_tokens)
 
-        coordinator.find_longest_cache_hit = find_longest_cache_hit
-        coordinator.cache_blocks = cache_blocks
+        scheduling.bound_prefix_cache(self.kv_cache_manager.coordinator, lambda: self._longest_hit, cacheable_tokens)
+        scheduling.skip_ready_allocations(
+            self.kv_cache_manager, ready_tokens, lambda request: manager.note_ready(request.request_id)
+        )
 
-    def _skip_settled_allocations(self) -> None:
-        """P9, on this scheduler's cache manager. Why: most decode steps write into a block that is there already, and
-        vLLM walks through its block managers all the same, which takes a quarter of its time for such a step. How: a
-        request that has its slots is not asked for them; with several KV cache groups nothing is ever settled, because
-        windows slide. Until: vLLM skips such requests itself."""
-        kv_cache, settled, settle = self.kv_cache_manager, self.eviction_manager.settled, self.eviction_manager.settle
-        allocate, nothing = kv_cache.allocate_slots, kv_cache.empty_kv_cache_blocks
-
-        def allocate_slots(
-            request: Request, num_new_tokens: int, *args: Any, num_lookahead_tokens: int = 0, **kwargs: Any
-        ) -> Any:
-            end = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
-            if end <= settled.get(request.request_id, 0):
-                return nothing
-            blocks = allocate(request, num_new_tokens, *args, num_lookahead_tokens=num_lookahead_tokens, **kwargs)
-            settle(request.request_id)
-            return blocks
-
-        kv_cache.allocate_slots = allocate_slots
+    def add_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super().add_request(request, *args, **kwargs)
+        self.eviction_manager.outlook.relatives.add(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.eviction_manager.release_processed()
         output = super().schedule(*args, **kwargs)
-        message = self.eviction_manager.take_message(output.num_scheduled_tokens)
-        self._evictions.extend(status.record_of(e, self.eviction_manager.block_size) for e in message.evictions)
+        message = self.eviction_manager.lifecycle.take_message(output.num_scheduled_tokens)
+        self._ledger.note_step(message)
         channels.attach_message(output, message)
         return output
 
@@ -126,8 +103,6 @@ class _EvictionMixin(Scheduler):
             if request.has_encoder_inputs:
                 self.encoder_cache_manager.free(request)  # as vLLM does for a request that has to wait for memory
             return 0
-        if request.request_id in self.eviction_manager.decided:
-            return num_new_tokens
         stop = self.eviction_manager.next_stop(request.request_id)
         return min(num_new_tokens, stop - num_computed_tokens) if stop else num_new_tokens
 
@@ -159,48 +134,36 @@ class _EvictionMixin(Scheduler):
         rest = self._answers.rest(request.num_output_tokens, limit)
         lasting, shared = self.eviction_manager.lasting_blocks(request)
         leading = min(shared, len(blocks))
-        own = lasting - leading + self.eviction_manager.blocks_beside(request.num_tokens + rest)
+        own = lasting - leading + self.eviction_manager.outlook.blocks_beside(request.num_tokens + rest)
         return Load(rest, own, (blocks[i].block_id for i in range(leading - 1, -1, -1)))
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         report = channels.read_report(model_runner_output)
         if report is not None:
-            # vLLM hands on the first rank's output only. Each rank packs as many pages as that one.
-            ranks = self.vllm_config.parallel_config.tensor_parallel_size
-            self._worker_report.add(report.microseconds, [pages * ranks for pages in report.decile_pages])
+            self._ledger.note_worker(report)
+            for request_id in report.cancelled:
+                self.eviction_manager.cancel(request_id)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """vLLM's end of a request. A report that it asked for leaves with its last output, in the place for what a KV
         connector has to say: that goes into the responses that are not streams, and connectors are refused."""
-        report = self.eviction_manager.report(request.request_id)
+        report = self.eviction_manager.lifecycle.report(request.request_id)
         if self._answers is not None and request.status in _ENDED and request.max_tokens > 1:
             self._answers.add(request.num_output_tokens)
         for_response, *others = super()._free_request(request, *args, **kwargs)
+        self.eviction_manager.outlook.relatives.remove(request.request_id)
         return (for_response if report is None else {KEY: report}), *others
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            totals = self.eviction_manager.totals
-            if totals != self._reported:
-                metrics.attach(stats, totals - self._reported)
-                self._reported = replace(totals)
-            if self._worker_report:
-                metrics.attach_worker(stats, self._worker_report)
-                self._worker_report = WorkerReport()
-            metrics.attach_records(stats, self._evictions)
-            self._evictions.clear()
-            self._attach_pool(stats)
+            lifecycle, pool = self.eviction_manager.lifecycle, self.kv_cache_manager.block_pool
+            used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # block 0 is vLLM's null block
+            now = Pool(used, lifecycle.packed_blocks, lifecycle.saved_blocks)
+            if (increase := self._ledger.take(lifecycle.totals, now)) is not None:
+                channels.attach_counts(stats, increase)
         return stats
-
-    def _attach_pool(self, stats: Any) -> None:
-        pool = self.kv_cache_manager.block_pool
-        used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # block 0 is vLLM's null block
-        now = metrics.Pool(used, self.eviction_manager.packed_blocks, self.eviction_manager.saved_blocks)
-        if now != self._reported_pool:
-            metrics.attach_pool(stats, now)
-            self._reported_pool = now
 
 
 class EvictionScheduler(_EvictionMixin, Scheduler):

@@ -31,7 +31,8 @@ class EvictableSpec(FullAttentionSpec):
         # The longest prompt is not always the one that packs most, as a long tail counts as kept: try `N` lengths.
         max_tokens = vllm_config.model_config.max_model_len
         lengths = range(max(1, max_tokens - self.block_size), max_tokens + 1)
-        packed = max(self.eviction.packed_blocks(length, 0, self.block_size) for length in lengths)
+        eviction = self.eviction
+        packed = max(eviction.budget_blocks(eviction.region(length, 0, self.block_size)) for length in lengths)
         return super().max_memory_usage_bytes(vllm_config) + packed * self.page_size_bytes
 
     @classmethod

@@ -1,12 +1,8 @@
-"""Budgets counted: in single tokens, to the last one as the reference implementation counts them, and by layer.
+"""Budgets counted: in single tokens, to the last one as the reference implementation counts them.
 
 The engine allocates whole pages (`select`); tokens are for parity with the reference, where a page is one token.
 """
 
-import torch
-from torch import Tensor
-
-from vllm_defensive.plan import DECILES
 from vllm_defensive.policy.presets import Scope
 
 
@@ -35,13 +31,3 @@ def stage_one_cap(scored_tokens: int, keep_ratio: float, window: int) -> int:
     """Most tokens a head may have for certain (DefensiveKV). The reference takes the window off twice, and indexes
     with the negative result of a short prompt; here that is zero."""
     return max(int(scored_tokens * kept_fraction(keep_ratio) - window), 0)
-
-
-def layer_deciles(num_layers: int, device: torch.device | str = "cpu") -> Tensor:
-    """The tenth of the layers that each of them belongs to, by depth. int64 [L], 0 to 9."""
-    return torch.arange(num_layers, device=device) * DECILES // num_layers
-
-
-def pages_by_decile(pages_L: Tensor, decile_L: Tensor) -> Tensor:
-    """Pages of layers (int64 [L]) summed over each tenth of them, int64 [10]. Nothing is read back from the device."""
-    return torch.zeros(DECILES, dtype=torch.int64, device=pages_L.device).index_add_(0, decile_L, pages_L)

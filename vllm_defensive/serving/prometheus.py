@@ -1,43 +1,20 @@
 """Counters that prove that eviction ran: from the scheduler to `/metrics` and `LLM.get_metrics()`.
 
-vLLM's stats go from each engine to the API server in `SchedulerStats`, whose fields are fixed, so our counts travel as
-extra integer entries of one of its dictionaries, and are taken out again by the logger below, the first in line. A
-record of each eviction travels there too, as JSON in the key of an entry, for the counts by policy and for `status.py`.
+vLLM's stats go from each engine to the API server in `SchedulerStats`; our counts travel on them (`channels.py`), and
+are taken off again by the logger below, the first in line.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from vllm_defensive.plan import DECILES, WorkerReport
+from vllm_defensive.compat.channels import take_counts
+from vllm_defensive.counts import DECILES, Increase
 from vllm_defensive.serving import status
 from vllm_defensive.settings.engine import from_vllm_config
-
-_PREFIX = "kv_eviction:"
-_RECORD = _PREFIX + "record:"
-_MICROSECONDS = _PREFIX + "microseconds"
-_PAGES = _PREFIX + "pages:"
-
-
-@dataclass
-class Totals:
-    """What eviction has done so far: requests, tokens, blocks."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    kept_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    freed_blocks: int = 0
-
-    def __sub__(self, other: Totals) -> Totals:
-        return Totals(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
 
 # field of Totals -> (metric, what it counts)
 COUNTERS = {
@@ -52,6 +29,7 @@ COUNTERS = {
         "Prompt tokens of evicted requests that came from the prefix cache.",
     ),
     "freed_blocks": ("vllm:kv_eviction_freed_blocks", "KV cache blocks given back, net of packed ones."),
+    "cancelled": ("vllm:kv_eviction_cancelled", "Evictions that a worker could not carry out; nothing was dropped."),
 }
 # Seconds are a histogram: `LLM.get_metrics()` cuts counters down to whole numbers.
 SECONDS = ("vllm:kv_eviction_seconds", "Seconds that a step spent on scoring and packing.")
@@ -71,43 +49,6 @@ GAUGES = {
 _SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _LABELS = ("model_name", "engine")
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Blocks of the pool now. Saved ones are counted request by request: originals that two requests would share count
-    twice."""
-
-    used_blocks: int = 0
-    packed_blocks: int = 0
-    saved_blocks: int = 0
-
-
-def attach_records(stats: Any, records: Iterable[dict[str, Any]]) -> None:
-    """Put `status.record_of` each eviction since the last stats on `SchedulerStats`."""
-    for number, record in enumerate(records):
-        stats.waiting_lora_adapters[_RECORD + json.dumps(record)] = number
-
-
-def attach_pool(stats: Any, pool: Pool) -> None:
-    """Put the pool's occupancy on `SchedulerStats`."""
-    for name in GAUGES:
-        stats.waiting_lora_adapters[_PREFIX + name] = getattr(pool, name)
-
-
-def attach(stats: Any, increase: Totals) -> None:
-    """Put what was added since the last stats on `SchedulerStats`. Increases, because several API servers take
-    turns."""
-    for name in COUNTERS:
-        if value := getattr(increase, name):
-            stats.waiting_lora_adapters[_PREFIX + name] = value
-
-
-def attach_worker(stats: Any, report: WorkerReport) -> None:
-    """Put what the workers did since the last stats on `SchedulerStats`."""
-    stats.waiting_lora_adapters[_MICROSECONDS] = report.microseconds
-    for decile, pages in enumerate(report.decile_pages):
-        stats.waiting_lora_adapters[f"{_PAGES}{decile}"] = pages
 
 
 class EvictionStatLogger(AggregateStatLoggerBase):
@@ -137,26 +78,24 @@ class EvictionStatLogger(AggregateStatLoggerBase):
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, *args: Any, engine_idx: int = 0, **kwargs: Any
     ) -> None:
-        """Add what `attach` put on the stats, and take it off."""
+        """Add what `attach_counts` put on the stats, and take it off."""
         if scheduler_stats is None:
             return
-        carried = scheduler_stats.waiting_lora_adapters
-        if not carried:
-            return
-        for name, counter in self._counters[engine_idx].items():
-            if value := carried.pop(_PREFIX + name, 0):
-                counter.inc(value)
-        if microseconds := carried.pop(_MICROSECONDS, 0):
-            self._seconds[engine_idx].observe(microseconds * 1e-6)
-        for decile in range(DECILES):
-            if pages := carried.pop(f"{_PAGES}{decile}", 0):
-                self._pages.labels(self._model, str(engine_idx), str(decile)).inc(pages)
-        for name, gauge in self._gauges.items():
-            if (blocks := carried.pop(_PREFIX + name, None)) is not None:
-                gauge.labels(self._model, str(engine_idx)).set(blocks)
-        for key in [key for key in carried if key.startswith(_RECORD)]:
-            del carried[key]
-            self._record_one(json.loads(key.removeprefix(_RECORD)), str(engine_idx))
+        for increase in take_counts(scheduler_stats):
+            self._add(increase, engine_idx)
+
+    def _add(self, increase: Increase, engine: int) -> None:
+        for name, counter in self._counters[engine].items():
+            counter.inc(getattr(increase.totals, name))
+        if increase.microseconds:
+            self._seconds[engine].observe(increase.microseconds * 1e-6)
+        for decile, pages in enumerate(increase.decile_pages):
+            self._pages.labels(self._model, str(engine), str(decile)).inc(pages)
+        if increase.pool is not None:
+            for name, gauge in self._gauges.items():
+                gauge.labels(self._model, str(engine)).set(getattr(increase.pool, name))
+        for record in increase.records:
+            self._record_one(record, str(engine))
 
     def _record_one(self, record: dict[str, Any], engine: str) -> None:
         labels = (self._model, engine, record["policy"])

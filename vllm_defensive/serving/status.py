@@ -16,11 +16,11 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vllm_defensive.plan import Eviction, kept_tokens
+from vllm_defensive.counts import REMEMBERED
 from vllm_defensive.settings.engine import KEY
 
 PATH = "/kv_eviction"
-SHOWN, REMEMBERED = 20, 1000  # evictions that the status lists; those that can be asked for by id
+SHOWN = 20  # evictions that the status lists
 _OF_REQUEST = f"{PATH}/requests/"
 _COVERS = (
     "totals: the whole server; last_evictions and requests: those whose statistics reached this API server process, "
@@ -44,18 +44,6 @@ _INTERNAL = [re.compile(rf"(?:\d+_)?({kind}(.+?))(?:{after})(?:-[0-9a-f]{{8}})?"
 _config: dict[str, Any] = {}
 _counted = False  # whether evictions are reported to this process
 _recent: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
-
-
-def record_of(eviction: Eviction, block_size: int) -> dict[str, Any]:
-    """The JSON entry of one eviction. Tokens are means over layers and heads; blocks are net of the packed ones."""
-    packed = len(eviction.packed_blocks)
-    return {
-        "request_id": eviction.request_id,
-        "policy": eviction.policy,
-        "prompt_tokens": eviction.num_tokens,
-        "kept_tokens": kept_tokens(eviction.num_tokens, eviction.shared_blocks + packed, block_size),
-        "freed_blocks": eviction.num_tokens // block_size - eviction.shared_blocks - packed,
-    }
 
 
 def configure(config: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from vllm_defensive import plan
+from vllm_defensive.packing import Region
 from vllm_defensive.policy import PRESETS, public_names
 
 KEY = "kv_eviction"
@@ -50,27 +50,18 @@ class EvictionConfig(BaseModel):
     def _known_policy(cls, name: str) -> str:
         return known_policy(name)
 
-    def packed_blocks(
-        self, num_tokens: int, shared_blocks: int, block_size: int, policy: str | None = None, keep: float | None = None
-    ) -> int:
-        """`K` of `plan.packed_blocks` for a request with these settings, or with a policy and a ratio of its own.
+    def region(self, stop: int, shared_blocks: int, block_tokens: int) -> Region:
+        """What an eviction at `stop` chooses from, with this engine's window."""
+        return Region(stop, shared_blocks, self.window, block_tokens, page_tokens=block_tokens)
 
-        0 means: leave the request alone.
-        """
+    def budget_blocks(self, region: Region, policy: str | None = None, keep: float | None = None) -> int:
+        """`K` of a request with these settings, or with a policy and a ratio of its own. 0 means: leave it alone."""
         policy = self.policy if policy is None else policy
-        if policy == NONE:
+        if policy == NONE or region.stop < self.min_tokens:
             return 0
         if PRESETS[policy].keep_all:
-            evictable = num_tokens // block_size - shared_blocks
-            return evictable if num_tokens >= self.min_tokens and num_tokens > self.window else 0
-        return plan.packed_blocks(
-            num_tokens,
-            shared_blocks,
-            keep=self.keep if keep is None else keep,
-            window=self.window,
-            min_tokens=self.min_tokens,
-            block_size=block_size,
-        )
+            return region.blocks if region.stop > region.window else 0
+        return region.budget_blocks(self.keep if keep is None else keep)
 
 
 def known_policy(name: str) -> str:

@@ -2,7 +2,7 @@
 
     python -m vllm_defensive.planner --model DIR --memory 60GiB --context 32768 --output 1024 --keep 0.2
 
-Arithmetic only: it uses the blocks that the scheduler would allocate (`plan.packed_blocks`) and knows nothing of speed.
+Arithmetic only: it uses the blocks that the scheduler would allocate (`packing.Region`) and knows nothing of speed.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def plan(
 
     eviction None: stock vLLM. Slots are counted in whole blocks; prefixes that requests share are not considered.
     """
-    packed = eviction.packed_blocks(context, 0, block_size) if eviction else 0
+    packed = eviction.budget_blocks(eviction.region(context, 0, block_size)) if eviction else 0
 
     def slots(tokens: int, first: int) -> int:
         return (math.ceil(tokens / block_size) - first) * block_size

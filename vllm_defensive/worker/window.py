@@ -23,6 +23,10 @@ class Capture:
         ]
 
 
+class IncompleteError(RuntimeError):
+    """Not everything was seen that the scoring of a request takes."""
+
+
 class WindowQueries:
     """Post-RoPE queries of the last `W` tokens before each eviction, for all layers.
 
@@ -44,12 +48,14 @@ class WindowQueries:
         self._buffers: dict[str, Tensor] = {}
         self._filled: dict[str, int] = {}
 
-    def plan(self, request_id: str, num_tokens: int, chunk: tuple[int, int], row_start: int) -> Capture | None:
-        """The copy for one row of a batch: token positions `chunk` of a prompt of `num_tokens`, at batch row
-        `row_start`."""
-        window = self._shape[1]
-        first = num_tokens - window
-        begin, end = max(chunk[0], first), min(chunk[1], num_tokens)
+    def plan(
+        self, request_id: str, observed: tuple[int, int], chunk: tuple[int, int], row_start: int
+    ) -> Capture | None:
+        """The copy for one row of a batch: token positions `chunk` of a prompt, at batch row `row_start`, of which
+        those in `observed`, the window, are kept."""
+        first, stop = observed
+        assert stop - first == self._shape[1], f"{request_id}: a window of {stop - first} tokens"
+        begin, end = max(chunk[0], first), min(chunk[1], stop)
         if begin >= end:
             return None
         if request_id not in self._buffers:
@@ -63,10 +69,11 @@ class WindowQueries:
         return torch.zeros(self._shape, dtype=self._dtype, device=self._device)
 
     def pop(self, request_id: str) -> Tensor:
-        """The complete window `[L, W, Q, D]`."""
-        filled = self._filled.pop(request_id)
-        assert filled == self._shape[1], f"{request_id}: {filled} of {self._shape[1]} window queries were seen"
-        return self._buffers.pop(request_id)
+        """The complete window `[L, W, Q, D]`. Raises IncompleteError if some of it was not seen."""
+        filled, window_LWQD = self._filled.pop(request_id, 0), self._buffers.pop(request_id, None)
+        if window_LWQD is None or filled != self._shape[1]:
+            raise IncompleteError(f"{filled} of {self._shape[1]} window queries were seen")
+        return window_LWQD
 
     def drop_complete(self) -> None:
         """Forget windows that no eviction took: the scheduler found nothing to gain when the request got there."""

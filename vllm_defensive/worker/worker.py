@@ -4,44 +4,19 @@ pass, and reports what that took."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_defensive.compat import channels
-from vllm_defensive.compat.base import get_logger
 from vllm_defensive.engine.spec import as_evictable
 from vllm_defensive.limits import check_layers, evictable_group
-from vllm_defensive.plan import Eviction, StepMessage, WorkerReport
 from vllm_defensive.policy import ReduceHeads
 from vllm_defensive.settings.engine import from_vllm_config
-
-logger = get_logger("kv_eviction")
-
-
-class Runtime(Protocol):
-    """Per-device state of evicted requests between steps."""
-
-    def begin(self, message: StepMessage, gone: set[str]) -> None:
-        """A real step starts; `gone` requests are forgotten."""
-
-    def end(self) -> None:
-        """The step's forward pass is over: batches are dummies until the next `begin`."""
-
-    def drop_untaken(self) -> None:
-        """The step's evictions are over: what was kept for one, and none took, is forgotten."""
-
-
-class Evictor(Protocol):
-    """Per-device execution of evictions."""
-
-    def evict(self, evictions: list[Eviction]) -> None:
-        """Carry out evictions, ordered before anything the next step does."""
-
-    def take_report(self) -> WorkerReport:
-        """What `evict` has done since the last call."""
+from vllm_defensive.worker.evictor import Evictor, logger
+from vllm_defensive.worker.runtime import Runtime
 
 
 class EvictionWorker(Worker):
@@ -105,12 +80,14 @@ class EvictionWorker(Worker):
         if self._runtime is None or self._evictor is None:
             return super().execute_model(scheduler_output)
         message = channels.read_message(scheduler_output)
-        self._runtime.begin(message, channels.reset_requests(scheduler_output))
+        gone = channels.reset_requests(scheduler_output)
+        self._runtime.begin(message, gone)
+        self._evictor.forget(gone)
         try:
             output = super().execute_model(scheduler_output)
         finally:
             self._runtime.end()
-        self._evictor.evict(message.evictions)
+        self._evictor.run(message.scores, message.evictions)
         self._runtime.drop_untaken()
         return self._report(output)
 

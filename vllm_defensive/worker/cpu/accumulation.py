@@ -6,12 +6,14 @@ at the chunk's attention; requests of other policies pay nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
+from vllm_defensive.worker.window import IncompleteError
 from vllm_defensive_kernels.formulas import accumulate_attention
 
 
@@ -29,21 +31,21 @@ class Accumulation:
 class Accumulations:
     """Sums fp32 `[L, H, T]` of the requests that are being prefilled."""
 
-    def __init__(self, view: PageView, codec: PageCodec, scale: float) -> None:
-        """scale: of the layers' attention logits."""
-        self._view, self._codec, self._scale = view, codec, scale
+    def __init__(self, view: PageView, codec: PageCodec, scales: Sequence[float]) -> None:
+        """scales: of the attention logits, one a layer."""
+        self._view, self._codec, self._scales = view, codec, scales
         self._masses: dict[str, Tensor] = {}
         self._seen: dict[str, int] = {}
 
     def plan(
-        self, request_id: str, num_tokens: int, chunk: tuple[int, int], row_start: int, blocks_B: Tensor
+        self, request_id: str, stop: int, chunk: tuple[int, int], row_start: int, blocks_B: Tensor
     ) -> Accumulation:
-        """For one row of a batch: token positions `chunk` of a prompt that is evicted at `num_tokens`, at batch row
+        """For one row of a batch: token positions `chunk` of a prompt that is evicted at `stop`, at batch row
         `row_start`. blocks_B: the blocks that hold its tokens, any integers."""
         begin, end = chunk
-        assert end <= num_tokens, f"{request_id}: a chunk ends at {end}, beyond its eviction at {num_tokens}"
+        assert end <= stop, f"{request_id}: a chunk ends at {end}, beyond its eviction at {stop}"
         if begin == 0:
-            shape = (self._view.num_layers, self._view.num_heads, num_tokens)
+            shape = (self._view.num_layers, self._view.num_heads, stop)
             self._masses[request_id] = torch.zeros(shape)
             self._seen[request_id] = 0
         seen = self._seen.get(request_id)
@@ -58,12 +60,13 @@ class Accumulations:
         pages_HB = part.pages_LHB[layer]
         key_PND = self._codec.read_keys(self._view.data, pages_HB.flatten())
         key_HSD = key_PND.reshape(pages_HB.shape[0], -1, key_PND.shape[2])[:, : part.seen]
-        accumulate_attention(part.mass_LHT[layer, :, : part.seen], query_TQD[part.tokens], key_HSD, self._scale)
+        accumulate_attention(part.mass_LHT[layer, :, : part.seen], query_TQD[part.tokens], key_HSD, self._scales[layer])
 
     def pop(self, request_id: str) -> Tensor:
-        """The complete sums `[L, H, T]`."""
-        mass_LHT, seen = self._masses.pop(request_id), self._seen.pop(request_id)
-        assert seen == mass_LHT.shape[2], f"{request_id}: {seen} of {mass_LHT.shape[2]} queries were seen"
+        """The complete sums `[L, H, T]`. Raises IncompleteError if some queries were not seen."""
+        mass_LHT, seen = self._masses.pop(request_id, None), self._seen.pop(request_id, 0)
+        if mass_LHT is None or seen != mass_LHT.shape[2]:
+            raise IncompleteError(f"of its prompt's queries {seen} were seen")
         return mass_LHT
 
     def drop_complete(self) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vllm_defensive.plan import StepMessage
+from vllm_defensive.plan import Eviction
 from vllm_defensive.worker.cpu.accumulation import Accumulation, Accumulations
 from vllm_defensive.worker.cpu.pages import PageView
 from vllm_defensive.worker.cpu.tables import BatchTable, RequestTable
+from vllm_defensive.worker.runtime import Runtime
 from vllm_defensive.worker.window import Capture, WindowQueries
 
 
@@ -42,8 +43,8 @@ class Step:
     evicted: EvictedRows | None
 
 
-class CPURuntime:
-    """State between steps. `begin` and `end` bracket each real step; outside of them batches are dummies."""
+class CPURuntime(Runtime):
+    """The tables of evicted requests, and what each batch reads of them."""
 
     def __init__(
         self,
@@ -53,28 +54,26 @@ class CPURuntime:
         request_ids: Callable[[Any], Sequence[str]],
     ) -> None:
         """request_ids: from vLLM's common attention metadata to the request id of each batch row."""
+        super().__init__(windows)
         self.attention_view = view.attention_view()
-        self.windows = windows
         self.accumulations = accumulations
         self.tables: dict[str, RequestTable] = {}
         self._view = view
         self._request_ids = request_ids
         self._batch = BatchTable()
-        self._message: StepMessage | None = None
 
-    def begin(self, message: StepMessage, gone: Iterable[str]) -> None:
-        """gone: requests that ended, were preempted, or enter the batch (anew): whatever we knew of them is void."""
-        for request_id in gone:
-            self.tables.pop(request_id, None)
-            self.windows.drop(request_id)
-            self.accumulations.drop(request_id)
-        self._message = message
+    def forget(self, request_id: str) -> None:
+        super().forget(request_id)
+        self.tables.pop(request_id, None)
+        self.accumulations.drop(request_id)
 
-    def end(self) -> None:
-        self._message = None
+    def install(self, eviction: Eviction, pages_LH: Tensor) -> None:
+        """Make an eviction known to the steps that come. pages_LH: int, packed pages of each head."""
+        shared = eviction.score.source_blocks[: eviction.region.shared_blocks]
+        self.tables[eviction.request_id] = RequestTable(self._view, eviction.packing, shared, pages_LH)
 
     def drop_untaken(self) -> None:
-        self.windows.drop_complete()
+        super().drop_untaken()
         self.accumulations.drop_complete()
 
     def step(self, common: Any) -> Step | None:
@@ -94,11 +93,11 @@ class CPURuntime:
         assert self._message is not None
         captures = []
         for row, request_id in enumerate(ids):
-            num_tokens = self._message.observe.get(request_id)
-            if num_tokens is None:
+            observed = self._message.observe.get(request_id)
+            if observed is None:
                 continue
             chunk, start = _chunk(common, row)
-            captures.append(self.windows.plan(request_id, num_tokens, chunk, start))
+            captures.append(self.windows.plan(request_id, observed, chunk, start))
         return tuple(c for c in captures if c is not None)
 
     def _accumulations(self, ids: Sequence[str], common: Any) -> tuple[Accumulation, ...]:

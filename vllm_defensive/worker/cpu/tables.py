@@ -1,11 +1,7 @@
 """Which pages each head of each evicted request reads: built at its eviction, extended when it gets a block.
 
 A row of an evicted request reads three segments, one after the other: the `s` shared positional blocks, the head's
-packed pages, and the positional blocks from `g` on. All but the last page are full, so for head (l, h)
-
-    length = (s + pages[l, h] - g) * N + seq_len,
-
-a function of vLLM's own `seq_len` and of constants.
+packed pages, and the positional blocks from `g` on. `Packing.length` tells how many tokens that is.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vllm_defensive.plan import Eviction
+from vllm_defensive.packing import Packing
 from vllm_defensive.worker.cpu.pages import PageView
 
 _SPARE_PAGES = 32  # room for growth in a fresh table, so that it is not reallocated at each new block
@@ -24,20 +20,21 @@ _SPARE_PAGES = 32  # room for growth in a fresh table, so that it is not realloc
 class RequestTable:
     """Page numbers of one evicted request. pages_LH: int `[L, H]`, packed pages of each head."""
 
-    def __init__(self, view: PageView, eviction: Eviction, pages_LH: Tensor) -> None:
+    def __init__(self, view: PageView, packing: Packing, shared_blocks: Sequence[int], pages_LH: Tensor) -> None:
+        """shared_blocks: ids of the leading blocks that stay in place."""
         self._view = view
-        self.full_blocks = eviction.num_tokens // view.page_tokens
-        shared = eviction.shared_blocks
+        self.full_blocks = packing.region.full_blocks
+        shared = len(shared_blocks)
         self.growth_blocks = 0
         self._used_LH = pages_LH.long() + shared
         self._most_used = int(self._used_LH.max())
-        self.offset_LH = ((self._used_LH - self.full_blocks) * view.page_tokens).to(torch.int32)
+        self.offset_LH = packing.length(pages_LH.long(), 0).to(torch.int32)
         columns = self._most_used + _SPARE_PAGES
         self.pages_LHP = torch.zeros(*pages_LH.shape, columns, dtype=torch.int32)
         if shared:
-            blocks = torch.tensor(eviction.source_blocks[:shared], device=view.device)
+            blocks = torch.tensor(shared_blocks, device=view.device)
             self.pages_LHP[:, :, :shared] = view.of_blocks(blocks)
-        packed = view.of_packed(torch.tensor(eviction.packed_blocks, device=view.device))
+        packed = view.of_packed(torch.tensor(packing.blocks, device=view.device))
         counts = pages_LH.flatten().long()
         ends = counts.cumsum(0)
         flat = torch.arange(packed.numel(), device=view.device)

@@ -30,8 +30,8 @@ class EvictionCPUWorker(EvictionWorker, CPUWorker):
         view = PageView([layer.kv_cache for layer in layers])
         codec = discover_codec(first.kv_cache, first.isa, dtype, first.kv_cache_dtype)
         windows = WindowQueries(len(layers), self.eviction.window, first.num_heads, first.head_size, dtype)
-        scale = first.impl.scale
-        accumulations = Accumulations(view, codec, scale)
+        scales = [layer.impl.scale for layer in layers]
+        accumulations = Accumulations(view, codec, scales)
         runtime = CPURuntime(view, windows, accumulations, compat.request_ids_of(self.model_runner))
         for index, layer in enumerate(layers):
             assert isinstance(layer.impl, EvictionCPUImpl)
@@ -41,5 +41,5 @@ class EvictionCPUWorker(EvictionWorker, CPUWorker):
                 builder.runtime = runtime
         projections = Projections(self.model_runner.get_model(), names, first.num_heads, first.head_size)
         return runtime, CPUEvictor(
-            self.eviction, runtime, view, codec, scale, projections, self.tensor_rank, self.reduce_heads
+            self.eviction, runtime, view, codec, scales, projections, self.tensor_rank, self.reduce_heads
         )

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from vllm.utils.math_utils import cdiv
 
-from vllm_defensive import audit
 from vllm_defensive.compat import worker as compat
-from vllm_defensive.plan import Eviction, WorkerReport
+from vllm_defensive.counts import WorkerReport
+from vllm_defensive.packing import Packing
+from vllm_defensive.plan import Eviction, Score
 from vllm_defensive.policy import (
     PRESETS,
     Attention,
@@ -30,10 +31,12 @@ from vllm_defensive.policy import (
     select,
     settle,
 )
-from vllm_defensive.policy.budget import guarded, layer_deciles, pages_by_decile
+from vllm_defensive.policy.budget import guarded
 from vllm_defensive.settings.engine import EvictionConfig
 from vllm_defensive.worker.cuda.runtime import CUDARuntime
+from vllm_defensive.worker.evictor import Evictor
 from vllm_defensive.worker.projections import Projections
+from vllm_defensive.worker.report import layer_deciles
 from vllm_defensive_kernels import PageSelection, RaggedTokens, compact, select_pages, value_norm, window_scores
 
 KERNEL_AGGREGATES = ("mean", "defensive")
@@ -46,124 +49,121 @@ SCORES_AT_A_TIME = 2**22
 
 @dataclass(frozen=True)
 class LayerScales:
-    """What one layer's fp8 keys and values are multiplied with when they are read; 1 for other dtypes."""
+    """logits: what one layer's are multiplied with. key, value: what its fp8 keys and values are multiplied with when
+    they are read; 1 for other dtypes."""
 
+    logits: float
     key: float = 1.0
     value: float = 1.0
 
 
 @dataclass(frozen=True)
-class _Prompt:
-    """One eviction's tensors: window queries `[L, W, Q, D]`, block table int32 `[1, blocks]` and its scored tokens; the
+class Prompt:
+    """One request's tensors: window queries `[L, W, Q, D]`, block table int32 `[1, blocks]` and its scored tokens; the
     part of both whose values weigh."""
 
-    eviction: Eviction
+    score: Score
     policy: Policy
     window_LWQD: Tensor
     table_1B: Tensor
     tokens: RaggedTokens
     value_table_1B: Tensor
     value_tokens: RaggedTokens
-    evictable: tuple[int, int]
 
 
-class CUDAEvictor:
+@dataclass(frozen=True)
+class Scored:
+    """A request between `score` and `pack`."""
+
+    prompt: Prompt
+    layers: list[LayerScores]
+
+
+class CUDAEvictor(Evictor):
     """Evictions on one worker."""
 
     def __init__(
         self,
         config: EvictionConfig,
         runtime: CUDARuntime,
-        scale: float,
         scales: Sequence[LayerScales],
         projections: Projections,
         rank: tuple[int, int] = (0, 1),
         reduce_heads: ReduceHeads | None = None,
     ) -> None:
-        """scale: of the layers' attention logits. scales: one a layer. rank, reduce_heads: see `EvictionWorker`."""
-        self._config = config
+        """scales: one a layer. rank, reduce_heads: see `EvictionWorker`."""
+        pages = runtime.pages
+        decile_L = layer_deciles(pages.num_layers, pages.key_PND.device)
+        super().__init__(config, projections, decile_L, rank, reduce_heads)
         self._runtime = runtime
-        self._pages = runtime.pages
-        self._scale = scale
+        self._pages = pages
         self._scales = scales
-        self._projections = projections
-        self._rank = rank
-        self._reduce_heads = reduce_heads
-        self._decile_L = layer_deciles(self._pages.num_layers, self._pages.key_PND.device)
         # Per step with evictions: start, end, and pages by decile in host memory, there once the end is reached
         self._queued: deque[tuple[Any, Any, np.ndarray]] = deque()
 
+    def _start(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _finish(self, started: Any, decile_pages: Tensor) -> None:
+        # Into pinned memory, and nobody waits.
+        pages = decile_pages.to("cpu", non_blocking=True).numpy()
+        self._queued.append((started, self._start(), pages))
+
     def take_report(self) -> WorkerReport:
         """Of the evictions that the device has finished since the last call; the others are for a later one."""
-        report = WorkerReport()
+        report = super().take_report()
         while self._queued and self._queued[0][1].query():
             start, end, decile_pages = self._queued.popleft()
             report.add(int(start.elapsed_time(end) * 1000), decile_pages.tolist())
         return report
 
-    def evict(self, evictions: Sequence[Eviction]) -> None:
-        """Queue each request's eviction; steps queued afterwards find its state and do not read its blocks `[s, g)`."""
-        if not evictions:
-            return
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        selections = [self._evict(eviction) for eviction in evictions]
-        pages_L = torch.stack([selection.pages_LH for selection in selections]).sum(dim=(0, 2))
-        # Into pinned memory, and nobody waits.
-        decile_pages = pages_by_decile(pages_L, self._decile_L).to("cpu", non_blocking=True).numpy()
-        end.record()
-        self._queued.append((start, end, decile_pages))
-        if self._config.audit is not None:
-            for eviction, selection in zip(evictions, selections, strict=True):
-                audit.record(self._config.audit, eviction, selection, self._config, self._pages.page_tokens, self._rank)
-
     def warm_up(self, max_tokens: int) -> None:
         """Compile the kernels of this engine's policy, on vLLM's null block, which nobody reads: the first prompt
         should not wait for it. Long prompts run variants of their own; a request's own policy compiles when it comes.
         """
-        policy = self._config.policy
-        for num_tokens in (max(self._config.min_tokens, 8 * self._config.window), LONG_PROMPT):
-            packed = self._config.packed_blocks(num_tokens, 0, self._pages.page_tokens)
-            if packed and num_tokens <= max_tokens:
-                source = (0,) * -(-num_tokens // self._pages.page_tokens)
-                dummy = Eviction("warm-up", policy, self._config.keep, num_tokens, 0, source, (0,) * packed)
-                window_LWQD = self._runtime.windows.blank()
-                self._pack(dummy, window_LWQD)
+        for stop in (max(self._config.min_tokens, 8 * self._config.window), LONG_PROMPT):
+            region = self._config.region(stop, 0, self._pages.page_tokens)
+            packed = self._config.budget_blocks(region)
+            if packed and stop <= max_tokens:
+                source = (0,) * -(-stop // region.block_tokens)
+                score = Score("warm-up", self._config.policy, self._config.keep, region, source)
+                scored = self._weigh(score, self._runtime.windows.blank())
+                self._copy(scored, Packing(region, (0,) * packed))
 
-    def _evict(self, eviction: Eviction) -> Selection:
-        selection, fresh_K = self._pack(eviction, self._runtime.windows.pop(eviction.request_id))
+    def _score(self, score: Score) -> Scored:
+        return self._weigh(score, self._runtime.windows.pop(score.request_id))
+
+    def _weigh(self, score: Score, window_LWQD: Tensor) -> Scored:
+        device, region = self._pages.key_PND.device, score.region
+        table_1B = compat.to_device(score.source_blocks, device)[None]
+        policy, scored = PRESETS[score.policy], region.stop - region.window
+        value_table_1B, value_tokens = table_1B, tokens = table_1B, RaggedTokens.of([scored], device)
+        if first_value := policy.first_value(region.shared_blocks):
+            # A copy, as kernels are compiled for where a tensor begins: anew for the middle of one.
+            value_table_1B = table_1B[:, first_value:].clone()
+            value_tokens = RaggedTokens.of([max(scored - first_value * region.block_tokens, 0)], device)
+        prompt = Prompt(score, policy, window_LWQD, table_1B, tokens, value_table_1B, value_tokens)
+        return Scored(prompt, self._scores(prompt))
+
+    def _pack(self, scored: Scored, eviction: Eviction) -> Selection:
+        selection, fresh_K = self._copy(scored, eviction.packing)
         self._runtime.install(eviction, selection.offset_O, fresh_K)
         pages_LH = selection.offset_O.diff().view(self._pages.num_layers, self._pages.num_kv_heads)
         return Selection(pages_LH, selection.token_T.view(-1, self._pages.page_tokens))
 
-    def _pack(self, eviction: Eviction, window_LWQD: Tensor) -> tuple[PageSelection, Tensor]:
-        """Score, select and copy. Returns what was chosen, and the fresh blocks' ids on the device."""
-        device, page_tokens = self._pages.key_PND.device, self._pages.page_tokens
-        table_B = compat.to_device(eviction.source_blocks, device)
-        fresh_K = compat.to_device(eviction.packed_blocks, device)
-        policy, scored = PRESETS[eviction.policy], eviction.num_tokens - window_LWQD.shape[1]
-        value_table_1B, value_tokens = table_1B, tokens = table_B[None], RaggedTokens.of([scored], device)
-        if first_value := policy.first_value(eviction.shared_blocks):
-            # A copy, as kernels are compiled for where a tensor begins: anew for the middle of one.
-            value_table_1B = table_1B[:, first_value:].clone()
-            value_tokens = RaggedTokens.of([max(scored - first_value * page_tokens, 0)], device)
-        prompt = _Prompt(
-            eviction,
-            policy,
-            window_LWQD,
-            table_1B,
-            tokens,
-            value_table_1B,
-            value_tokens,
-            (eviction.shared_blocks * page_tokens, eviction.num_tokens // page_tokens * page_tokens),
-        )
-        selection = self._select(prompt, self._scores(prompt))
+    def _copy(self, scored: Scored, packing: Packing) -> tuple[PageSelection, Tensor]:
+        """Select and copy. Returns what was chosen, and the fresh blocks' ids on the device."""
+        fresh_K = compat.to_device(packing.blocks, self._pages.key_PND.device)
+        selection = self._select(scored, packing)
+        table_B = scored.prompt.table_1B[0]
         compact(self._pages, table_B, selection.offset_O, selection.token_T, self._pages, fresh_K)
         return selection, fresh_K
 
     # -- scores -------------------------------------------------------------------------------------------------------
 
-    def _scores(self, prompt: _Prompt) -> list[LayerScores]:
+    def _scores(self, prompt: Prompt) -> list[LayerScores]:
         """Of every layer, by the kernels where they know the formula."""
         layers = range(self._pages.num_layers)
         known = prompt.policy.aggregate in KERNEL_AGGREGATES and prompt.policy.pool_kernel in KERNEL_POOLS
@@ -171,8 +171,8 @@ class CUDAEvictor:
             return [self._score_in_torch(prompt, layer) for layer in layers]
         weights_L = self._weights(prompt.policy)
         most = max(1, SCORES_AT_A_TIME // (self._pages.num_kv_heads * prompt.tokens.total))
-        if any(scales.key != self._scales[0].key for scales in self._scales):
-            most = 1  # a launch takes one scale
+        if any((s.key, s.logits) != (self._scales[0].key, self._scales[0].logits) for s in self._scales):
+            most = 1  # a launch takes one scale of each kind
         if len({weights is None for weights in weights_L}) > 1:
             most = 1  # layers with value norms are not settled with layers that have none
         step = cdiv(len(layers), cdiv(len(layers), most))  # groups of one size, so far as that goes
@@ -189,7 +189,7 @@ class CUDAEvictor:
         project = self._projections.factor if policy.value_weight == "l2-gram" else self._projections.slices
         return [project(layer) for layer in layers]
 
-    def _score_some(self, prompt: _Prompt, first: int, weights_L: Sequence[Tensor | None]) -> list[LayerScores]:
+    def _score_some(self, prompt: Prompt, first: int, weights_L: Sequence[Tensor | None]) -> list[LayerScores]:
         """As many layers as `weights_L` has, from the first on, their attention in one launch."""
         policy, window, last = prompt.policy, prompt.window_LWQD.shape[1], first + len(weights_L)
         observed = window_scores(
@@ -200,7 +200,7 @@ class CUDAEvictor:
             prompt.tokens,
             aggregate="defensive" if policy.aggregate == "defensive" else "mean",
             pool=policy.pool_kernel,
-            scale=self._scale,
+            scale=self._scales[first].logits,
             key_scale=self._scales[first].key,
         )
         return settle(
@@ -208,12 +208,12 @@ class CUDAEvictor:
             Attention.of(policy, observed.score_LHT, observed.mean_LHT, window),
             self._norms(prompt, first, weights_L),
             window=window,
-            keep_ratio=prompt.eviction.keep,
-            evictable=prompt.evictable,
+            keep_ratio=prompt.score.keep,
+            evictable=prompt.score.region.tokens,
             reduce_heads=self._reduce_heads,
         ).apart()
 
-    def _norms(self, prompt: _Prompt, first: int, weights_L: Sequence[Tensor | None]) -> Tensor | None:
+    def _norms(self, prompt: Prompt, first: int, weights_L: Sequence[Tensor | None]) -> Tensor | None:
         """Value norms of layers from the first on, fp32 `[L, H, T]`, or None where they have no weights."""
         if weights_L[0] is None:
             return None
@@ -235,14 +235,14 @@ class CUDAEvictor:
             )
         return norm_LHT
 
-    def _score_in_torch(self, prompt: _Prompt, layer: int) -> LayerScores:
+    def _score_in_torch(self, prompt: Prompt, layer: int) -> LayerScores:
         """For policies that read no tensor of the model, and formulas that the kernels do not have."""
         policy, pages = prompt.policy, self._pages
         if policy.needs_queries:
             key_HSD = self._read(prompt, layer, pages.key_PND).float() * self._scales[layer].key
             value_HSD = self._read(prompt, layer, pages.value_PND).float() * self._scales[layer].value
         else:
-            shape = (pages.num_kv_heads, prompt.eviction.num_tokens, pages.head_size)
+            shape = (pages.num_kv_heads, prompt.score.region.stop, pages.head_size)
             key_HSD = value_HSD = prompt.window_LWQD.new_empty(1).expand(shape)
         return score_layer(
             policy,
@@ -252,26 +252,28 @@ class CUDAEvictor:
             value_HSD=value_HSD,
             output_QDM=self._projections.slices(layer) if policy.needs_values else None,
             factor_QDC=None,
-            scale=self._scale,
-            keep_ratio=prompt.eviction.keep,
-            evictable=prompt.evictable,
+            scale=self._scales[layer].logits,
+            keep_ratio=prompt.score.keep,
+            evictable=prompt.score.region.tokens,
             reduce_heads=self._reduce_heads,
             window=prompt.window_LWQD.shape[1],
         )
 
-    def _read(self, prompt: _Prompt, layer: int, data_PND: Tensor) -> Tensor:
+    def _read(self, prompt: Prompt, layer: int, data_PND: Tensor) -> Tensor:
         heads_H1 = torch.arange(self._pages.num_kv_heads, device=data_PND.device)[:, None]
         page_HB = self._pages.page_of(layer, heads_H1, prompt.table_1B)
-        return data_PND[page_HB].flatten(1, 2)[:, : prompt.eviction.num_tokens]
+        return data_PND[page_HB].flatten(1, 2)[:, : prompt.score.region.stop]
 
     # -- selection ----------------------------------------------------------------------------------------------------
 
-    def _select(self, prompt: _Prompt, scores: list[LayerScores]) -> PageSelection:
+    def _select(self, scored: Scored, packing: Packing) -> PageSelection:
         """By the kernel where it knows who shares which budget."""
-        policy, budget = prompt.policy, len(prompt.eviction.packed_blocks)
+        policy, scores, budget = scored.prompt.policy, scored.layers, packing.head_pages
         page_tokens = self._pages.page_tokens
         if scores[0].rank_HE is not None or policy.layer_budget != "even":
-            chosen = select(policy, scores, page_size=page_tokens, packed_blocks=budget, evictable=prompt.evictable)
+            chosen = select(
+                policy, scores, page_size=page_tokens, packed_blocks=budget, evictable=packing.region.tokens
+            )
             return PageSelection(_offsets(chosen.pages_LH), chosen.tokens_PN.flatten())
         score_LHE = torch.stack([layer.scores_HE for layer in scores])
         # Only a broken model yields NaN, but counts must come out exact, because positions are addresses later.
@@ -282,7 +284,7 @@ class CUDAEvictor:
             page_tokens,
             scope=policy.scope,
             min_pages=guarded(policy.guard, budget),
-            first_token=prompt.evictable[0],
+            first_token=packing.region.tokens[0],
         )
 
 

@@ -7,7 +7,7 @@ read back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from vllm_defensive.compat import worker as compat
-from vllm_defensive.plan import Eviction, StepMessage
+from vllm_defensive.plan import Eviction
+from vllm_defensive.worker.runtime import Runtime
 from vllm_defensive.worker.window import Capture, WindowQueries
 from vllm_defensive_kernels import DecodeWorkspace, PackedState, PagedKV
 from vllm_defensive_kernels.decode import choose_splits
@@ -35,8 +36,8 @@ class Step:
     packed_runs: tuple[tuple[int, int], ...]
 
 
-class CUDARuntime:
-    """State between steps. `begin` and `end` bracket each real step; outside of them batches are dummies."""
+class CUDARuntime(Runtime):
+    """The slots of evicted requests, and what each batch reads of them."""
 
     def __init__(
         self,
@@ -51,8 +52,8 @@ class CUDARuntime:
         """index_of: the model runner's own table, from request id to an index below max_requests: our slot too.
         max_blocks: the most fresh blocks that one request can fill."""
         device = pages.key_PND.device
+        super().__init__(windows)
         self.pages = pages
-        self.windows = windows
         self.state = PackedState.empty(max_requests, max_blocks, pages.num_layers, pages.num_kv_heads, device)
         self.slot_R = torch.full((max_requests,), NOBODY, dtype=torch.int32, device=device)
         rows, splits = widest_launch(max_requests, num_query_heads, pages.num_kv_heads)
@@ -61,27 +62,12 @@ class CUDARuntime:
         self._slots: dict[str, int] = {}
         self._slot_of_index = np.full(max_requests, NOBODY, dtype=np.int32)
         self._all_nobody = True  # of slot_R
-        self._message: StepMessage | None = None
 
-    def begin(self, message: StepMessage, gone: Iterable[str]) -> None:
-        """gone: requests that ended, were preempted, or enter the batch (anew): whatever we knew of them is void."""
-        for request_id in gone:
-            slot = self._slots.pop(request_id, None)
-            if slot is not None:
-                self._slot_of_index[slot] = NOBODY
-            self.windows.drop(request_id)
-        self._message = message
-
-    def end(self) -> None:
-        self._message = None
-
-    def drop_untaken(self) -> None:
-        self.windows.drop_complete()
-
-    @property
-    def observing(self) -> bool:
-        """Whether queries of this step are to be kept. Inside a graph of the whole model nobody could."""
-        return self._message is not None and bool(self._message.observe)
+    def forget(self, request_id: str) -> None:
+        super().forget(request_id)
+        slot = self._slots.pop(request_id, None)
+        if slot is not None:
+            self._slot_of_index[slot] = NOBODY
 
     def install(self, eviction: Eviction, offset_O: Tensor, fresh_K: Tensor) -> None:
         """Make an eviction known to the steps that come: its packed pages (int32 offsets of the heads, int32 ids of the
@@ -89,8 +75,8 @@ class CUDARuntime:
         slot = self._index_of[eviction.request_id]
         self.state.fresh_SK[slot, : fresh_K.shape[0]].copy_(fresh_K)
         self.state.offset_SO[slot].copy_(offset_O)
-        self.state.shared_S[slot].fill_(eviction.shared_blocks)
-        self.state.growth_S[slot].fill_(eviction.num_tokens // self.pages.page_tokens)
+        self.state.shared_S[slot].fill_(eviction.region.shared_blocks)
+        self.state.growth_S[slot].fill_(eviction.region.full_blocks)
         self._slots[eviction.request_id] = slot
         self._slot_of_index[slot] = slot
 
@@ -127,10 +113,10 @@ class CUDARuntime:
         row_of_index = {int(index): row for row, index in enumerate(common.req_idx[: common.num_reqs])}
         ends = common.seq_lens_cpu_upper_bound.numpy()  # exact for prompts: no draft token is among theirs
         captures = []
-        for request_id, num_tokens in self._message.observe.items():
+        for request_id, observed in self._message.observe.items():
             row = row_of_index[self._index_of[request_id]]
             start, stop, end = int(starts[row]), int(starts[row + 1]), int(ends[row])
-            captures.append(self.windows.plan(request_id, num_tokens, (end - (stop - start), end), start))
+            captures.append(self.windows.plan(request_id, observed, (end - (stop - start), end), start))
         return tuple(c for c in captures if c is not None)
 
 

@@ -85,11 +85,9 @@ class EvictionGPUWorker(EvictionWorker):
                 builder.runtime = runtime
         compat.keep_out_of_decode_graphs(self.model_runner, lambda: runtime.observing)
         projections = Projections(self.model_runner.get_model(), names, first.num_heads, first.head_size)
-        scales = [LayerScales(layer._k_scale_float, layer._v_scale_float) for layer in layers]
+        scales = [LayerScales(layer.impl.scale, layer._k_scale_float, layer._v_scale_float) for layer in layers]
         logger.info("KV eviction decodes with its own kernel; prompts take %s", first.get_attn_backend().get_name())
-        return runtime, CUDAEvictor(
-            self.eviction, runtime, first.impl.scale, scales, projections, self.tensor_rank, self.reduce_heads
-        )
+        return runtime, CUDAEvictor(self.eviction, runtime, scales, projections, self.tensor_rank, self.reduce_heads)
 
 
 def memory_beside_cache(

@@ -1,0 +1,92 @@
+"""What was counted, on its way from workers and scheduler to whoever shows it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, astuple, dataclass, field
+from typing import Any
+
+from vllm_defensive.plan import Eviction
+
+DECILES = 10  # of the layers, by depth: statistics by layer have as many rows for any model
+REMEMBERED = 1000  # evictions that can be asked for by the id of their request
+
+
+@dataclass
+class WorkerReport:
+    """What a worker did since its last report, which rides on a step's output: nothing else goes back.
+
+    microseconds: spent on evictions. decile_pages: pages that they packed in each tenth of the layers, the first first.
+    cancelled: request id -> why this step's eviction of it was not carried out. Its blocks are all still there.
+    """
+
+    microseconds: int = 0
+    decile_pages: list[int] = field(default_factory=lambda: [0] * DECILES)
+    cancelled: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.microseconds or any(self.decile_pages) or self.cancelled)
+
+    def add(self, microseconds: int, decile_pages: list[int]) -> None:
+        self.microseconds += microseconds
+        self.decile_pages = [a + b for a, b in zip(self.decile_pages, decile_pages, strict=True)]
+
+
+@dataclass
+class Totals:
+    """What eviction has done so far: requests, tokens, blocks."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    kept_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    freed_blocks: int = 0
+    cancelled: int = 0
+
+    def __sub__(self, other: Totals) -> Totals:
+        return Totals(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Blocks of the pool now. Saved ones are counted request by request: originals that two requests would share count
+    twice."""
+
+    used_blocks: int = 0
+    packed_blocks: int = 0
+    saved_blocks: int = 0
+
+
+@dataclass(frozen=True)
+class Increase:
+    """What is new since the last statistics; as JSON it rides on vLLM's own. records: `record_of` each eviction. pool:
+    None if it is as it was. The others as in `WorkerReport`."""
+
+    totals: Totals = field(default_factory=Totals)
+    microseconds: int = 0
+    decile_pages: list[int] = field(default_factory=lambda: [0] * DECILES)
+    pool: Pool | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return self != Increase()
+
+    def dumps(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def loads(cls, text: str) -> Increase:
+        read = json.loads(text)
+        pool = None if read["pool"] is None else Pool(**read["pool"])
+        return cls(**{**read, "totals": Totals(**read["totals"]), "pool": pool})
+
+
+def record_of(eviction: Eviction) -> dict[str, Any]:
+    """The JSON entry of one eviction. Tokens are means over layers and heads; blocks are net of the packed ones."""
+    return {
+        "request_id": eviction.request_id,
+        "policy": eviction.policy,
+        "prompt_tokens": eviction.region.stop,
+        "kept_tokens": eviction.packing.kept_tokens,
+        "freed_blocks": eviction.packing.saved_blocks,
+    }

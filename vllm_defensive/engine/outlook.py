@@ -1,0 +1,82 @@
+"""What will become of a request: whether it is evicted, where, and how many blocks that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_defensive.engine.lifecycle import Life, Phase
+from vllm_defensive.engine.sharing import Relatives, worth_sharing
+from vllm_defensive.packing import Region
+from vllm_defensive.settings.engine import EvictionConfig
+from vllm_defensive.settings.request import settings_or_none
+
+
+class Outlook:
+    """Judges requests by their settings, by who else is there, and by what the pool can hold."""
+
+    def __init__(self, settings: EvictionConfig, block_tokens: int, pool: BlockPool, can_share: bool) -> None:
+        """can_share: blocks are hashed, in the size in which they are allocated."""
+        self.settings, self.block_tokens = settings, block_tokens
+        self.relatives = Relatives()
+        # Block managers of the model's other KV cache groups: they take from the same pool.
+        self.other_managers: Sequence[SingleTypeKVCacheManager] = ()
+        self._pool, self._can_share = pool, can_share
+        self._sessions: dict[str, Request] = {}  # that stream their input, by id
+
+    def foresee(self, request: Request, blocks_of: Callable[[str], Iterable[KVCacheBlock]]) -> Life:
+        """The life that a request without blocks begins with. blocks_of: those that a request holds."""
+        settings = settings_or_none(self.settings, request)
+        if request.resumable:
+            self._sessions[request.request_id] = request
+        stop = request.num_prompt_tokens if settings.boundary is None else settings.boundary
+        # A prefill yields the answer's first token: if no other is asked for (a classifier, a beam search step),
+        # nobody reads what is kept, unless an audit shows it.
+        brief = request.max_tokens == 1 and request.num_prompt_tokens == stop and not request.resumable
+        life = Life(request, settings, stop, Phase.PREFILL, brief)
+        count = 0 if brief and self.settings.audit is None else self._budget(life, 0)[1]
+        if not count or not self._fits(request, count, blocks_of):
+            life.turn(Phase.WHOLE)
+        return life
+
+    def _fits(self, request: Request, packed: int, blocks_of: Callable[[str], Iterable[KVCacheBlock]]) -> bool:
+        """Whether the pool can hold originals and packed blocks side by side, as they are for one step. If it never
+        can, the request is served whole: to refuse it, or to let it wait for ever, would be worse."""
+        needed = cdiv(request.num_tokens, self.block_tokens) + packed + self.blocks_beside(request.num_tokens)
+        if needed >= self._pool.num_gpu_blocks:  # one of them is vLLM's null block
+            return False
+        # A session that waits for its next input gives nothing back, however long that takes.
+        for request_id, session in list(self._sessions.items()):
+            if session.is_finished():
+                del self._sessions[request_id]
+        idle = (r for r, s in self._sessions.items() if s.status is RequestStatus.WAITING_FOR_STREAMING_REQ)
+        pinned = {block.block_id for request_id in idle for block in blocks_of(request_id) if not block.is_null}
+        return needed < self._pool.num_gpu_blocks - len(pinned)
+
+    def blocks_beside(self, num_tokens: int) -> int:
+        """Blocks that a request of so many tokens takes in the other KV cache groups."""
+        return sum(
+            other.get_num_blocks_to_allocate("", num_tokens, [], 0, 0, num_tokens, apply_admission_cap=True)
+            for other in self.other_managers
+        )
+
+    def plan(self, life: Life, life_of: Callable[[Request], Life]) -> tuple[Region, int]:
+        """What an eviction of this request, whose stop lies ahead, would choose from now, and `K`, 0 if it is not worth
+        it. life_of: the life of any live request."""
+        shared = 0
+        # A request that may not read the prefix cache computes copies of its own, which nobody shares.
+        reads = not life.accumulates and not life.request.skip_reading_prefix_cache
+        if self._can_share and self.settings.shared == "keep" and reads:
+            full_blocks = life.stop // self.block_tokens
+            shared = worth_sharing(life, full_blocks, self.block_tokens, self.relatives, life_of)
+        return self._budget(life, shared)
+
+    def _budget(self, life: Life, shared_blocks: int) -> tuple[Region, int]:
+        protected = min(cdiv(life.settings.protect, self.block_tokens), life.stop // self.block_tokens)
+        region = life.evictable(max(shared_blocks, protected), self.block_tokens, self.settings.window)
+        return region, self.settings.budget_blocks(region, life.settings.policy, life.settings.keep)

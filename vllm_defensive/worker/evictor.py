@@ -1,0 +1,105 @@
+"""How a worker of any device carries out evictions: a request is scored, then packed; today in one step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_defensive import audit
+from vllm_defensive.compat.base import get_logger
+from vllm_defensive.counts import WorkerReport
+from vllm_defensive.plan import Eviction, Score
+from vllm_defensive.policy import ReduceHeads, Selection
+from vllm_defensive.settings.engine import EvictionConfig
+from vllm_defensive.worker.projections import Projections
+from vllm_defensive.worker.report import pages_by_decile
+from vllm_defensive.worker.window import IncompleteError
+
+logger = get_logger("kv_eviction")
+
+
+class Evictor(ABC):
+    """Evictions on one worker. A request that cannot be scored is not packed, which is reported: it goes on over its
+    whole cache, and no other request hears of it."""
+
+    def __init__(
+        self,
+        config: EvictionConfig,
+        projections: Projections,
+        decile_L: Tensor,
+        rank: tuple[int, int] = (0, 1),
+        reduce_heads: ReduceHeads | None = None,
+    ) -> None:
+        """decile_L: `report.layer_deciles`, on the device. rank, reduce_heads: see `EvictionWorker`."""
+        self._config = config
+        self._projections = projections
+        self._decile_L = decile_L
+        self._rank = rank
+        self._reduce_heads = reduce_heads
+        self._scored: dict[str, Any] = {}  # what `_score` returned, until it is packed
+        self._report = WorkerReport()
+
+    @abstractmethod
+    def _score(self, score: Score) -> Any:
+        """Weigh a request's tokens, for `_pack`. Raises IncompleteError if what that takes was not seen."""
+
+    @abstractmethod
+    def _pack(self, scored: Any, eviction: Eviction) -> Selection:
+        """Choose pages and tokens, copy them into the packed blocks, and make steps to come find them there."""
+
+    @abstractmethod
+    def _start(self) -> Any:
+        """The time now, of the device's kind."""
+
+    @abstractmethod
+    def _finish(self, started: Any, decile_pages: Tensor) -> None:
+        """Note in the report what was packed since `started`; whenever the device gets there."""
+
+    def run(self, scores: Sequence[Score], evictions: Sequence[Eviction]) -> None:
+        """Score requests, and pack those that have been scored, now or in an earlier step. Afterwards nothing reads
+        blocks `[s, g)` of those that were packed."""
+        if not scores and not evictions:
+            return
+        started, waiting = self._start(), {eviction.request_id: eviction for eviction in evictions}
+        packed: list[tuple[Eviction, Selection]] = []
+        for score in scores:
+            self.score(score)
+            # At once, while what was read is at hand.
+            if (eviction := waiting.pop(score.request_id, None)) is not None:
+                packed += self.pack(eviction)
+        for eviction in waiting.values():
+            packed += self.pack(eviction)
+        if packed:
+            pages_L = torch.stack([selection.pages_LH for _, selection in packed]).sum(dim=(0, 2))
+            self._finish(started, pages_by_decile(pages_L, self._decile_L))
+        if self._config.audit is not None:
+            for eviction, selection in packed:
+                audit.record(self._config.audit, eviction, selection, self._rank)
+
+    def score(self, score: Score) -> None:
+        """Weigh a request's tokens and keep the result until it is packed or forgotten."""
+        try:
+            self._scored[score.request_id] = self._score(score)
+        except IncompleteError as error:
+            logger.warning("KV eviction: %s is served whole: %s", score.request_id, error)
+            self._report.cancelled[score.request_id] = str(error)
+
+    def pack(self, eviction: Eviction) -> list[tuple[Eviction, Selection]]:
+        """Pack a request that has been scored, if it could be."""
+        if (scored := self._scored.pop(eviction.request_id, None)) is None:
+            return []
+        return [(eviction, self._pack(scored, eviction))]
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """These requests have ended, or begin anew."""
+        for request_id in request_ids:
+            self._scored.pop(request_id, None)
+
+    def take_report(self) -> WorkerReport:
+        """What was done since the last call."""
+        report, self._report = self._report, WorkerReport()
+        return report

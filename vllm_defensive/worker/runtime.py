@@ -1,0 +1,46 @@
+"""What a worker of any device knows of requests between steps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+from vllm_defensive.plan import StepMessage
+from vllm_defensive.worker.window import WindowQueries
+
+
+class Runtime(ABC):
+    """`begin` and `end` bracket each real step; outside of them batches are dummies."""
+
+    def __init__(self, windows: WindowQueries) -> None:
+        self.windows = windows
+        self._message: StepMessage | None = None
+
+    def begin(self, message: StepMessage, gone: Iterable[str]) -> None:
+        """A real step starts. gone: requests that ended, were preempted, or enter the batch (anew): whatever we knew of
+        them is void."""
+        for request_id in gone:
+            self.forget(request_id)
+        self._message = message
+
+    @abstractmethod
+    def step(self, common: Any) -> Any:
+        """What is special about a batch. common: vLLM's `CommonAttentionMetadata`. Asked again in the same step, as for
+        another builder, it answers the same."""
+
+    def end(self) -> None:
+        """The step's forward pass is over."""
+        self._message = None
+
+    def forget(self, request_id: str) -> None:
+        self.windows.drop(request_id)
+
+    def drop_untaken(self) -> None:
+        """The step's evictions are over: what was kept for one, and none took, is forgotten."""
+        self.windows.drop_complete()
+
+    @property
+    def observing(self) -> bool:
+        """Whether queries of this step are to be kept."""
+        return self._message is not None and bool(self._message.observe)
