@@ -336,10 +336,13 @@ def proportional_pages(weight_L: Tensor, forced_J: Tensor, budget_pages: int) ->
     """Split `budget_pages` over layers in proportion to their weights, at most J and at least the forced ones each.
 
     Page j of a layer bids weight / (j + 1/2): handing pages to the highest bids rounds proportions to the nearest
-    whole numbers (Sainte-Laguë), and a larger budget takes no page away. fp32 [L], bool [J] -> int64 [L].
+    whole numbers (Sainte-Laguë), and a larger budget takes no page away. Where no weight is above zero, all are equal.
+    fp32 [L], bool [J] -> int64 [L].
     """
     page_J = torch.arange(forced_J.shape[0], device=weight_L.device) + 0.5
-    bids_LJ = torch.where(forced_J, float("inf"), weight_L.nan_to_num(nan=0.0).unsqueeze(-1) / page_J)
+    weight_L = weight_L.nan_to_num(nan=0.0)
+    weight_L = torch.where(weight_L.amax() > 0, weight_L, 1.0)
+    bids_LJ = torch.where(forced_J, float("inf"), weight_L.unsqueeze(-1) / page_J)
     return allocate_pages(bids_LJ.unsqueeze(0), budget_pages).flatten()
 
 
