@@ -67,9 +67,15 @@ def value_norm(
     return out_HT
 
 
-def pack_tokens(score_RE: Tensor, sorted_RE: Tensor, count_R: Tensor, first_token: int, total: int) -> Tensor:
-    """Reference of the kernel in `selection`: kept positions of each row, ascending. -> int32 [total]."""
-    return formulas.packed_positions(formulas.keep_best(score_RE, count_R, sorted_RE), count_R, total, first_token)
+def kept_tokens(
+    score_RE: Tensor, last_R1: Tensor, offset_O: Tensor, *, pages: int, page_tokens: int, first_token: int
+) -> Tensor:
+    """Reference of `selection.kept_tokens`."""
+    keep_RE = formulas.keep_down_to(score_RE, offset_O.diff() * page_tokens, last_R1)
+    # NumPy finds the marks on one core 5 to 9 times faster than torch, and 20 times faster than a running count does.
+    flat_X = torch.from_numpy(keep_RE.cpu().numpy().reshape(-1).nonzero()[0])
+    token_X = flat_X.remainder_(score_RE.shape[1]).to(score_RE.device, torch.int32).add_(first_token)
+    return token_X.view(pages, page_tokens)
 
 
 def compact(

@@ -30,11 +30,11 @@ from vllm_defensive.policy import (
     select,
     settle,
 )
-from vllm_defensive.policy.budget import guarded, layer_deciles, pages_by_decile
+from vllm_defensive.policy.budget import layer_deciles, pages_by_decile
 from vllm_defensive.settings.engine import EvictionConfig
 from vllm_defensive.worker.cuda.runtime import CUDARuntime
 from vllm_defensive.worker.projections import Projections
-from vllm_defensive_kernels import PageSelection, RaggedTokens, compact, select_pages, value_norm, window_scores
+from vllm_defensive_kernels import RaggedTokens, compact, kept_tokens, value_norm, window_scores
 
 KERNEL_AGGREGATES = ("mean", "defensive")
 KERNEL_POOLS = (1, 3, 5)
@@ -133,10 +133,9 @@ class CUDAEvictor:
     def _evict(self, eviction: Eviction) -> Selection:
         selection, fresh_K = self._pack(eviction, self._runtime.windows.pop(eviction.request_id))
         self._runtime.install(eviction, selection.offset_O, fresh_K)
-        pages_LH = selection.offset_O.diff().view(self._pages.num_layers, self._pages.num_kv_heads)
-        return Selection(pages_LH, selection.token_T.view(-1, self._pages.page_tokens))
+        return selection
 
-    def _pack(self, eviction: Eviction, window_LWQD: Tensor) -> tuple[PageSelection, Tensor]:
+    def _pack(self, eviction: Eviction, window_LWQD: Tensor) -> tuple[Selection, Tensor]:
         """Score, select and copy. Returns what was chosen, and the fresh blocks' ids on the device."""
         device, page_tokens = self._pages.key_PND.device, self._pages.page_tokens
         table_B = compat.to_device(eviction.source_blocks, device)
@@ -158,7 +157,7 @@ class CUDAEvictor:
             (eviction.shared_blocks * page_tokens, eviction.num_tokens // page_tokens * page_tokens),
         )
         selection = self._select(prompt, self._scores(prompt))
-        compact(self._pages, table_B, selection.offset_O, selection.token_T, self._pages, fresh_K)
+        compact(self._pages, table_B, selection.offset_O, selection.tokens_PN.flatten(), self._pages, fresh_K)
         return selection, fresh_K
 
     # -- scores -------------------------------------------------------------------------------------------------------
@@ -266,26 +265,12 @@ class CUDAEvictor:
 
     # -- selection ----------------------------------------------------------------------------------------------------
 
-    def _select(self, prompt: _Prompt, scores: list[LayerScores]) -> PageSelection:
-        """By the kernel where it knows who shares which budget."""
-        policy, budget = prompt.policy, len(prompt.eviction.packed_blocks)
-        page_tokens = self._pages.page_tokens
-        if scores[0].rank_HE is not None or policy.layer_budget != "even":
-            chosen = select(policy, scores, page_size=page_tokens, packed_blocks=budget, evictable=prompt.evictable)
-            return PageSelection(_offsets(chosen.pages_LH), chosen.tokens_PN.flatten())
-        score_LHE = torch.stack([layer.scores_HE for layer in scores])
-        # Only a broken model yields NaN, but counts must come out exact, because positions are addresses later.
-        score_LHE.nan_to_num_(nan=0.0, posinf=float("inf"))
-        return select_pages(
-            score_LHE,
-            budget,
-            page_tokens,
-            scope=policy.scope,
-            min_pages=guarded(policy.guard, budget),
-            first_token=prompt.evictable[0],
+    def _select(self, prompt: _Prompt, scores: list[LayerScores]) -> Selection:
+        return select(
+            prompt.policy,
+            scores,
+            page_size=self._pages.page_tokens,
+            packed_blocks=len(prompt.eviction.packed_blocks),
+            evictable=prompt.evictable,
+            list_kept=kept_tokens,
         )
-
-
-def _offsets(pages_LH: Tensor) -> Tensor:
-    """int32 `[L, H]` pages -> int32 `[L*H + 1]` first pages."""
-    return torch.nn.functional.pad(pages_LH.flatten().cumsum(0), (1, 0)).int()
