@@ -43,7 +43,7 @@ class Accumulations:
         begin, end = chunk
         assert end <= num_tokens, f"{request_id}: a chunk ends at {end}, beyond its eviction at {num_tokens}"
         if begin == 0:
-            shape = (self._view.num_layers, self._view.num_heads, num_tokens)
+            shape = (self._view.num_layers, self._view.num_kv_heads, num_tokens)
             self._masses[request_id] = torch.zeros(shape)
             self._seen[request_id] = 0
         seen = self._seen.get(request_id)
