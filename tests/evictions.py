@@ -11,6 +11,7 @@ def eviction(
     packed_blocks: tuple[int, ...],
     *,
     block_tokens: int,
+    page_tokens: int | None = None,
     shared_blocks: int = 0,
     source_blocks: tuple[int, ...] = (),
     request_id: str = "r",
@@ -19,5 +20,5 @@ def eviction(
     window: int = 32,
     token_ids: tuple[int, ...] | None = None,
 ) -> Eviction:
-    region = Region(stop, shared_blocks, window, block_tokens, page_tokens=block_tokens)
+    region = Region(stop, shared_blocks, window, block_tokens, page_tokens=page_tokens or block_tokens)
     return Eviction(Score(request_id, policy, keep, region, source_blocks), Packing(region, packed_blocks), token_ids)

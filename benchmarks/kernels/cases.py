@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from vllm_defensive.policy import PRESETS, LayerScores, Selection, select
 from vllm_defensive_kernels import (
     DecodeWorkspace,
     PackedState,
@@ -20,9 +21,9 @@ from vllm_defensive_kernels import (
     compact,
     formulas,
     gram_factor,
+    kept_tokens,
     ragged_paged_decode,
     reference,
-    select_pages,
     value_norm,
     window_scores,
 )
@@ -49,6 +50,7 @@ class Shape:
 
 
 LLAMA_8B = Shape()
+POLICY = PRESETS["halokv"]  # the one that the guide recommends
 TINY = Shape(2, 2, 2, 32, 64, 16, 8, torch.float32, "cpu")
 
 
@@ -173,27 +175,29 @@ def eviction_cases(shape: Shape, tokens: int, keep: float) -> Iterator[Case]:
         )
 
     score = torch.rand(L, H, blocks * N, device=shape.device)
-    offset, token = select_pages(score, kept, N, forced_tokens=W)
+    score[..., -W:] = float("inf")
+    layers = [LayerScores(score_HE) for score_HE in score]
+
+    def choose() -> Selection:
+        return select(POLICY, layers, page_size=N, packed_blocks=kept, evictable=(0, blocks * N), list_kept=kept_tokens)
+
+    chosen = choose()
+    offset, token = chosen.offset_O, chosen.tokens_PN.flatten()
 
     def check_selection() -> None:
-        forced = score.view(L * H, -1).clone()
-        forced[:, -W:] = float("inf")
-        ranked = forced.sort(dim=-1, descending=True).values
-        count = formulas.allocate_pages(formulas.page_gains(ranked, N).view(1, L * H, -1), kept * L * H)[0]
-        marks = formulas.keep_best(forced, count * N)
-        again = select_pages(score, kept, N, forced_tokens=W)
-        assert torch.equal(again.offset_O.diff().long(), count), "page counts differ"
-        positions = formulas.packed_positions(marks, count * N, token.numel(), 0)
-        assert torch.equal(again.token_T, positions), "tokens differ"
+        again = choose()
+        ranked, order = score.view(L * H, -1).sort(dim=-1, descending=True, stable=True)
+        count = again.pages_LH.view(-1, 1)
+        gains, page = formulas.page_gains(ranked, N), torch.arange(blocks, device=shape.device)
+        assert int(count.sum()) == kept * L * H, "page counts do not add up"
+        assert gains[page < count].min() >= gains[page >= count].max(), "a page would have gained more elsewhere"
+        kept_RE = torch.empty_like(order).scatter_(
+            1, order, torch.arange(blocks * N, device=shape.device).expand_as(order)
+        )
+        positions = (kept_RE < count * N).nonzero()[:, 1].int()
+        assert torch.equal(again.tokens_PN.flatten(), positions), "tokens differ"
 
-    yield Case(
-        "select_pages",
-        size,
-        lambda: select_pages(score, kept, N, forced_tokens=W),
-        check_selection,
-        score.numel() * 4 + token.numel() * 4,
-        0,
-    )
+    yield Case("select", size, choose, check_selection, score.numel() * 4 + token.numel() * 4, 0)
 
     def check_copy() -> None:
         compact(pages, table, offset, token, pages, fresh)

@@ -79,7 +79,7 @@ class Report:
         for tokens in sorted({int(row.size.split()[0]) for row in self.rows if row.op == "window_scores"}):
             times = {row.op: row.seconds for row in self.rows if row.size.startswith(f"{tokens} tokens")}
             for norm in ("L1", "L2"):
-                repeats = {"window_scores": 1, f"value_norm {norm}": LLAMA_LAYERS, "select_pages": 1, "compact": 1}
+                repeats = {"window_scores": 1, f"value_norm {norm}": LLAMA_LAYERS, "select": 1, "compact": 1}
                 parts = [(times.get(op), count) for op, count in repeats.items()]  # norms are timed for one layer
                 if any(part is None for part, _ in parts):
                     continue

@@ -11,7 +11,8 @@ layer, through two strided views `key_PND` and `value_PND` of one buffer. The pa
 
     page(l, h, b) = layer_page_L[l] + b * block_pages + h * head_pages              (int64, in units of pages)
 
-which covers every layout of vLLM's cache: block or layer outermost, heads or tokens inside, K and V interleaved or not.
+which covers every layout of vLLM's cache: block or layer outermost, heads or tokens inside, K and V interleaved or not
+(`pages.PageAddresses`, where a block may also hold several pages of a head, though the kernels read one).
 
 What a request keeps (`pages.PackedState`): flat page `q` of its packed region lives in block `fresh[q // (L*H)]` at
 inner position `q % (L*H)`, whose (layer slot, head slot) is `divmod(inner, H)`; head (l, h) owns
@@ -27,6 +28,7 @@ from typing import Any
 # Modules are named differently from their functions, so that a submodule never hides the function of its name; they
 # load on first use, because importing Triton costs time that a process without eviction should not pay.
 _EXPORTS = {
+    "PageAddresses": "pages",
     "PagedKV": "pages",
     "PackedState": "pages",
     "RaggedTokens": "pages",
@@ -34,8 +36,7 @@ _EXPORTS = {
     "window_scores": "window",
     "value_norm": "norms",
     "gram_factor": "formulas",
-    "PageSelection": "selection",
-    "select_pages": "selection",
+    "kept_tokens": "selection",
     "compact": "compaction",
     "ragged_paged_decode": "decode",
     "DecodeWorkspace": "decode",

@@ -15,9 +15,11 @@ from torch import Tensor
 CACHE_ELEMENTS = 2**16
 # Elsewhere a launch costs more than memory traffic; the bound keeps temporaries at tens of MB beside a full KV cache.
 DEVICE_ELEMENTS = 2**22
-# Scores that are sorted or packed at a time: enough to keep a GPU busy, few enough that a prompt of 128K tokens needs
-# no gigabyte beside a full KV cache.
+# Scores that are sorted at a time: enough to keep a GPU busy, few enough that a prompt of 128K tokens needs no gigabyte
+# beside a full KV cache.
 SORT_ELEMENTS = 2**22
+# Rows that a GPU sorts at a time at least, about one a multiprocessor: fewer are sorted by torch as one, and twice.
+SORT_ROWS = 128
 # Of one tile of a prompt's attention: 4 MB in float32.
 ACCUMULATED_ELEMENTS = 2**20
 
@@ -264,6 +266,12 @@ def certain_by_mass(attention_RT: Tensor, mass: Tensor | float, cap: int) -> Ten
 # ------------------------------------------------------------------------------------------------------------ selection
 
 
+def rows_at_once(scores_RE: Tensor) -> int:
+    """Rows of such scores that are sorted at a time."""
+    least = 1 if scores_RE.device.type == "cpu" else SORT_ROWS
+    return max(least, SORT_ELEMENTS // scores_RE.shape[-1])
+
+
 def sort_down(scores_RE: Tensor) -> Tensor:
     """Each row's values from the largest to the smallest. Same shape."""
     if scores_RE.device.type != "cpu":
@@ -296,8 +304,19 @@ def keep_best(scores_RE: Tensor, count_R: Tensor, sorted_RE: Tensor | None = Non
 def keep_down_to(scores_RE: Tensor, count_R: Tensor, last_R1: Tensor) -> Tensor:
     """`keep_best` for a caller who knows the smallest score to keep, `last_value(sorted_RE, count_R)`.
 
-    A threshold and a running count of the ties need no stable sort and no permutation.
+    A threshold and a running count of the ties need no stable sort and no permutation. On CPU only rows where a tie
+    falls on the threshold are counted, which is most of the time and seldom needed.
     """
+    if scores_RE.device.type != "cpu":
+        return _first_down_to(scores_RE, count_R, last_R1)
+    keep_RE = scores_RE >= last_R1
+    over_R = keep_RE.sum(dim=-1, dtype=torch.int32) != count_R
+    if over_R.any():
+        keep_RE[over_R] = _first_down_to(scores_RE[over_R], count_R[over_R], last_R1[over_R])
+    return keep_RE
+
+
+def _first_down_to(scores_RE: Tensor, count_R: Tensor, last_R1: Tensor) -> Tensor:
     above_RE = scores_RE > last_R1
     tied_RE = scores_RE == last_R1
     room_R1 = count_R.unsqueeze(-1) - above_RE.sum(dim=-1, keepdim=True)
@@ -320,6 +339,8 @@ def allocate_pages(gains_UHJ: Tensor, budget_pages: int) -> Tensor:
     """
     units, heads, pages = gains_UHJ.shape
     assert 0 <= budget_pages <= heads * pages, f"{budget_pages} pages for {heads} heads of at most {pages}"
+    if heads == 1:
+        return torch.full((units, 1), budget_pages, device=gains_UHJ.device)
     gains_UX = gains_UHJ.flatten(1)
     budget_U = torch.full((units,), budget_pages, device=gains_UHJ.device)
     keep_UX = keep_best(gains_UX, budget_U)
@@ -336,26 +357,11 @@ def proportional_pages(weight_L: Tensor, forced_J: Tensor, budget_pages: int) ->
     """Split `budget_pages` over layers in proportion to their weights, at most J and at least the forced ones each.
 
     Page j of a layer bids weight / (j + 1/2): handing pages to the highest bids rounds proportions to the nearest
-    whole numbers (Sainte-Laguë), and a larger budget takes no page away. fp32 [L], bool [J] -> int64 [L].
+    whole numbers (Sainte-Laguë), and a larger budget takes no page away. Where no weight is above zero, all are equal.
+    fp32 [L], bool [J] -> int64 [L].
     """
     page_J = torch.arange(forced_J.shape[0], device=weight_L.device) + 0.5
-    bids_LJ = torch.where(forced_J, float("inf"), weight_L.nan_to_num(nan=0.0).unsqueeze(-1) / page_J)
+    weight_L = weight_L.nan_to_num(nan=0.0)
+    weight_L = torch.where(weight_L.amax() > 0, weight_L, 1.0)
+    bids_LJ = torch.where(forced_J, float("inf"), weight_L.unsqueeze(-1) / page_J)
     return allocate_pages(bids_LJ.unsqueeze(0), budget_pages).flatten()
-
-
-def packed_positions(keep_RE: Tensor, count_R: Tensor, total: int, first_position: int) -> Tensor:
-    """Kept positions, ascending within a row, row after row. bool [R, E], int [R] -> int32 [total].
-
-    `total` = sum of `count_R`, which the caller knows from shapes: no boolean mask decides a shape here. Column 0 is
-    position `first_position`.
-    """
-    tokens = keep_RE.shape[1]
-    position_E = torch.arange(first_position, first_position + tokens, dtype=torch.int32, device=keep_RE.device)
-    packed = torch.full((total + 1,), first_position, dtype=torch.int32, device=keep_RE.device)
-    before_R1 = (count_R.cumsum(0) - count_R).unsqueeze(-1)
-    step = max(1, SORT_ELEMENTS // tokens)
-    for keep, before in zip(keep_RE.split(step), before_R1.split(step), strict=True):
-        target = keep.cumsum(dim=-1).add_(before - 1)
-        target.masked_fill_(~keep, total)  # one slot behind the end takes what is not kept
-        packed.scatter_(0, target.flatten(), position_E.repeat(len(keep)))
-    return packed[:total]

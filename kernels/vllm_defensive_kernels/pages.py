@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -15,26 +16,85 @@ from vllm_defensive_kernels.checks import refuse, require_int, require_shape
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-@dataclass(frozen=True)
-class PagedKV:
-    """A KV cache seen as head pages; see the package's docstring for the address of a page.
+@dataclass(frozen=True, kw_only=True)
+class PageAddresses:
+    """The address book: which page belongs to a (layer, head, block), and in which order packed pages are filled.
 
-    key_PND, value_PND: views `[pages, N, D]` of fp32, fp16, bf16 or fp8, of one dtype, shape and device, any strides
-        but the last, which is 1. The views may overlap (heads inside tokens).
-    layer_page_L: int64 on the same device, first page of each layer.
-    block_pages, head_pages: distance, in pages, of neighbouring blocks and heads.
-    layer_pages: that of neighbouring layers where it is the same for all (it then saves a load a key), else None.
+    layer_page_L: int64, first page of each layer. block_pages, head_pages: distance, in pages, of neighbouring blocks
+    and heads. page_tokens: rows of a page. pages_per_block: pages of one head in a block, `part_pages` apart: the first
+    holds the block's first `page_tokens` tokens, and so on.
+
+    Axes: B blocks, X any pages, Z pages of a head and block.
     """
 
-    key_PND: Tensor
-    value_PND: Tensor
     layer_page_L: Tensor
     block_pages: int
     head_pages: int
     num_kv_heads: int
+    page_tokens: int
+    pages_per_block: int = 1
+    part_pages: int = 1
+
+    def __post_init__(self) -> None:
+        if self.layer_page_L.dtype != torch.int64 or self.layer_page_L.dim() != 1:
+            refuse("layer_page_L", (self.layer_page_L.dtype, tuple(self.layer_page_L.shape)), "int64 of shape [L]")
+        for name in ("block_pages", "head_pages", "num_kv_heads", "page_tokens", "pages_per_block", "part_pages"):
+            require_int(name, getattr(self, name), 1)
+
+    @property
+    def num_layers(self) -> int:
+        return self.layer_page_L.shape[0]
+
+    @property
+    def block_tokens(self) -> int:
+        return self.page_tokens * self.pages_per_block
+
+    def page_of(self, layer: int | Tensor, head: int | Tensor, block: int | Tensor, part: int | Tensor = 0) -> Tensor:
+        """int64 page of a (layer, head, block) and the part of the block; each may be a tensor that broadcasts."""
+        block = torch.as_tensor(block, device=self.layer_page_L.device).long()
+        return self.layer_page_L[layer] + block * self.block_pages + head * self.head_pages + part * self.part_pages
+
+    def of_blocks(self, blocks_B: Tensor) -> Tensor:
+        """int64 `[L, H, B*Z]`: the pages of every layer and head in these blocks (int64), in the order of tokens."""
+        return (self._inner_LHZ[:, :, None] + (blocks_B * self.block_pages)[:, None]).flatten(2)
+
+    def of_packed(self, blocks_K: Tensor) -> Tensor:
+        """int64 `[K*L*H*Z]`: the pages of packed blocks (any integers) in the order in which they are filled: block by
+        block, in a block layer by layer, in a layer head by head."""
+        return (blocks_K.long()[:, None] * self.block_pages + self._inner_LHZ.flatten()).flatten()
+
+    def place_of(self, flat_X: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The inverse: (which of the blocks, layer, head, part) of packed pages, by their place in that order."""
+        row_X, part_X = flat_X // self.pages_per_block, flat_X % self.pages_per_block
+        layer_X, head_X = row_X // self.num_kv_heads, row_X % self.num_kv_heads
+        return layer_X // self.num_layers, layer_X % self.num_layers, head_X, part_X
+
+    @cached_property
+    def _inner_LHZ(self) -> Tensor:
+        """Pages of block 0."""
+        layers, heads, parts = (
+            torch.arange(count, device=self.layer_page_L.device)
+            for count in (self.num_layers, self.num_kv_heads, self.pages_per_block)
+        )
+        return self.page_of(layers[:, None, None], heads[:, None], 0, parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagedKV(PageAddresses):
+    """A KV cache seen as head pages; see the package's docstring for the address of a page.
+
+    key_PND, value_PND: views `[pages, N, D]` of fp32, fp16, bf16 or fp8, of one dtype, shape and device, any strides
+        but the last, which is 1. The views may overlap (heads inside tokens).
+    layer_page_L: on the same device. pages_per_block: 1, more are not supported by the kernels.
+    layer_pages: distance of neighbouring layers where it is the same for all (it then saves a load a key), else None.
+    """
+
+    key_PND: Tensor
+    value_PND: Tensor
     layer_pages: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         key, value = self.key_PND, self.value_PND
         if key.dim() != 3 or key.stride(-1) != 1:
             refuse("key_PND", (tuple(key.shape), key.stride()), "a view [pages, N, D] with stride 1 in D")
@@ -43,29 +103,15 @@ class PagedKV:
             refuse("value_PND.stride()", value.stride(), "stride 1 in D")
         if key.dtype not in FLOATS or value.dtype != key.dtype:
             refuse("key_PND.dtype, value_PND.dtype", (key.dtype, value.dtype), f"one dtype of {FLOATS}")
-        if self.layer_page_L.dtype != torch.int64 or self.layer_page_L.dim() != 1:
-            refuse("layer_page_L", (self.layer_page_L.dtype, tuple(self.layer_page_L.shape)), "int64 of shape [L]")
         if not (key.device == value.device == self.layer_page_L.device):
             refuse("layer_page_L.device", self.layer_page_L.device, f"{key.device}, where the pages are")
-        for name in ("block_pages", "head_pages", "num_kv_heads"):
-            require_int(name, getattr(self, name), 1)
-
-    @property
-    def num_layers(self) -> int:
-        return self.layer_page_L.shape[0]
-
-    @property
-    def page_tokens(self) -> int:
-        return self.key_PND.shape[1]
+        if self.page_tokens != key.shape[1]:
+            refuse("page_tokens", self.page_tokens, f"{key.shape[1]}, as key_PND has")
+        require_int("pages_per_block", self.pages_per_block, 1, 1)
 
     @property
     def head_size(self) -> int:
         return self.key_PND.shape[2]
-
-    def page_of(self, layer: int | Tensor, head: int | Tensor, block: int | Tensor) -> Tensor:
-        """int64 page of a (layer, head, block); each may be a tensor that broadcasts. For references."""
-        block = torch.as_tensor(block, device=self.layer_page_L.device).long()
-        return self.layer_page_L[layer] + block * self.block_pages + head * self.head_pages
 
     @classmethod
     def from_layers(cls, layer_BHNC: Sequence[Tensor]) -> PagedKV:
@@ -99,6 +145,7 @@ class PagedKV:
             block_pages=block_stride // unit,
             head_pages=head_stride // unit,
             num_kv_heads=heads,
+            page_tokens=page_tokens,
             layer_pages=steps.pop() if len(steps) == 1 else None,
         )
 
@@ -108,7 +155,8 @@ class PackedState:
     """What evicted requests keep, one slot a request; persistent buffers, so that a captured graph can read them.
 
     fresh_SK: int32 `[slots, K_max]`, ids of the fresh blocks. offset_SO: int32 `[slots, L*H + 1]`, first page of each
-    head in the packed region. shared_S, growth_S: int32 `[slots]`, `s` and `g` in blocks.
+    head in the packed region, in the order of `PageAddresses.of_packed`. shared_S, growth_S: int32 `[slots]`, `s` and
+    `g` in blocks.
     """
 
     fresh_SK: Tensor

@@ -67,9 +67,15 @@ def value_norm(
     return out_HT
 
 
-def pack_tokens(score_RE: Tensor, sorted_RE: Tensor, count_R: Tensor, first_token: int, total: int) -> Tensor:
-    """Reference of the kernel in `selection`: kept positions of each row, ascending. -> int32 [total]."""
-    return formulas.packed_positions(formulas.keep_best(score_RE, count_R, sorted_RE), count_R, total, first_token)
+def kept_tokens(
+    score_RE: Tensor, last_R1: Tensor, offset_O: Tensor, *, pages: int, page_tokens: int, first_token: int
+) -> Tensor:
+    """Reference of `selection.kept_tokens`."""
+    keep_RE = formulas.keep_down_to(score_RE, offset_O.diff() * page_tokens, last_R1)
+    # NumPy finds the marks on one core 5 to 9 times faster than torch, and 20 times faster than a running count does.
+    flat_X = torch.from_numpy(keep_RE.cpu().numpy().reshape(-1).nonzero()[0])
+    token_X = flat_X.remainder_(score_RE.shape[1]).to(score_RE.device, torch.int32).add_(first_token)
+    return token_X.view(pages, page_tokens)
 
 
 def compact(
@@ -77,17 +83,11 @@ def compact(
     key_scale: float, value_scale: float,
 ) -> None:  # fmt: skip
     """Reference of `compaction.compact`."""
-    flat = torch.arange(token_T.shape[0] // target.page_tokens, device=token_T.device)
-    owner = torch.searchsorted(offset_O[1:].contiguous(), flat.to(offset_O.dtype), right=True)
-    heads = source.num_kv_heads
-    layer_P, head_P = owner // heads, owner % heads
+    target_P, heads = target.of_packed(fresh_K), source.num_kv_heads
+    flat = torch.arange(len(target_P), dtype=offset_O.dtype, device=token_T.device)
+    owner_P1 = torch.searchsorted(offset_O[1:].contiguous(), flat, right=True)[:, None]
     token_PN = token_T.view(-1, target.page_tokens).long()
-    block_PN = table_B.long()[token_PN // source.page_tokens]
-    source_PN = source.layer_page_L[layer_P][:, None] + block_PN * source.block_pages
-    source_PN += head_P[:, None] * source.head_pages
-    inner = flat % (target.num_layers * heads)
-    fresh_P = fresh_K.long()[flat // (target.num_layers * heads)]
-    target_P = target.layer_page_L[inner // heads] + fresh_P * target.block_pages + inner % heads * target.head_pages
+    source_PN = source.page_of(owner_P1 // heads, owner_P1 % heads, table_B[token_PN // source.page_tokens])
     pairs = ((source.key_PND, target.key_PND, key_scale), (source.value_PND, target.value_PND, value_scale))
     for source_PND, target_PND, scale in pairs:
         kept_PND = source_PND[source_PN, token_PN % source.page_tokens]
@@ -109,18 +109,15 @@ def packed_rows(
     pages: PagedKV, layer: int, head: int, table_B: Tensor, seq_len: int, slot: int, state: PackedState
 ) -> tuple[Tensor, Tensor]:
     """Page and place in it of every key that one head of one row has left, in order. int64 [len(l, h)] each."""
-    layers, heads, page_tokens = pages.num_layers, pages.num_kv_heads, pages.page_tokens
+    row, page_tokens = layer * pages.num_kv_heads + head, pages.page_tokens
     shared = growth = first = last = 0
     if slot >= 0:
         shared, growth = int(state.shared_S[slot]), int(state.growth_S[slot])
-        first, last = state.offset_SO[slot, layer * heads + head : layer * heads + head + 2].tolist()
-    flat = torch.arange(first, last, device=table_B.device)
-    block, inner = state.fresh_SK[slot, flat // (layers * heads)], flat % (layers * heads)
-    blocks = -(-seq_len // page_tokens)
+        first, last = state.offset_SO[slot, row : row + 2].tolist()
     segments = (
         pages.page_of(layer, head, table_B[:shared]),
-        pages.page_of(inner // heads, inner % heads, block),
-        pages.page_of(layer, head, table_B[growth:blocks]),
+        pages.of_packed(state.fresh_SK[slot])[first:last],
+        pages.page_of(layer, head, table_B[growth : -(-seq_len // page_tokens)]),
     )
     length = (shared + last - first - growth) * page_tokens + seq_len
     index = torch.arange(length, device=table_B.device)

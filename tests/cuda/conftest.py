@@ -68,7 +68,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         return call
 
     for module in (cuda_backend, cuda_evictor):
-        for name in ("ragged_paged_decode", "window_scores", "value_norm", "select_pages", "compact"):
+        for name in ("ragged_paged_decode", "window_scores", "value_norm", "kept_tokens", "compact"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     yield calls

@@ -28,8 +28,8 @@ from vllm_defensive_kernels import (
     RaggedTokens,
     addressing,
     compact,
+    kept_tokens,
     ragged_paged_decode,
-    select_pages,
     value_norm,
     window_scores,
 )
@@ -105,15 +105,15 @@ def copy(source: torch.dtype, target: torch.dtype, page_tokens: int, head_size: 
     compact(next(pair), int32(64), int32(17), token, next(pair), int32(4), key_scale=scale)
 
 
-def select() -> None:
-    select_pages(torch.zeros(2, 8, 4096), 40, 16)
+def list_kept() -> None:
+    kept_tokens(torch.zeros(16, 4096), torch.zeros(16, 1), int32(17), pages=640, page_tokens=16, first_token=0)
 
 
 QUICK: dict[str, Callable[[], None]] = {
     "decode bf16": lambda: decode(BF16, 4, 16, 128, BF16, 1),
     "window bf16": lambda: window(BF16, 4, 16, 128, BF16),
     "value_norm bf16 L1": lambda: norm(BF16, 16, 128, BF16, 1),
-    "select_pages": select,
+    "kept_tokens": list_kept,
     "compact bf16": lambda: copy(BF16, BF16, 16, 128),
 }
 ALL: dict[str, Callable[[], None]] = QUICK | {

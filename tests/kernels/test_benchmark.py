@@ -15,7 +15,7 @@ from benchmarks.kernels.machine import Limits, Machine
 from benchmarks.kernels.report import Report, Row
 
 ROOT = Path(__file__).parents[2]
-OPS = {"window_scores", "value_norm L1", "value_norm L2", "select_pages", "compact", "ragged_paged_decode"}
+OPS = {"window_scores", "value_norm L1", "value_norm L2", "select", "compact", "ragged_paged_decode"}
 MACHINE = Machine("a GPU", "1", "13", "2", "3", "3.12", "python -m benchmarks.kernels")
 
 
@@ -60,7 +60,7 @@ def test_an_op_that_failed_its_check_has_no_figures(tmp_path: Path) -> None:
 
 
 def test_shares_and_the_whole_eviction_follow_from_the_rows(tmp_path: Path) -> None:
-    ops = {"window_scores": 1e-3, "value_norm L2": 1e-4, "select_pages": 1e-3, "compact": 5e-4}
+    ops = {"window_scores": 1e-3, "value_norm L2": 1e-4, "select": 1e-3, "compact": 5e-4}
     rows = [Row(op, "32768 tokens, x", 2 * 10**9, 10**9, seconds) for op, seconds in ops.items()]
     report = Report(MACHINE, Limits(4e12, 8e14), False, rows)
     assert rows[0].shares(report.limits)["copy bandwidth"] == pytest.approx(0.5)

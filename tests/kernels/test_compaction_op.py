@@ -6,10 +6,11 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
-from tests.kernels.cases import LAYOUTS, int32, make_pages, make_table, randn
+from tests.kernels.cases import LAYOUTS, int32, make_pages, make_table, randn, select_pages
 from tests.kernels.conftest import DEVICE
-from vllm_defensive_kernels import PagedKV, compact, reference, select_pages
+from vllm_defensive_kernels import PagedKV, compact, reference
 
 L, H, N, D = 2, 3, 16, 80
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -29,6 +30,12 @@ def blank(layout: str, dtype: torch.dtype) -> PagedKV:
     return pages
 
 
+def chosen(tokens: int, packed_blocks: int) -> tuple[Tensor, Tensor]:
+    """(first page of each head, kept tokens) of random scores."""
+    selection = select_pages(randn(L, H, tokens).abs(), packed_blocks, N)
+    return selection.offset_O, selection.tokens_PN.flatten()
+
+
 @pytest.mark.parametrize("target_layout", LAYOUTS)
 @pytest.mark.parametrize(("dtype", "target_dtype", "key_scale", "value_scale"), [
     (torch.bfloat16, torch.bfloat16, 1.0, 1.0), (torch.float32, torch.float16, 0.5, 3.0), (FP8[0], FP8[0], 1.0, 1.0),
@@ -44,7 +51,7 @@ def test_kept_tokens_land_in_order_and_nothing_else_changes(
         for view in (source.key_PND, source.value_PND):
             view.copy_(view.to(target_dtype).to(dtype))
     table, fresh = make_table(1, 6, 12)[0], int32(5, 2)
-    offset, token = select_pages(randn(L, H, 6 * N).abs(), 2, N, scope="model")
+    offset, token = chosen(6 * N, 2)
     actual, expected = blank(target_layout, target_dtype), blank(target_layout, target_dtype)
     scales = {"key_scale": key_scale, "value_scale": value_scale}
     compact(source, table, offset, token, actual, fresh, **scales)
@@ -55,7 +62,7 @@ def test_kept_tokens_land_in_order_and_nothing_else_changes(
 def test_reference_follows_the_definition_token_by_token() -> None:
     source, target = make_pages(L, 12, H, N, D), blank("BLHNC", torch.float32)
     table, fresh = make_table(1, 6, 12)[0], int32(5, 2, 7)
-    offset, token = select_pages(randn(L, H, 6 * N).abs(), 3, N, scope="layer")
+    offset, token = chosen(6 * N, 3)
     compact(source, table, offset, token, target, fresh)
     for row, (first, last) in enumerate(itertools.pairwise(offset.tolist())):
         for flat in range(first, last):
@@ -70,14 +77,14 @@ def test_reference_follows_the_definition_token_by_token() -> None:
 
 def test_pages_of_another_length_and_the_same_cache() -> None:
     source, table = make_pages(L, 12, H, 8, D), make_table(1, 6, 12)[0]
-    offset, token = select_pages(randn(L, H, 48).abs(), 1, N, scope="model")
+    offset, token = chosen(48, 1)
     actual, expected = blank("LBHNC", torch.float32), blank("LBHNC", torch.float32)
     compact(source, table, offset, token, actual, int32(4))
     reference.compact(source, table, offset, token, expected, int32(4), key_scale=1.0, value_scale=1.0)
     assert torch.equal(bits(actual), bits(expected))
     cache = make_pages(L, 12, H, N, D)
     free = next(block for block in range(1, 12) if block not in table.tolist())
-    offset, token = select_pages(randn(L, H, 6 * N).abs(), 1, N, scope="model")
+    offset, token = chosen(6 * N, 1)
     before = cache.key_PND.clone()
     compact(cache, table, offset, token, cache, int32(free))
     changed = (cache.key_PND != before).flatten(1).any(1).nonzero().flatten().tolist()

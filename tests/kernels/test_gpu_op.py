@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.cases import assert_close, int32, make_pages, make_state, make_table, randn
+from tests.kernels.cases import assert_close, int32, make_pages, make_state, make_table, randn, select_pages
 from tests.kernels.conftest import DEVICE
 from vllm_defensive_kernels import (
     DecodeWorkspace,
@@ -14,7 +14,6 @@ from vllm_defensive_kernels import (
     compact,
     ragged_paged_decode,
     reference,
-    select_pages,
     value_norm,
     window_scores,
 )
@@ -30,8 +29,8 @@ def evict(pages: PagedKV, query: torch.Tensor, weight: torch.Tensor, table: torc
     scores = window_scores(query, pages, table, tokens).score_LHT
     for layer in range(L):
         scores[layer] *= value_norm(pages, layer, table, tokens, weight)
-    offset, kept = select_pages(torch.nn.functional.pad(scores, (0, 32)), 3, N, forced_tokens=32)
-    compact(pages, table[0], offset, kept, pages, fresh)
+    selection = select_pages(torch.nn.functional.pad(scores, (0, 32), value=float("inf")), 3, N)
+    compact(pages, table[0], selection.offset_O, selection.tokens_PN.flatten(), pages, fresh)
 
 
 def test_an_eviction_and_a_decode_step_never_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from tests.kernels.cases import LAYOUTS, int32, make_pages
 from tests.kernels.conftest import DEVICE
-from vllm_defensive_kernels import PackedState, PagedKV, RaggedTokens
+from vllm_defensive_kernels import PackedState, PageAddresses, PagedKV, RaggedTokens
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "NLBHC", "HBLNC"])
@@ -25,6 +25,28 @@ def test_every_layout_is_seen_as_pages(layout: str) -> None:
                 assert torch.equal(pages.key_PND[page], LBHNC[layer, block, head, :, :3])
                 assert torch.equal(pages.value_PND[page], LBHNC[layer, block, head, :, 3:])
     assert pages.layer_pages == int(pages.layer_page_L[1] - pages.layer_page_L[0])
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("order", ["LBHZ", "BLHZ", "BZLH", "BHLZ"])
+def test_one_address_book_knows_every_page_and_the_order_of_packed_ones(order: str, parts: int) -> None:
+    """Against a buffer in which each page is its number."""
+    sizes = {"L": 2, "B": 5, "H": 3, "Z": parts}
+    count = 2 * 5 * 3 * parts
+    numbers = torch.arange(count, device=DEVICE).view([sizes[axis] for axis in order])
+    LBHZ = numbers.permute([order.index(axis) for axis in "LBHZ"])
+    book = PageAddresses(
+        layer_page_L=LBHZ[:, 0, 0, 0], block_pages=LBHZ.stride(1), head_pages=LBHZ.stride(2), num_kv_heads=3,
+        page_tokens=4, pages_per_block=parts, part_pages=LBHZ.stride(3),
+    )  # fmt: skip
+    assert (book.num_layers, book.block_tokens) == (2, 4 * parts)
+    blocks = torch.tensor([4, 0, 3], device=DEVICE)
+    assert torch.equal(book.of_blocks(blocks), LBHZ[:, blocks].transpose(1, 2).flatten(2))
+    packed = book.of_packed(blocks.int())
+    assert torch.equal(packed, LBHZ[:, blocks].transpose(0, 1).flatten())
+    index, layer, head, part = book.place_of(torch.arange(len(packed), device=DEVICE))
+    assert torch.equal(LBHZ[layer, blocks[index], head, part], packed)
+    assert torch.equal(book.page_of(layer, head, blocks[index], part), packed)
 
 
 def test_layers_at_uneven_distances() -> None:
@@ -43,6 +65,8 @@ def test_caches_of_several_storages_are_refused() -> None:
 @pytest.mark.parametrize(("change", "message"), [
     ({"block_pages": 0}, "block_pages=0: choose 1 or more"),
     ({"value_PND": torch.zeros(1, 4, 3, device=DEVICE)}, r"value_PND.shape=\(1, 4, 3\): choose \[30, 4, 32\]"),
+    ({"page_tokens": 2}, "page_tokens=2: choose 4, as key_PND has"),
+    ({"pages_per_block": 2}, "pages_per_block=2: choose 1 to 1"),
     ({"layer_page_L": int32(0, 1)}, r"layer_page_L=.*choose int64"),
 ])  # fmt: skip
 def test_wrong_pages_are_named(change: dict[str, object], message: str) -> None:

@@ -48,6 +48,7 @@ SHAPES = [
     Shape(97, heads=1, group=4, window=5),
     Shape(33, heads=2, group=2, window=32),  # one token before the window
     Shape(37, heads=4, group=1, window=32, layers=3),
+    Shape(70, heads=2, group=2, window=1, layers=3),  # one row of attention, which has no variance
 ]
 
 

@@ -92,17 +92,22 @@ def halo(row: np.ndarray, reach: int, weight: float) -> np.ndarray:
     return np.array([max(row[t], weight * max(row[max(t - reach, 0) : t + reach + 1])) for t in range(len(row))])
 
 
+def variance(rows: np.ndarray, axis: int) -> np.ndarray:
+    """Unbiased; of a single row 0, for it does not change."""
+    return rows.var(axis=axis, ddof=min(1, rows.shape[axis] - 1))
+
+
 def cake_scores(rows: Rows, kernel: int) -> np.ndarray:
     heads, group, _, _ = rows.shape
     return np.array(
-        [sum(pool(r.mean(axis=0) + 200 * r.var(axis=0, ddof=1), kernel) for r in rows[h]) / group for h in range(heads)]
+        [sum(pool(r.mean(axis=0) + 200 * variance(r, 0), kernel) for r in rows[h]) / group for h in range(heads)]
     )
 
 
 def cake_preference(rows: Rows) -> float:
     """How much of the budget a layer wants: its attention's entropy, and its variance over the window."""
     entropy = -sum(a * math.log(a) for a in rows.flatten() if a > 0)
-    return entropy ** (1 / 1.6) * rows.var(axis=2, ddof=1).sum() ** (1 / 0.6)
+    return entropy ** (1 / 1.6) * variance(rows, 2).sum() ** (1 / 0.6)
 
 
 def layer_budgets(policy, weights: list[float], *, total: int, forced: int, most: int) -> list[int]:
@@ -110,6 +115,8 @@ def layer_budgets(policy, weights: list[float], *, total: int, forced: int, most
     layers = len(weights)
     if policy.layer_budget == "linear":
         weights = [2 - 1 / 20 - (2 - 2 / 20) * i / (layers - 1) if layers > 1 else 1.0 for i in range(layers)]
+    if max(weights) == 0:
+        weights = [1.0] * layers
     budgets = [forced] * layers
     for _ in range(total - forced * layers):
         open_layers = [i for i in range(layers) if budgets[i] < most]

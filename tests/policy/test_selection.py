@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.policy.cases import LayerInputs, Shape, kept_by_head, make_layers, score
 from vllm_defensive.policy import PRESETS, LayerScores, Policy, Selection, select, select_within
+from vllm_defensive_kernels import formulas
 
 POLICIES = [policy for policy in PRESETS.values() if policy.name != "keep-all"]
 SCOPES = [PRESETS[name] for name in ("snapkv", "adakv", "layer-defensivekv")]
@@ -184,8 +185,27 @@ def test_nothing_waits_for_the_device(policy: Policy) -> None:
     for layer, inputs in enumerate(make_layers(shape)):
         on_meta = LayerInputs(*(tensor.to("meta") for tensor in vars(inputs).values()))
         scores.append(score(policy, shape, on_meta, layer=layer, evictable=(16, 112)))
-    selection = select(policy, scores, page_size=16, packed_blocks=2, evictable=(16, 112))
-    assert selection.pages_LH.shape == (3, 2) and selection.tokens_PN.shape == (12, 16)
+    asked: dict = {}
+
+    def kernel(*tensors: Tensor, **numbers: int) -> Tensor:
+        asked.update(numbers)
+        return torch.empty(12, 16, device="meta")
+
+    selection = select(policy, scores, page_size=16, packed_blocks=2, evictable=(16, 112), list_kept=kernel)
+    assert selection.pages_LH.shape == (3, 2) and selection.offset_O.shape == (7,)
+    assert asked == {"pages": 12, "page_tokens": 16, "first_token": 16}
+
+
+@pytest.mark.parametrize("values", [2, 5, 10**6])
+def test_rows_are_marked_the_same_whether_ties_are_counted_in_all_of_them_or_where_there_are_any(values: int) -> None:
+    """The latter on CPUs, which may look; the former elsewhere."""
+    scores_RE = torch.randint(0, values, (40, 12), generator=torch.Generator().manual_seed(values)).float()
+    scores_RE[:, 10:] = float("inf")
+    count_R = torch.arange(40) % 13
+    last_R1 = formulas.last_value(formulas.sort_down(scores_RE), count_R)
+    keep_RE = formulas.keep_down_to(scores_RE, count_R, last_R1)
+    assert torch.equal(keep_RE, formulas._first_down_to(scores_RE, count_R, last_R1))
+    assert torch.equal(keep_RE.sum(dim=1), count_R)
 
 
 @pytest.mark.parametrize("name", ["adakv", "criticalkv", "layer-defensivekv"])

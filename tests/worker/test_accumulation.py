@@ -32,7 +32,7 @@ class Prompt:
         for position in range(T):
             page = buffer[int(BLOCKS[position // N])].view(L, H, 2, N, D)
             page[:, :, 0, position % N] = self.key_LHTD[:, :, position]
-        view = PageView([buffer[:, layer] for layer in range(L)])
+        view = PageView.from_layers([buffer[:, layer] for layer in range(L)])
         self.sums = Accumulations(view, PageCodec(order_ND, order_ND), [SCALE] * L)
 
     def feed(self, begin: int, end: int, row_start: int = 0) -> None:

@@ -22,7 +22,7 @@ def buffer_of(order: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 @pytest.mark.parametrize("order", ["LBH", "BLH", "BHL", "HLB"])
 def test_a_page_number_finds_its_block_layer_and_head(order: str) -> None:
     caches = buffer_of(order)
-    view = PageView(caches)
+    view = PageView.from_layers(caches)
     blocks = torch.tensor([4, 0, 3])
     pages_LHB = view.of_blocks(blocks)
     for layer in range(L):
@@ -35,7 +35,7 @@ def test_a_page_number_finds_its_block_layer_and_head(order: str) -> None:
 @pytest.mark.parametrize("order", ["LBH", "BLH", "BHL"])
 def test_packed_pages_fill_block_by_block_layer_by_layer(order: str) -> None:
     caches = buffer_of(order)
-    view = PageView(caches)
+    view = PageView.from_layers(caches)
     blocks = torch.tensor([2, 1])
     expected = [caches[layer][b, head].flatten() for b in (2, 1) for layer in range(L) for head in range(H)]
     assert torch.equal(view.data[view.of_packed(blocks)], torch.stack(expected))
@@ -43,7 +43,7 @@ def test_packed_pages_fill_block_by_block_layer_by_layer(order: str) -> None:
 
 
 def test_the_attention_view_halves_each_page() -> None:
-    view = PageView(buffer_of("LBH"))
+    view = PageView.from_layers(buffer_of("LBH"))
     keys, values = view.attention_view()
     assert keys.shape == values.shape == (L * B * H, 1, N, D)
     assert torch.equal(torch.cat([keys[7].flatten(), values[7].flatten()]), view.data[7])
@@ -54,11 +54,11 @@ def test_the_attention_view_halves_each_page() -> None:
 def test_caches_that_are_not_pages_of_one_buffer_are_refused() -> None:
     caches = buffer_of("LBH")
     with pytest.raises(ValueError, match="not one buffer"):
-        PageView([caches[0], caches[1].clone()])
+        PageView.from_layers([caches[0], caches[1].clone()])
     with pytest.raises(ValueError, match="differ in shape"):
-        PageView([caches[0], caches[1][:, :, :2]])
+        PageView.from_layers([caches[0], caches[1][:, :, :2]])
     with pytest.raises(ValueError, match="do not keep head pages contiguous"):
-        PageView([cache.transpose(1, 2) for cache in caches])
+        PageView.from_layers([cache.transpose(1, 2) for cache in caches])
 
 
 ORDERS = {

@@ -25,7 +25,7 @@ from vllm_defensive.worker.window import WindowQueries
     ],
 )
 def test_queries_come_head_by_head(heads: int, lengths: list[int], rows: list[int]) -> None:
-    view = PageView(list(torch.zeros(1, 2, heads, 4, 4)))
+    view = PageView.from_layers(list(torch.zeros(1, 2, heads, 4, 4)))
     runtime = CPURuntime(view, WindowQueries(1, 4, heads, 2, torch.float32), None, lambda _: ())
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     common = SimpleNamespace(

@@ -10,32 +10,36 @@ from tests.evictions import eviction
 from vllm_defensive.plan import Eviction
 from vllm_defensive.worker.cpu.pages import PageView
 from vllm_defensive.worker.cpu.tables import BatchTable, RequestTable
+from vllm_defensive_kernels.pages import PageAddresses
 
 L, BLOCKS, H, N, D = 2, 200, 2, 4, 2
 
 
 @pytest.fixture(scope="module")
 def view() -> PageView:
-    return PageView(list(torch.zeros(L, BLOCKS, H, N, 2 * D)))
+    return PageView.from_layers(list(torch.zeros(L, BLOCKS, H, N, 2 * D)))
 
 
-def planned(stop: int, shared: int, packed: tuple[int, ...], first_block: int = 10) -> Eviction:
+def planned(stop: int, shared: int, packed: tuple[int, ...], first_block: int = 10, page_tokens: int = N) -> Eviction:
     source = tuple(range(first_block, first_block + -(-stop // N)))
-    return eviction(stop, packed, shared_blocks=shared, source_blocks=source, block_tokens=N)
+    return eviction(stop, packed, shared_blocks=shared, source_blocks=source, block_tokens=N, page_tokens=page_tokens)
 
 
-def table_of(view: PageView, plan: Eviction, pages_LH: Tensor) -> RequestTable:
+def table_of(view: PageAddresses, plan: Eviction, pages_LH: Tensor) -> RequestTable:
     return RequestTable(view, plan.packing, plan.score.source_blocks[: plan.region.shared_blocks], pages_LH)
 
 
-def expected_pages(view: PageView, plan: Eviction, pages_LH: Tensor, growth: list[int], layer: int, head: int) -> list:
+def expected_pages(
+    view: PageAddresses, plan: Eviction, pages_LH: Tensor, growth: list[int], layer: int, head: int
+) -> list:
     """Pages that a head reads: shared blocks, its own of the packed ones, then blocks of later tokens."""
     flat = view.of_packed(torch.tensor(plan.packing.blocks)).tolist()
     before = int(pages_LH.flatten()[: layer * H + head].sum())
     own = flat[before : before + int(pages_LH[layer, head])]
 
     def positional(blocks: list[int]) -> list[int]:
-        return [int(view.of_blocks(torch.tensor([b]))[layer, head, 0]) for b in blocks]
+        parts = range(view.pages_per_block)
+        return [int(view.page_of(layer, head, block, part)) for block in blocks for part in parts]
 
     return [*positional(list(plan.score.source_blocks[: plan.region.shared_blocks])), *own, *positional(growth)]
 
@@ -56,6 +60,26 @@ def test_a_table_grows_one_page_a_head_and_block(view: PageView, growth: int) ->
         for head in range(H):
             expected = expected_pages(view, PLAN, PAGES_LH, blocks, layer, head)
             assert table.pages_LHP[layer, head, : len(expected)].tolist() == expected
+
+
+def test_blocks_of_two_pages_a_head() -> None:
+    """As where one model's layers need blocks of other sizes; its packed pages are half a block long."""
+    halves = PageAddresses(
+        layer_page_L=torch.tensor([0, 2 * H * BLOCKS]), block_pages=2 * H, head_pages=2, num_kv_heads=H,
+        page_tokens=N // 2, pages_per_block=2,
+    )  # fmt: skip
+    pages_LH = torch.tensor([[3, 9], [5, 7]], dtype=torch.int32)  # 3 blocks of 8 pages
+    plan = planned(stop=30, shared=1, packed=(100, 101, 102), page_tokens=N // 2)
+    table = table_of(halves, plan, pages_LH)
+    table.grow(torch.tensor([17]))
+    table.grow(torch.tensor([18, 19]))
+    assert (table.full_blocks, table.growth_blocks) == (7, 3)
+    for layer in range(L):
+        for head in range(H):
+            expected = expected_pages(halves, plan, pages_LH, [17, 18, 19], layer, head)
+            assert table.pages_LHP[layer, head, : len(expected)].tolist() == expected
+            # one shared block, the head's pages, and everything after the seven full blocks of the prompt
+            assert table.offset_LH[layer, head] == N + pages_LH[layer, head] * N // 2 - 28
 
 
 def test_lengths_follow_from_vllms_own(view: PageView) -> None:

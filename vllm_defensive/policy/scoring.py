@@ -199,7 +199,7 @@ def _observe_heads(policy: Policy, query_WHGD: Tensor, key_HSD: Tensor, scale: f
         if policy.aggregate == "defensive":
             peaks.append(formulas.aggregate_peak(attention_HGWT, policy.pool_kernel))
         elif policy.aggregate == "cake":
-            variance_HGT = attention_HGWT.var(dim=2)
+            variance_HGT = attention_HGWT.var(dim=2, correction=min(1, window - 1))  # of one row 0: nothing changes
             variances.append(share * variance_HGT.mean(dim=1))
             spreads.append(torch.stack([formulas.entropy(attention_HGWT), variance_HGT.sum()]))
     mean_HT = torch.stack(means).sum(dim=0)

@@ -1,10 +1,13 @@
-"""From the scores of all layers to the pages and tokens that stay.
+"""From the scores of all layers to the pages and tokens that stay. This is where a kept token is chosen, on any device.
 
-Axes: L layers, H KV heads, E evictable tokens, N tokens a page, J = E/N, P pages kept in all.
+Axes: L layers, H KV heads, R = L*H rows, E evictable tokens, N tokens a page, J = E/N, P pages kept in all,
+O = R + 1 page offsets.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +15,15 @@ from torch import Tensor
 from vllm_defensive.policy.budget import guarded
 from vllm_defensive.policy.presets import Policy
 from vllm_defensive.policy.scoring import LayerScores
-from vllm_defensive_kernels import formulas
+from vllm_defensive_kernels import formulas, reference
+
+
+class ListKept(Protocol):
+    """`vllm_defensive_kernels.kept_tokens`, which runs where Triton does, or its reference."""
+
+    def __call__(
+        self, score_RE: Tensor, last_R1: Tensor, offset_O: Tensor, *, pages: int, page_tokens: int, first_token: int
+    ) -> Tensor: ...
 
 
 @dataclass
@@ -24,14 +35,26 @@ class Selection:
     tokens_PN: Tensor
     """int32: absolute positions, ascending within each head."""
 
+    @cached_property
+    def offset_O(self) -> Tensor:
+        """int32: the first page of each head, and behind them how many there are."""
+        return _offsets(self.pages_LH.flatten())
+
 
 def select(
-    policy: Policy, scores: Sequence[LayerScores], *, page_size: int, packed_blocks: int, evictable: tuple[int, int]
+    policy: Policy,
+    scores: Sequence[LayerScores],
+    *,
+    page_size: int,
+    packed_blocks: int,
+    evictable: tuple[int, int],
+    list_kept: ListKept = reference.kept_tokens,
 ) -> Selection:
     """Choose exactly `packed_blocks` * L * H pages, of `page_size` tokens each, from the range `evictable`.
 
     Each head gets at least the pages that its forced (+inf) tokens fill, provided `packed_blocks` suffices for them.
-    Equal scores: the lowest (layer, head, token) wins. Nothing is read back from the device.
+    Equal scores: the lowest (layer, head, token) wins. Nothing is read back from a GPU.
+    list_kept: how the tokens are listed, once it is known how many each head keeps; the kernel, where Triton runs.
     """
     layers, heads = len(scores), scores[0].scores_HE.shape[0]
     sharers = {"head": 1, "layer": heads, "model": layers * heads}[policy.scope]
@@ -42,6 +65,7 @@ def select(
         budget_pages=packed_blocks * sharers,
         guard_pages=guarded(policy.guard, packed_blocks),
         evictable=evictable,
+        list_kept=list_kept,
     )
 
 
@@ -53,6 +77,7 @@ def select_within(
     budget_pages: int,
     guard_pages: int,
     evictable: tuple[int, int],
+    list_kept: ListKept = reference.kept_tokens,
 ) -> Selection:
     """`select` with a budget for each head, layer or model (the policy's scope) that need not divide evenly.
 
@@ -67,12 +92,8 @@ def select_within(
     units = {"head": layers * heads, "layer": layers, "model": 1}[policy.scope]
     assert 0 < budget_pages <= head_pages * layers * heads // units, f"{budget_pages} pages do not fit in {units}"
 
-    gains, lasts = [], []
-    for chunk_RE in _chunks([layer.scores_HE for layer in scores]):
-        sorted_RE = formulas.sort_down(chunk_RE)
-        gains.append(formulas.page_gains(sorted_RE, page_size))
-        lasts.append(sorted_RE[:, page_size - 1 :: page_size].clone())  # a copy: the sorted scores may go
-    gains_RJ, last_RJ = torch.cat(gains), torch.cat(lasts)
+    score_RE = _rows([layer.scores_HE for layer in scores])
+    gains_RJ, last_RJ = _gains(score_RE, page_size)
     gains_RJ[:, :guard_pages] = float("inf")
     if policy.layer_budget == "even":
         pages_R = formulas.allocate_pages(gains_RJ.view(units, -1, head_pages), budget_pages).flatten()
@@ -81,14 +102,17 @@ def select_within(
         pages_L = formulas.proportional_pages(_layer_weights(policy, scores), forced_J, budget_pages * layers)
         pages_R = pages_L.repeat_interleave(heads)
     last_R1 = formulas.last_value(last_RJ, pages_R)
-
     if policy.stages == "half-budget" and scores[0].rank_HE is not None:
-        keep_RE = _keep_half_by_rank(scores, pages_R * page_size)
-    else:
-        keep_RE = _keep_by_score(scores, pages_R * page_size, last_R1)
-    total_pages = budget_pages * units
-    tokens_X = formulas.packed_positions(keep_RE, pages_R * page_size, total_pages * page_size, start)
-    return Selection(pages_R.view(layers, heads).int(), tokens_X.view(total_pages, page_size))
+        score_RE, last_R1 = _half_by_rank(score_RE, [layer.rank_HE for layer in scores], pages_R * page_size)
+    tokens_PN = list_kept(
+        score_RE,
+        last_R1,
+        _offsets(pages_R),
+        pages=budget_pages * units,
+        page_tokens=page_size,
+        first_token=start,
+    )
+    return Selection(pages_R.view(layers, heads).int(), tokens_PN)
 
 
 def _layer_weights(policy: Policy, scores: Sequence[LayerScores]) -> Tensor:
@@ -98,31 +122,35 @@ def _layer_weights(policy: Policy, scores: Sequence[LayerScores]) -> Tensor:
     return torch.stack([layer.preference for layer in scores if layer.preference is not None])
 
 
-def _chunks(layers_HE: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The rows of a few layers at a time, fp32 [R, E]. NaN, which only a broken model yields, becomes zero: the
-    counts must come out exact, because positions are addresses later."""
-    step = max(1, formulas.SORT_ELEMENTS // layers_HE[0].numel())
-    for first in range(0, len(layers_HE), step):
-        yield torch.cat(list(layers_HE[first : first + step])).nan_to_num_(nan=0.0, posinf=float("inf"))
+def _rows(layers_HE: Sequence[Tensor]) -> Tensor:
+    """The rows of all layers below each other, a copy, fp32 [R, E]. NaN, which only a broken model yields, becomes
+    zero: the counts must come out exact, because positions are addresses later."""
+    return torch.cat(list(layers_HE)).nan_to_num_(nan=0.0, posinf=float("inf"))
 
 
-def _keep_by_score(scores: Sequence[LayerScores], count_R: Tensor, last_R1: Tensor) -> Tensor:
-    keep, first = [], 0
-    for chunk_RE in _chunks([layer.scores_HE for layer in scores]):
-        rows = slice(first, first := first + len(chunk_RE))
-        keep.append(formulas.keep_down_to(chunk_RE, count_R[rows], last_R1[rows]))
-    return torch.cat(keep)
+def _gains(score_RE: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """Of each page that a row could fill, its best tokens first, the score that it adds and the lowest in it. Each fp32
+    [R, J]."""
+    gains, lasts = [], []
+    for some_RE in score_RE.split(formulas.rows_at_once(score_RE)):
+        sorted_RE = formulas.sort_down(some_RE)
+        gains.append(formulas.page_gains(sorted_RE, page_size))
+        lasts.append(sorted_RE[:, page_size - 1 :: page_size].clone())  # a copy: the sorted scores may go
+    return torch.cat(gains), torch.cat(lasts)
 
 
-def _keep_half_by_rank(scores: Sequence[LayerScores], count_R: Tensor) -> Tensor:
-    """CriticalKV: half of a head's tokens by score, the rest by rank among what is left."""
-    scores_HE = [layer.scores_HE for layer in scores]
-    ranks_HE = [layer.rank_HE for layer in scores if layer.rank_HE is not None]
-    assert len(ranks_HE) == len(scores_HE), "some layers have a rank and some have none"
-    keep, first = [], 0
-    for score_RE, rank_RE in zip(_chunks(scores_HE), _chunks(ranks_HE), strict=True):
-        rows = slice(first, first := first + len(score_RE))
-        certain_RE = formulas.keep_best(score_RE, count_R[rows] // 2)
-        rank_RE.masked_fill_(certain_RE, float("inf"))
-        keep.append(formulas.keep_best(rank_RE, count_R[rows]))
-    return torch.cat(keep)
+def _half_by_rank(score_RE: Tensor, ranks_HE: Sequence[Tensor | None], count_R: Tensor) -> tuple[Tensor, Tensor]:
+    """CriticalKV: half of a row's tokens by score, the rest by rank among what is left. -> (fp32 [R, E], [R, 1]), by
+    which to choose all of them, and the lowest of it that is kept."""
+    present_HE = [rank_HE for rank_HE in ranks_HE if rank_HE is not None]
+    assert len(present_HE) == len(ranks_HE), "some layers have a rank and some have none"
+    rank_RE, lasts, at_once = _rows(present_HE), [], formulas.rows_at_once(score_RE)
+    for scores, ranks, counts in zip(*(each.split(at_once) for each in (score_RE, rank_RE, count_R)), strict=True):
+        ranks.masked_fill_(formulas.keep_best(scores, counts // 2), float("inf"))
+        lasts.append(formulas.last_value(formulas.sort_down(ranks), counts))
+    return rank_RE, torch.cat(lasts)
+
+
+def _offsets(pages_R: Tensor) -> Tensor:
+    """int [R] pages -> int32 [R + 1], the first page of each row."""
+    return torch.nn.functional.pad(pages_R.cumsum(0), (1, 0)).int()

@@ -45,7 +45,7 @@ class Accumulations:
         begin, end = chunk
         assert end <= stop, f"{request_id}: a chunk ends at {end}, beyond its eviction at {stop}"
         if begin == 0:
-            shape = (self._view.num_layers, self._view.num_heads, stop)
+            shape = (self._view.num_layers, self._view.num_kv_heads, stop)
             self._masses[request_id] = torch.zeros(shape)
             self._seen[request_id] = 0
         seen = self._seen.get(request_id)

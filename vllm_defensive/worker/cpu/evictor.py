@@ -187,7 +187,7 @@ class CPUEvictor(Evictor):
 
     def _compact(self, tokens: Tokens, pages_H: Tensor, tokens_PN: Tensor, target_P: Tensor) -> None:
         """Copy a layer's selected tokens (int32 `[P, N]`, `pages_H` pages for each head) into its packed pages."""
-        head_P = torch.arange(self._view.num_heads).repeat_interleave(pages_H.long())
+        head_P = torch.arange(self._view.num_kv_heads).repeat_interleave(pages_H.long())
         most = tokens[0].shape[1]
         packed = []
         for part_HTD in tokens:

@@ -7,23 +7,29 @@ never assumes a memory layout: offsets and strides come from the tensors that vL
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from vllm_defensive_kernels.pages import PageAddresses
 
 # Of pages on their way through a core's cache.
 FETCHED_ELEMENTS = 2**18
 
 
-class PageView:
+@dataclass(frozen=True, kw_only=True)
+class PageView(PageAddresses):
     """The KV cache of `L` layers as `data[page]`: rows of `2*N*D` elements, one head page each, K before V."""
 
-    def __init__(self, caches: Sequence[Tensor]) -> None:
+    data: Tensor
+
+    @classmethod
+    def from_layers(cls, caches: Sequence[Tensor]) -> PageView:
         """caches: per layer `[blocks, H, N, 2*D]`, views of one buffer with contiguous pages; else ValueError."""
         first = caches[0]
-        _, self.num_heads, self.page_tokens, width = first.shape
-        self.num_layers, self.head_size = len(caches), width // 2
-        size = self.page_tokens * width
+        _, heads, page_tokens, width = first.shape
+        size = page_tokens * width
         for cache in caches:
             if cache.shape != first.shape or cache.stride() != first.stride() or cache.dtype != first.dtype:
                 raise ValueError("kv_eviction: the layers' KV caches differ in shape, stride or dtype")
@@ -32,24 +38,18 @@ class PageView:
             if cache.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
                 raise ValueError("kv_eviction: the layers' KV caches are not one buffer")
         num_pages = first.untyped_storage().nbytes() // first.element_size() // size
-        self.data = first.as_strided((num_pages, size), (size, 1), 0)
-        layers = torch.tensor([cache.storage_offset() // size for cache in caches])
-        heads = torch.arange(self.num_heads) * (first.stride(1) // size)
-        self._inner_LH = (layers[:, None] + heads[None, :]).to(first.device)
-        self._block_stride = first.stride(0) // size
-        self.page_bytes = size * first.element_size()
+        return cls(
+            layer_page_L=torch.tensor([cache.storage_offset() // size for cache in caches], device=first.device),
+            block_pages=first.stride(0) // size,
+            head_pages=first.stride(1) // size,
+            num_kv_heads=heads,
+            page_tokens=page_tokens,
+            data=first.as_strided((num_pages, size), (size, 1), 0),
+        )
 
     @property
-    def device(self) -> torch.device:
-        return self.data.device
-
-    def of_blocks(self, blocks_B: Tensor) -> Tensor:
-        """Page numbers int64 `[L, H, B]` of every layer and head in the given blocks (int64 `[B]`)."""
-        return self._inner_LH[:, :, None] + blocks_B * self._block_stride
-
-    def of_packed(self, blocks_K: Tensor) -> Tensor:
-        """Page numbers int64 `[K*L*H]` in the order in which packed pages are filled: block by block, layer, head."""
-        return (blocks_K[:, None] * self._block_stride + self._inner_LH.flatten()[None, :]).flatten()
+    def head_size(self) -> int:
+        return self.data.shape[1] // (2 * self.page_tokens)
 
     def attention_view(self) -> tuple[Tensor, Tensor]:
         """(K, V), each `[pages, 1, N, D]`: the whole buffer as the cache of a layer with one head."""

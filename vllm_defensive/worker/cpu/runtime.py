@@ -115,10 +115,10 @@ class CPURuntime(Runtime):
         tables = [self.tables[ids[row]] for row in rows]
         rows_E = torch.tensor(rows)
         seq_lens_E = common.seq_lens[rows_E]
-        page_tokens = self._view.page_tokens
+        block_tokens = self._view.block_tokens
         new_blocks: list[Tensor | None] = []
         for row, table, seq_len in zip(rows, tables, seq_lens_E.tolist(), strict=True):
-            first, last = table.full_blocks + table.growth_blocks, -(-seq_len // page_tokens)
+            first, last = table.full_blocks + table.growth_blocks, -(-seq_len // block_tokens)
             new_blocks.append(common.block_table_tensor[row, first:last].long() if last > first else None)
         self._batch.update(tables, new_blocks)
 
@@ -134,7 +134,7 @@ class CPURuntime(Runtime):
 
     def _queries(self, rows: list[int], common: Any) -> tuple[Tensor, Tensor | None, Tensor]:
         """(query_lens_E, token_head_X, query_start_R) of `EvictedRows`."""
-        num_heads, every_row = self._view.num_heads, len(rows) == common.num_reqs
+        num_heads, every_row = self._view.num_kv_heads, len(rows) == common.num_reqs
         if every_row and common.num_actual_tokens == len(rows):  # of one token, as in most steps
             query_lens_E = torch.ones(len(rows), dtype=torch.int32)
             query_start_R = torch.arange(num_heads * len(rows) + 1, dtype=torch.int32)

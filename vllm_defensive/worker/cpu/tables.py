@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_defensive.packing import Packing
-from vllm_defensive.worker.cpu.pages import PageView
+from vllm_defensive_kernels.pages import PageAddresses
 
 _SPARE_PAGES = 32  # room for growth in a fresh table, so that it is not reallocated at each new block
 
@@ -20,11 +20,13 @@ _SPARE_PAGES = 32  # room for growth in a fresh table, so that it is not realloc
 class RequestTable:
     """Page numbers of one evicted request. pages_LH: int `[L, H]`, packed pages of each head."""
 
-    def __init__(self, view: PageView, packing: Packing, shared_blocks: Sequence[int], pages_LH: Tensor) -> None:
+    def __init__(
+        self, addresses: PageAddresses, packing: Packing, shared_blocks: Sequence[int], pages_LH: Tensor
+    ) -> None:
         """shared_blocks: ids of the leading blocks that stay in place."""
-        self._view = view
+        self._addresses = addresses
         self.full_blocks = packing.region.full_blocks
-        shared = len(shared_blocks)
+        shared = len(shared_blocks) * addresses.pages_per_block
         self.growth_blocks = 0
         self._used_LH = pages_LH.long() + shared
         self._most_used = int(self._used_LH.max())
@@ -32,32 +34,31 @@ class RequestTable:
         columns = self._most_used + _SPARE_PAGES
         self.pages_LHP = torch.zeros(*pages_LH.shape, columns, dtype=torch.int32)
         if shared:
-            blocks = torch.tensor(shared_blocks, device=view.device)
-            self.pages_LHP[:, :, :shared] = view.of_blocks(blocks)
-        packed = view.of_packed(torch.tensor(packing.blocks, device=view.device))
+            self.pages_LHP[:, :, :shared] = addresses.of_blocks(torch.tensor(shared_blocks))
+        packed = addresses.of_packed(torch.tensor(packing.blocks))
         counts = pages_LH.flatten().long()
         ends = counts.cumsum(0)
-        flat = torch.arange(packed.numel(), device=view.device)
+        flat = torch.arange(packed.numel())
         head = torch.searchsorted(ends, flat, right=True)
         column = flat - (ends - counts)[head] + shared
         self.pages_LHP.view(counts.numel(), columns)[head, column] = packed.to(torch.int32)
 
     def grow(self, blocks_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Append positional blocks (int64 `[B]`), one page a block to every head.
+        """Append positional blocks (int64 `[B]`), each of Z pages to every head.
 
-        Returns the (columns int64, pages int32), both `[L, H, B]`, that were written.
+        Returns the (columns int64, pages int32), both `[L, H, B*Z]`, that were written.
         """
-        count = blocks_B.numel()
+        pages_LHB = self._addresses.of_blocks(blocks_B).to(torch.int32)
+        count = pages_LHB.shape[2]
         missing = self._most_used + count - self.pages_LHP.shape[2]
         if missing > 0:
             wider = self.pages_LHP.new_zeros(*self.pages_LHP.shape[:2], missing + self.pages_LHP.shape[2] // 2)
             self.pages_LHP = torch.cat([self.pages_LHP, wider], dim=2)
         columns_LHB = self._used_LH[:, :, None] + torch.arange(count)
-        pages_LHB = self._view.of_blocks(blocks_B).to(torch.int32)
         self.pages_LHP.scatter_(2, columns_LHB, pages_LHB)
         self._used_LH = self._used_LH + count
         self._most_used += count
-        self.growth_blocks += count
+        self.growth_blocks += blocks_B.numel()
         return columns_LHB, pages_LHB
 
 

@@ -27,7 +27,7 @@ class EvictionCPUWorker(EvictionWorker, CPUWorker):
 
     def start_eviction(self, group: int, names: list[str], layers: list[Any]) -> tuple[CPURuntime, CPUEvictor]:
         first, dtype = layers[0], self.model_config.dtype
-        view = PageView([layer.kv_cache for layer in layers])
+        view = PageView.from_layers([layer.kv_cache for layer in layers])
         codec = discover_codec(first.kv_cache, first.isa, dtype, first.kv_cache_dtype)
         windows = WindowQueries(len(layers), self.eviction.window, first.num_heads, first.head_size, dtype)
         scales = [layer.impl.scale for layer in layers]

@@ -31,13 +31,12 @@ from vllm_defensive.policy import (
     select,
     settle,
 )
-from vllm_defensive.policy.budget import guarded
 from vllm_defensive.settings.engine import EvictionConfig
 from vllm_defensive.worker.cuda.runtime import CUDARuntime
 from vllm_defensive.worker.evictor import Evictor
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.report import layer_deciles
-from vllm_defensive_kernels import PageSelection, RaggedTokens, compact, select_pages, value_norm, window_scores
+from vllm_defensive_kernels import RaggedTokens, compact, kept_tokens, value_norm, window_scores
 
 KERNEL_AGGREGATES = ("mean", "defensive")
 KERNEL_POOLS = (1, 3, 5)
@@ -150,15 +149,14 @@ class CUDAEvictor(Evictor):
     def _pack(self, scored: Scored, eviction: Eviction) -> Selection:
         selection, fresh_K = self._copy(scored, eviction.packing)
         self._runtime.install(eviction, selection.offset_O, fresh_K)
-        pages_LH = selection.offset_O.diff().view(self._pages.num_layers, self._pages.num_kv_heads)
-        return Selection(pages_LH, selection.token_T.view(-1, self._pages.page_tokens))
+        return selection
 
-    def _copy(self, scored: Scored, packing: Packing) -> tuple[PageSelection, Tensor]:
+    def _copy(self, scored: Scored, packing: Packing) -> tuple[Selection, Tensor]:
         """Select and copy. Returns what was chosen, and the fresh blocks' ids on the device."""
         fresh_K = compat.to_device(packing.blocks, self._pages.key_PND.device)
         selection = self._select(scored, packing)
         table_B = scored.prompt.table_1B[0]
-        compact(self._pages, table_B, selection.offset_O, selection.token_T, self._pages, fresh_K)
+        compact(self._pages, table_B, selection.offset_O, selection.tokens_PN.flatten(), self._pages, fresh_K)
         return selection, fresh_K
 
     # -- scores -------------------------------------------------------------------------------------------------------
@@ -266,28 +264,12 @@ class CUDAEvictor(Evictor):
 
     # -- selection ----------------------------------------------------------------------------------------------------
 
-    def _select(self, scored: Scored, packing: Packing) -> PageSelection:
-        """By the kernel where it knows who shares which budget."""
-        policy, scores, budget = scored.prompt.policy, scored.layers, packing.head_pages
-        page_tokens = self._pages.page_tokens
-        if scores[0].rank_HE is not None or policy.layer_budget != "even":
-            chosen = select(
-                policy, scores, page_size=page_tokens, packed_blocks=budget, evictable=packing.region.tokens
-            )
-            return PageSelection(_offsets(chosen.pages_LH), chosen.tokens_PN.flatten())
-        score_LHE = torch.stack([layer.scores_HE for layer in scores])
-        # Only a broken model yields NaN, but counts must come out exact, because positions are addresses later.
-        score_LHE.nan_to_num_(nan=0.0, posinf=float("inf"))
-        return select_pages(
-            score_LHE,
-            budget,
-            page_tokens,
-            scope=policy.scope,
-            min_pages=guarded(policy.guard, budget),
-            first_token=packing.region.tokens[0],
+    def _select(self, scored: Scored, packing: Packing) -> Selection:
+        return select(
+            scored.prompt.policy,
+            scored.layers,
+            page_size=packing.region.page_tokens,
+            packed_blocks=packing.head_pages,
+            evictable=packing.region.tokens,
+            list_kept=kept_tokens,
         )
-
-
-def _offsets(pages_LH: Tensor) -> Tensor:
-    """int32 `[L, H]` pages -> int32 `[L*H + 1]` first pages."""
-    return torch.nn.functional.pad(pages_LH.flatten().cumsum(0), (1, 0)).int()
