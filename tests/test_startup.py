@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -161,6 +162,20 @@ def test_each_engine_of_a_process_judges_requests_by_its_own_settings() -> None:
     with pytest.raises(VLLMValidationError, match="kv_eviction_boundary=21: the prompt has 20 tokens"):
         generate(evicting, tokens, kv_eviction_boundary=21)
     generate(stock, tokens, kv_eviction_boundary=21)
+
+
+def test_fields_of_a_session_are_refused_for_sessions_are_never_evicted() -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    async def pieces() -> AsyncIterator[Any]:
+        yield {"type": "token", "prompt_token_ids": [1] * 20}
+
+    chosen = arguments()
+    startup.prepare(chosen)
+    engine = SimpleNamespace(vllm_config=SimpleNamespace(additional_config=chosen.additional_config))
+    generate(engine, pieces())
+    with pytest.raises(VLLMValidationError, match=r"kv_eviction_boundary=10: .*session.* never evicted; leave it out"):
+        generate(engine, pieces(), kv_eviction_boundary=10)
 
 
 @pytest.mark.parametrize("prompt", ["text", {"prompt": "text"}, {"prompt_token_ids": None}], ids=repr)

@@ -52,7 +52,7 @@ def patch_requests(check: Callable[[Any, Any, Any], None]) -> None:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             request = original(self, *args, **kwargs)
-            prompt = {"prompt_token_ids": request.prompt_token_ids, "prompt_embeds": request.prompt_embeds}
+            prompt = {name: getattr(request, name) for name in ("prompt_token_ids", "prompt_embeds", "resumable")}
             check(self.vllm_config, prompt, request.sampling_params)
             return request
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 from vllm_defensive.compat.serving import request_error
@@ -12,6 +13,7 @@ from vllm_defensive.settings.request import (
     names_fields,
     refuse_beam_search,
     refuse_booleans,
+    refuse_session,
     resolve,
 )
 
@@ -24,14 +26,23 @@ def check_request(vllm_config: Any, prompt: Any, params: Any) -> None:
     extra_args = getattr(params, "extra_args", None)
     settings = from_vllm_config(vllm_config) if extra_args else None
     num_tokens = _length(prompt)
-    if settings is None or num_tokens is None:
+    if settings is None:
         return
     try:
+        if _is_session(prompt):
+            refuse_session(extra_args)
+        if num_tokens is None:
+            return
         own = resolve(settings, extra_args, num_tokens)
         if only_on_cpus(own.policy) and current() == PLATFORMS["cuda"]:
             raise RequestFieldError(f"{KEY}={own.policy!r}: {CPU_ONLY}", KEY, own.policy)
     except RequestFieldError as error:
         raise request_error(str(error), error.field, error.value) from None
+
+
+def _is_session(prompt: Any) -> bool:
+    """Whether the prompt comes in pieces: all of them, or one that the engine has made a request of."""
+    return isinstance(prompt, AsyncIterator) or (isinstance(prompt, dict) and bool(prompt.get("resumable")))
 
 
 def _length(prompt: Any) -> int | None:

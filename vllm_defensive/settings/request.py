@@ -79,9 +79,18 @@ def names_fields(fields: Any) -> bool:
 def refuse_beam_search(fields: Mapping[str, Any]) -> None:
     """Raises RequestFieldError for fields of ours in a beam search, of which every step is a request of one token over
     the whole cache."""
+    _refuse_all(fields, "has no effect with use_beam_search, which reads the whole cache; leave it out")
+
+
+def refuse_session(fields: Mapping[str, Any]) -> None:
+    """Raises RequestFieldError for fields of ours in a session, whose prompt comes in pieces and has no known end."""
+    _refuse_all(fields, "has no effect in a session of streamed inputs, which is never evicted; leave it out")
+
+
+def _refuse_all(fields: Mapping[str, Any], why: str) -> None:
     for name, value in fields.items():
         if name.startswith(_PREFIX):
-            raise _wrong(name, value, "has no effect with use_beam_search, which reads the whole cache; leave it out")
+            raise _wrong(name, value, why)
 
 
 def refuse_booleans(fields: Any) -> None:

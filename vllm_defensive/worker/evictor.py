@@ -99,6 +99,10 @@ class Evictor(ABC):
         for request_id in request_ids:
             self._scored.pop(request_id, None)
 
+    def forget_weights(self) -> None:
+        """The model has other weights now: what was derived from the old ones is not used again."""
+        self._projections.forget()
+
     def take_report(self) -> WorkerReport:
         """What was done since the last call."""
         report, self._report = self._report, WorkerReport()

@@ -67,6 +67,10 @@ class Projections:
         """num_heads: query heads of this rank."""
         self._model, self._names = model, attention_names
         self._shape = (num_heads, head_size)
+        self.forget()
+
+    def forget(self) -> None:
+        """The model has other weights now: take its projections apart anew when they are next needed."""
         self._slices: list[Tensor | None] | None = None
         self._factors: list[Tensor | None] | None = None
 

@@ -19,6 +19,19 @@ from vllm_defensive.worker.evictor import Evictor, logger
 from vllm_defensive.worker.runtime import Runtime
 
 
+def _forgetting(name: str) -> Any:
+    """vLLM's method of that name, which may change the model's weights; what was derived from them is forgotten."""
+
+    def method(self: EvictionWorker, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return getattr(super(EvictionWorker, self), name)(*args, **kwargs)
+        finally:
+            if self._evictor is not None:
+                self._evictor.forget_weights()
+
+    return method
+
+
 class EvictionWorker(Worker):
     """Base of our workers; vLLM's CPU worker and its GPU worker are both `Worker`s."""
 
@@ -39,6 +52,14 @@ class EvictionWorker(Worker):
     def reduce_heads(self) -> ReduceHeads | None:
         """Sums a tensor over the ranks that share each layer's heads (it may be overwritten); None if there is one."""
         return tensor_model_parallel_all_reduce if self.parallel_config.tensor_parallel_size > 1 else None
+
+    reload_weights = _forgetting("reload_weights")
+    update_weights = _forgetting("update_weights")
+    finish_weight_update = _forgetting("finish_weight_update")
+    reset_weights = _forgetting("reset_weights")
+    sleep = _forgetting("sleep")
+    wake_up = _forgetting("wake_up")
+    apply_model = _forgetting("apply_model")  # a function of the user's own, which may load weights
 
     @abstractmethod
     def start_eviction(self, group: int, names: list[str], layers: list[Any]) -> tuple[Runtime, Evictor]:

@@ -10,6 +10,7 @@ from vllm_defensive.compat import worker as compat
 from vllm_defensive.worker.cpu.accumulation import Accumulations
 from vllm_defensive.worker.cpu.backend import EvictionCPUBackend, EvictionCPUImpl, discover_codec
 from vllm_defensive.worker.cpu.evictor import CPUEvictor
+from vllm_defensive.worker.cpu.generators import without_discarded
 from vllm_defensive.worker.cpu.pages import PageView
 from vllm_defensive.worker.cpu.runtime import CPURuntime
 from vllm_defensive.worker.projections import Projections
@@ -24,6 +25,11 @@ class EvictionCPUWorker(EvictionWorker, CPUWorker):
         """Load the model with our attention backend in the place of the CPU platform's."""
         with compat.cpu_attention_backend(f"{EvictionCPUBackend.__module__}.{EvictionCPUBackend.__qualname__}"):
             super().load_model(*args, **kwargs)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """With a seed, the same draws for any chunking."""
+        with without_discarded(self.model_runner):
+            return super().sample_tokens(*args, **kwargs)
 
     def start_eviction(self, group: int, names: list[str], layers: list[Any]) -> tuple[CPURuntime, CPUEvictor]:
         first, dtype = layers[0], self.model_config.dtype
