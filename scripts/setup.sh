@@ -4,7 +4,9 @@
 #   VENV     where it is or will be   (default .venv)
 #   PYTHON   what it is made with     (default python3; vLLM's wheels need 3.11 or newer)
 #   BACKEND  cpu or cuda: the vLLM    (default cpu)
+#   VLLM     cuda only: which release   (default the newest that is supported; setup.py names them)
 #   TOOLS    1: the project in editable mode, and the tools; 0: a copy of it and no tools, as in images  (default 1)
+#   PROJECT  with TOOLS=0: what is installed, this folder or a wheel of it  (default this folder)
 #
 # pip takes packages from where its own settings say; see the README for torch's CPU wheels.
 set -euo pipefail
@@ -19,9 +21,14 @@ esac
 
 case ${TOOLS:-1} in
     1) what=(--editable ".[$backend,dev]") ;;
-    0) what=(".[$backend]") ;;
+    0) what=("${PROJECT:-.}[$backend]") ;;
     *) echo "TOOLS=$TOOLS: choose 1 or 0" >&2; exit 2 ;;
 esac
+
+if [ -n "${VLLM:-}" ]; then
+    [ "$backend" = cuda ] || { echo "VLLM=$VLLM: the CPU build has one release; leave VLLM out" >&2; exit 2; }
+    what+=("vllm==$VLLM")
+fi
 
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
