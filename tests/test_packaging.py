@@ -49,7 +49,7 @@ def test_the_workflow_the_image_and_the_readme_name_the_same_releases() -> None:
 
 def test_the_package_itself_goes_by_the_same_releases() -> None:
     contract = pytest.importorskip("vllm_defensive.compat.contract")
-    assert [str(release) for release in contract.SUPPORTED] == [r.rpartition(".")[0] for r in RELEASES]
+    assert [f"{major}.{minor}" for major, minor in contract.SUPPORTED] == [r.rpartition(".")[0] for r in RELEASES]
 
 
 def test_the_workflow_pins_its_actions() -> None:
