@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -31,6 +33,14 @@ def test_the_extras_take_the_supported_releases_and_their_patches() -> None:
     inside = [*RELEASES, RELEASES[-1] + ".post1", re.sub(r"\d+$", "7", RELEASES[-1])]
     assert all(extras["cuda"].specifier.contains(release) for release in inside)
     assert not any(extras["cuda"].specifier.contains(release) for release in ("0.31.9", "0.34.0"))
+
+
+@pytest.mark.parametrize("name, value", [("BACKEND", "tpu"), ("TOOLS", "2"), ("VLLM", "0.33.0")])
+def test_the_set_up_refuses_a_wrong_setting_before_it_installs_anything(name: str, value: str, tmp_path: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "VENV": str(tmp_path / "venv"), name: value}
+    done = subprocess.run([ROOT / "scripts" / "setup.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"{name}={value}: ")
+    assert not (tmp_path / "venv").exists()
 
 
 def test_the_stub_has_the_version_of_the_cpu_build() -> None:
