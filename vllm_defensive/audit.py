@@ -7,7 +7,9 @@ per worker, with the heads of that worker; `load` reads any of them together wit
     kept_indices  int32 [sum]      their positions, ascending, for head (0, 0), (0, 1), ... one after the other
     token_ids     int32 [T]        the prompt, up to where it was evicted
 
-and the metadata policy, keep_ratio, num_tokens, block_size, packed_blocks, shared_blocks, window.
+and the metadata format_version, policy, keep_ratio, num_tokens, block_size, packed_blocks, shared_blocks, window.
+
+`FORMAT_VERSION` grows when a reader of today would misread a file of tomorrow; added fields do not count.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from torch import Tensor
 from vllm_defensive.compat.base import get_logger
 from vllm_defensive.plan import Eviction
 from vllm_defensive.policy import Selection
+
+FORMAT_VERSION = 1  # files without the field are of version 1: the first ones did not write it
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def path_of(folder: str | os.PathLike[str], request_id: str, rank: tuple[int, in
 
 def load(path: str | os.PathLike[str]) -> Audit:
     """The audit of one request, all ranks' heads in their order. Raises FileNotFoundError, or ValueError if the file
-    is not an audit.
+    is not an audit, or one of a later format.
 
     path: its file, or that of any rank; those of the other ranks must lie beside it.
     """
@@ -93,6 +97,12 @@ def _load(path: Path) -> Audit:
         meta = file.metadata() or {}
         if "keep_ratio" not in meta:
             raise ValueError(f"{os.fspath(path)} is not an eviction audit: it has no 'keep_ratio'")
+        version = int(meta.get("format_version", 1))
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"{os.fspath(path)}: format_version={version}: this vllm-defensive reads audits up to version "
+                f"{FORMAT_VERSION}; read it with the one that wrote it, or a newer one"
+            )
         return Audit(
             kept_counts=file.get_tensor("kept_counts"),
             kept_indices=file.get_tensor("kept_indices"),
@@ -142,6 +152,7 @@ def write(
         },
         partial,
         metadata={
+            "format_version": str(FORMAT_VERSION),
             "policy": eviction.policy,
             "keep_ratio": repr(eviction.score.keep),
             "num_tokens": str(region.stop),

@@ -1,4 +1,8 @@
-"""Runs this folder's engine tests in a process that pretends to have a GPU."""
+"""Runs this folder's engine tests in processes that pretend to have a GPU, one for each supported release of vLLM.
+
+One release runs all of them, the others the one that says most for its time; `make test-nightly` runs the rest.
+VLLM_CUDA=0.33.0 has that release alone run, and all of them: `make test-release`.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +14,39 @@ from pathlib import Path
 import pytest
 
 from tests.cuda.wheel import cuda_vllm
+from tests.releases import RELEASES
+
+FOLDER = Path(__file__).parent
+ONE = "test_engine_keep_all.py"
+
+
+def runs() -> list[object]:
+    """(release, what pytest is given of this folder; "" is all of it), with a mark on what can wait for the night."""
+    if chosen := os.environ.get("VLLM_CUDA"):
+        assert chosen in RELEASES, f"VLLM_CUDA={chosen}: choose one of {', '.join(RELEASES)}"
+        return [pytest.param(chosen, "", id=chosen)]
+    *others, newest = RELEASES
+    return [
+        pytest.param(newest, "", id=newest),
+        *(pytest.param(release, ONE, id=f"{release}-keep-all") for release in others),
+        *(pytest.param(release, "", id=release, marks=pytest.mark.nightly) for release in others),
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_engine_on_a_pretended_gpu(tmp_path: Path) -> None:
-    folder = Path(__file__).parent
-    root = folder.parents[1]
+@pytest.mark.parametrize("release, part", runs())
+def test_engine_on_a_pretended_gpu(release: str, part: str, tmp_path: Path) -> None:
+    root = FOLDER.parents[1]
     environment = {
         **os.environ,
         "CUDA_TESTS": "pretend",
-        "PYTHONPATH": os.pathsep.join([str(cuda_vllm()), str(root)]),
+        "PYTHONPATH": os.pathsep.join([str(cuda_vllm(release)), str(root), str(root / "kernels")]),
         "VLLM_CACHE_ROOT": str(tmp_path / "vllm"),
         "TRITON_CACHE_DIR": str(tmp_path / "triton"),
         "TRITON_INTERPRET": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider", str(folder)]
+    command = [sys.executable, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider", str(FOLDER / part)]
     run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     print(run.stdout[-4000:])
     assert run.returncode == 0, run.stdout[-20000:] + run.stderr[-5000:]

@@ -1,6 +1,6 @@
-"""The Python half of vLLM's CUDA wheel, which holds what the CPU wheel leaves out: fetched once, kept outside the tree.
+"""The Python half of vLLM's CUDA wheels, which hold what the CPU wheel leaves out: fetched once, kept outside the tree.
 
-Its compiled half needs a driver and is not unpacked; `pretend.py` stands in for the few operations that a test calls.
+Their compiled half needs a driver and is not unpacked; `pretend.py` stands in for the few operations that a test calls.
 """
 
 from __future__ import annotations
@@ -12,18 +12,16 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-VLLM = "0.32.0"
 
-
-def cuda_vllm() -> Path:
-    """Folder to put first on PYTHONPATH. Downloads 326 MB the first time, of which 90 MB are kept."""
+def cuda_vllm(version: str) -> Path:
+    """Folder to put first on PYTHONPATH, of the release `version`. Downloads 340 MB the first time; 90 MB are kept."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vllm-defensive"
-    folder = cache / f"vllm-{VLLM}-cuda"
+    folder = cache / f"vllm-{version}-cuda"
     if folder.exists():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        wheel = _find(cache) or _download(Path(scratch))
+        wheel = _find(cache, version) or _download(Path(scratch), version)
         unpacked = Path(scratch) / "python"
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():
@@ -36,15 +34,15 @@ def cuda_vllm() -> Path:
     return folder
 
 
-def _find(folder: Path) -> Path | None:
+def _find(folder: Path, version: str) -> Path | None:
     """A wheel that somebody has put there by hand."""
-    return next(folder.glob(f"vllm-{VLLM}-*.whl"), None)
+    return next(folder.glob(f"vllm-{version}-*.whl"), None)
 
 
-def _download(folder: Path) -> Path:
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), f"vllm=={VLLM}"]
+def _download(folder: Path, version: str) -> Path:
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), f"vllm=={version}"]
     subprocess.run(pip, check=True)
-    wheel = _find(folder)
+    wheel = _find(folder, version)
     assert wheel is not None, f"pip left no vLLM wheel in {folder}"
     return wheel
 

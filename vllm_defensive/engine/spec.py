@@ -42,7 +42,9 @@ class EvictableSpec(FullAttentionSpec):
         assert all(isinstance(spec, cls) for spec in specs), "only evictable layers form an evictable group"
         assert all(spec.eviction == specs[0].eviction for spec in specs), "one engine has one eviction config"
         base = FullAttentionSpec.merge([_plain(spec) for spec in specs])
-        return as_evictable(base, specs[0].eviction)
+        merged = as_evictable(base, specs[0].eviction)
+        assert isinstance(merged, cls)
+        return merged
 
 
 def as_evictable(spec: KVCacheSpec, eviction: EvictionConfig) -> KVCacheSpec:
