@@ -73,7 +73,10 @@ class _EvictionMixin(Scheduler):
         """P9, on this scheduler's cache manager. Why: most decode steps write into a block that is there already, and
         vLLM walks through its block managers all the same, which takes a quarter of its time for such a step. How: a
         request that has its slots is not asked for them; with several KV cache groups nothing is ever settled, because
-        windows slide. Until: vLLM skips such requests itself."""
+        windows slide. Until: vLLM skips such requests itself.
+
+        Steady admission refuses here, too. It is where vLLM learns that the pool has no room, which is what is meant,
+        and lets nobody else in during the step: no queue is walked through."""
         kv_cache, settled, settle = self.kv_cache_manager, self.eviction_manager.settled, self.eviction_manager.settle
         allocate, nothing = kv_cache.allocate_slots, kv_cache.empty_kv_cache_blocks
 
@@ -83,6 +86,8 @@ class _EvictionMixin(Scheduler):
             end = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
             if end <= settled.get(request.request_id, 0):
                 return nothing
+            if self._answers and not self._admits(request):
+                return None
             blocks = allocate(request, num_new_tokens, *args, num_lookahead_tokens=num_lookahead_tokens, **kwargs)
             settle(request.request_id)
             return blocks
@@ -97,15 +102,16 @@ class _EvictionMixin(Scheduler):
         channels.attach_message(output, message)
         return output
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
-        """vLLM's lookup for a request about to be admitted, no longer than the block manager allows."""
+    def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's lookup for a request about to be admitted, no longer than the block manager allows. From vLLM 0.33 on
+        it is given a limit of its own, which is handed on: P8 takes the lesser of the two."""
         self._longest_hit = self.eviction_manager.longest_hit(request.request_id)
         if self._longest_hit is not None and self.num_spec_tokens:
             # With one token left, vLLM would fill the row up with placeholders for drafts and assert that they stay;
             # a row that ends where its request is evicted has no room for them.
             self._longest_hit = min(self._longest_hit, request.num_tokens - 2)
         try:
-            blocks, hit, resume_at, diverged = super()._get_local_prefix_cache_hit(request)
+            blocks, hit, resume_at, diverged = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         finally:
             limit, self._longest_hit = self._longest_hit, None
         if limit is not None and not resume_at:
@@ -119,13 +125,8 @@ class _EvictionMixin(Scheduler):
         return blocks, hit, resume_at, diverged
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """vLLM's last word on the length of a chunk; ours is that it ends where the request is evicted. 0, of a request
-        that waits, means that it cannot be scheduled yet: vLLM lets nobody else in then."""
+        """vLLM's last word on the length of a chunk; ours is that it ends where the request is evicted."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        if self._answers and not self._admits(request):
-            if request.has_encoder_inputs:
-                self.encoder_cache_manager.free(request)  # as vLLM does for a request that has to wait for memory
-            return 0
         if request.request_id in self.eviction_manager.decided:
             return num_new_tokens
         stop = self.eviction_manager.next_stop(request.request_id)
