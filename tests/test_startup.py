@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.processes import run_python
 from vllm_defensive import limits, platforms, startup
 from vllm_defensive.settings import engine as config
 
@@ -138,6 +139,20 @@ def test_a_platform_without_a_worker_of_ours_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(vllm.platforms, "current_platform", tpu)
     with pytest.raises(ValueError, match=r"^device=tpu: .* use an NVIDIA GPU or the CPU build of vLLM, or turn"):
         startup.prepare(arguments())
+
+
+MADE = """
+import sys
+from vllm.engine.arg_utils import {args}
+from vllm_defensive import engine_kwargs, startup
+assert startup.prepare({args}(model={model!r}, **engine_kwargs("snapkv"))) is not None
+print("vllm.entrypoints.openai.responses.serving" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("args, imported", [("EngineArgs", "False"), ("AsyncEngineArgs", "True")])
+def test_servers_are_imported_for_servers_only(args: str, imported: str, tiny_model: Path) -> None:
+    assert run_python(MADE.format(args=args, model=str(tiny_model))).splitlines()[-1] == imported
 
 
 def generate(engine: Any, prompt: Any, **fields: Any) -> None:

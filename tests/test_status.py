@@ -10,7 +10,6 @@ from fastapi import FastAPI, Response
 from fastapi.testclient import TestClient
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -20,6 +19,11 @@ from vllm_defensive.plugin import register
 from vllm_defensive.serving import prometheus as metrics
 from vllm_defensive.serving import status
 from vllm_defensive.settings import engine as config
+
+try:
+    from vllm.entrypoints.common.cli_args import make_arg_parser
+except ImportError:  # until 0.32 is dropped
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
 
 @pytest.fixture

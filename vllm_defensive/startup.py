@@ -24,6 +24,8 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
     if settings is None:
         del additional[KEY]
         return None
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
     # They import a web framework, which engines without eviction need not.
     from vllm_defensive.serving import checks, status
 
@@ -40,7 +42,9 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
     patches.patch_stat_loggers(_make_stat_logger)
     patches.patch_requests(checks.check_request)
     patches.patch_generators(checks.check_request)
-    patches.patch_bodies(checks.check_body)
+    if isinstance(engine_args, AsyncEngineArgs):  # a server's: `LLM` does not wait for the import of vLLM's servers
+        patches.patch_responses(checks.check_request)
+        patches.patch_bodies(checks.check_body)
     # Plain JSON: it is hashed into vLLM's compile cache key and printed with its config.
     additional[KEY] = settings.model_dump(exclude_none=True)
     status.configure(additional[KEY])

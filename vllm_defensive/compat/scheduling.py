@@ -42,14 +42,20 @@ def bound_prefix_cache(
     coordinator.cache_blocks = cache_blocks
 
 
-def skip_ready_allocations(
-    kv_cache: Any, ready_tokens: Callable[[Any], int], note_ready: Callable[[Any], None]
+def bound_allocations(
+    kv_cache: Any,
+    ready_tokens: Callable[[Any], int],
+    admits: Callable[[Any], bool],
+    note_ready: Callable[[Any], None],
 ) -> None:
     """P9, on one scheduler's cache manager. Why: most decode steps write into a block that is there already, and vLLM
-    walks through its block managers all the same, which takes a quarter of its time for such a step. How: a request
-    that has its slots is not asked for them. Until: vLLM skips such requests itself.
+    walks through its block managers all the same, which takes a quarter of its time for such a step; and nobody asks us
+    who is let in. How: a request that has its slots is not asked for them; one that may not come in yet gets none, from
+    which vLLM takes that the pool has no room, which is what is meant, and lets nobody else in during the step. Until:
+    vLLM skips such requests itself, and has a hook for admission.
 
-    ready_tokens: of a request, up to where there is nothing to do. note_ready: is told of each allocation.
+    ready_tokens: of a request, up to where there is nothing to do. admits: whether it may have blocks, if it is new.
+    note_ready: is told of each allocation.
     """
     allocate, nothing = kv_cache.allocate_slots, kv_cache.empty_kv_cache_blocks
 
@@ -58,6 +64,8 @@ def skip_ready_allocations(
     ) -> Any:
         if request.num_computed_tokens + num_new_tokens + num_lookahead_tokens <= ready_tokens(request):
             return nothing
+        if not admits(request):
+            return None
         blocks = allocate(request, num_new_tokens, *args, num_lookahead_tokens=num_lookahead_tokens, **kwargs)
         note_ready(request)
         return blocks

@@ -65,7 +65,6 @@ def patch_generators(check: Callable[[Any, Any, Any], None]) -> None:
     """P6, installed only when eviction is on. Why: vLLM checks a request when its generator is first asked for output,
     and a stream has answered 200 by then. How: P3's check also runs where a server makes the generator, which is before
     any answer begins and after the prompt was tokenized. Until: vLLM checks a stream's parameters before it starts."""
-    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.v1.engine.async_llm import AsyncLLM
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,15 +74,21 @@ def patch_generators(check: Callable[[Any, Any, Any], None]) -> None:
 
         return generate
 
-    def make_for_responses(original: Callable[..., Any]) -> Callable[..., Any]:
+    patch(AsyncLLM, "generate", make)
+
+
+def patch_responses(check: Callable[[Any, Any, Any], None]) -> None:
+    """P6 for `/v1/responses`, whose generator is made late. It imports vLLM's servers: call it where one is to be."""
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def _generate_with_builtin_tools(self: Any, *, engine_input: Any, sampling_params: Any, **kwargs: Any) -> Any:
             check(self.engine_client.vllm_config, engine_input, sampling_params)
             return original(self, engine_input=engine_input, sampling_params=sampling_params, **kwargs)
 
         return _generate_with_builtin_tools
 
-    patch(AsyncLLM, "generate", make)
-    patch(OpenAIServingResponses, "_generate_with_builtin_tools", make_for_responses)
+    patch(OpenAIServingResponses, "_generate_with_builtin_tools", make)
 
 
 def patch_bodies(check: Callable[[Any, Any, Any], Awaitable[None]]) -> None:

@@ -58,8 +58,11 @@ class _EvictionMixin(Scheduler):
             return manager.lifecycle.cacheable_tokens(request.request_id, num_computed_tokens)
 
         scheduling.bound_prefix_cache(self.kv_cache_manager.coordinator, lambda: self._longest_hit, cacheable_tokens)
-        scheduling.skip_ready_allocations(
-            self.kv_cache_manager, ready_tokens, lambda request: manager.note_ready(request.request_id)
+        scheduling.bound_allocations(
+            self.kv_cache_manager,
+            ready_tokens,
+            lambda request: not self._answers or self._admits(request),
+            lambda request: manager.note_ready(request.request_id),
         )
 
     def add_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -74,15 +77,16 @@ class _EvictionMixin(Scheduler):
         channels.attach_message(output, message)
         return output
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
-        """vLLM's lookup for a request about to be admitted, no longer than the block manager allows."""
+    def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's lookup for a request about to be admitted, no longer than the block manager allows. From vLLM 0.33 on
+        it is given a limit of its own, which is handed on: P8 takes the lesser of the two."""
         self._longest_hit = self.eviction_manager.longest_hit(request.request_id)
         if self._longest_hit is not None and self.num_spec_tokens:
             # With one token left, vLLM would fill the row up with placeholders for drafts and assert that they stay;
             # a row that ends where its request is evicted has no room for them.
             self._longest_hit = min(self._longest_hit, request.num_tokens - 2)
         try:
-            blocks, hit, resume_at, diverged = super()._get_local_prefix_cache_hit(request)
+            blocks, hit, resume_at, diverged = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         finally:
             limit, self._longest_hit = self._longest_hit, None
         if limit is not None and not resume_at:
@@ -96,13 +100,8 @@ class _EvictionMixin(Scheduler):
         return blocks, hit, resume_at, diverged
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """vLLM's last word on the length of a chunk; ours is that it ends where the request is evicted. 0, of a request
-        that waits, means that it cannot be scheduled yet: vLLM lets nobody else in then."""
+        """vLLM's last word on the length of a chunk; ours is that it ends where the request is evicted."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        if self._answers and not self._admits(request):
-            if request.has_encoder_inputs:
-                self.encoder_cache_manager.free(request)  # as vLLM does for a request that has to wait for memory
-            return 0
         stop = self.eviction_manager.next_stop(request.request_id)
         return min(num_new_tokens, stop - num_computed_tokens) if stop else num_new_tokens
 

@@ -30,7 +30,7 @@ def check_request(vllm_config: Any, prompt: Any, params: Any) -> None:
         return
     try:
         if _is_session(prompt):
-            refuse_session(extra_args)
+            refuse_session(extra_args or {})
         if num_tokens is None:
             return
         own = resolve(settings, extra_args, num_tokens)

@@ -22,12 +22,14 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from vllm_defensive.worker.capabilities import limited
 from vllm_defensive.worker.cpu.accumulation import Accumulation
 from vllm_defensive.worker.cpu.pages import PageCodec
 from vllm_defensive.worker.cpu.runtime import CPURuntime, EvictedRows
 from vllm_defensive.worker.window import Capture
 
 
+@limited
 class EvictionCPUBackend(CPUAttentionBackend):
     """vLLM's CPU backend with our builder and implementation; layouts, dtypes and head sizes are its own."""
 
@@ -51,6 +53,7 @@ class EvictionCPUMetadata(CPUAttentionMetadata):
     stock: bool = True
 
 
+@limited
 class EvictionCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     """Builds stock metadata, and beside it what the evicted rows of the batch need."""
 
@@ -77,6 +80,7 @@ class EvictionCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         )
 
 
+@limited
 class EvictionCPUImpl(CPUAttentionBackendImpl):
     """One layer. `runtime` and `layer_index` (position in the KV cache group) are set once the caches exist."""
 

@@ -57,9 +57,11 @@ class EvictionMetadata:
 class EvictionMetadataBuilder(AttentionMetadataBuilder):
     """Goes in front of a stock builder. `runtime` is set once the caches exist; until then it changes nothing."""
 
-    supports_update_block_table = False  # rows of a group are its own
-    supports_draft_decode_metadata_update = False
     runtime: CUDARuntime | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.supports_draft_decode_metadata_update = False  # vLLM's set it for each builder, so `limited` cannot
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

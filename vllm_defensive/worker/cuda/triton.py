@@ -6,17 +6,21 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
+from vllm_defensive.worker.capabilities import limited
 from vllm_defensive.worker.cuda.backend import EvictionImpl, EvictionMetadataBuilder
 
 
+@limited
 class EvictionTritonMetadataBuilder(EvictionMetadataBuilder, TritonAttentionMetadataBuilder):
     """Our part of the metadata, then Triton attention's."""
 
 
+@limited
 class EvictionTritonImpl(EvictionImpl, TritonAttentionImpl):
     """Our part of a layer, then Triton attention's."""
 
 
+@limited
 class EvictionTritonBackend(TritonAttentionBackend):
     """vLLM's backend with our builder and implementation; layouts, dtypes and head sizes are its own."""
 
