@@ -40,6 +40,10 @@ class GhostWorker:
     def __init__(self, num_blocks: int, block_size: int, window: int, tokens_of: dict[str, list[int]]) -> None:
         self.memory = np.zeros((num_blocks, block_size), dtype=np.int64)
         self.evictions: list[Eviction] = []
+        self.declines: set[str] = set()
+        """Requests whose evictions this worker does not carry out."""
+        self.cancelled: dict[str, str] = {}
+        """Of the last step: what a worker would report."""
         self._block_size, self._window, self._tokens_of = block_size, window, tokens_of
         self._rows: dict[str, _Row] = {}
         self._exact: dict[str, np.ndarray] = {}
@@ -67,8 +71,10 @@ class GhostWorker:
         for request_id, count in output.num_scheduled_tokens.items():
             self._read(request_id, computed[request_id] + count - rejected.get(request_id, 0))
         assert [e.score for e in message.evictions] == message.scores, "scored and packed in one step"
+        self.cancelled = {e.request_id: "declined" for e in message.evictions if e.request_id in self.declines}
         for eviction in message.evictions:
-            self._evict(eviction, set(written))
+            if eviction.request_id not in self.cancelled:
+                self._evict(eviction, set(written))
 
     def _update_tables(self, output: Any) -> dict[str, int]:
         computed = {}

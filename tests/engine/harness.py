@@ -13,6 +13,8 @@ import torch
 import vllm_defensive
 from tests.engine.ghost import GhostWorker
 from tests.engine.integrity import check_integrity
+from vllm_defensive.compat.channels import attach_report
+from vllm_defensive.counts import WorkerReport
 from vllm_defensive.plan import Eviction
 
 MAX_TOKENS = 16
@@ -115,9 +117,11 @@ class Harness:
         max_tokens: int = MAX_TOKENS,
         priority: int = 0,
         extra_args: dict[str, Any] | None = None,
+        stop: list[str] | None = None,
+        **others: Any,
     ) -> str:
         """Queue a request; returns its id. The token that it draws at a position depends on both. extra_args: its
-        `kv_eviction*` fields."""
+        `kv_eviction*` fields. others: of vLLM's `Request`."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
@@ -125,11 +129,12 @@ class Harness:
         request = Request(
             request_id,
             prompt,
-            SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0, extra_args=extra_args),
+            SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0, stop=stop, extra_args=extra_args),
             None,
             block_hasher=_block_hasher(self.block_size) if self.pool.enable_caching else None,
             priority=priority,
             arrival_time=float(len(self._tokens_of)),
+            **others,
         )
         drawn = [(len(self._tokens_of) * 131 + i * 17) % 500 + 2 for i in range(max_tokens)]
         self._tokens_of[request_id] = prompt + drawn
@@ -188,7 +193,9 @@ class Harness:
             computed = request.num_computed_tokens
             first, last = computed - drafts, computed - rejected.get(request_id, 0)
             tokens.append([] if request.is_prefill_chunk else self._tokens_of[request_id][first : last + 1])
-        return ModelRunnerOutput(ids, {r: i for i, r in enumerate(ids)}, sampled_token_ids=tokens)
+        drawn = ModelRunnerOutput(ids, {r: i for i, r in enumerate(ids)}, sampled_token_ids=tokens)
+        attach_report(drawn, WorkerReport(cancelled=self.ghost.cancelled))
+        return drawn
 
     def run(self, max_steps: int = 2000) -> int:
         """Step until nobody is left, checking as we go; returns the number of steps."""

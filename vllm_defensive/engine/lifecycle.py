@@ -101,6 +101,7 @@ class Lifecycle:
         self.packing: dict[str, Life] = {}  # those of `lives` in that phase: few, and asked for in every step
         self._watched: set[str] = set()  # in `lives`, and their last tokens before the stop are still to be scheduled
         self._planned: dict[str, Eviction] = {}
+        self._reports: dict[str, dict[str, Any]] = {}  # of requests that were preempted
 
     def get(self, request_id: str) -> Life | None:
         return self.lives.get(request_id) or self.waiting.get(request_id)
@@ -142,11 +143,14 @@ class Lifecycle:
         life.turn(Phase.WHOLE)
         self.totals.cancelled += 1
         self.packed_blocks -= len(life.blocks)
+        life.cached = False  # what is computed from now on may be hashed like any other
         blocks, life.blocks, life.packing = life.blocks, [], None
         return blocks
 
     def end(self, request_id: str) -> list[KVCacheBlock]:
         """Finish, abort or preemption. Returns the packed blocks, which are to go back like all others."""
+        if (report := self.report(request_id)) is not None:
+            self._reports[request_id] = report  # a step that was under way may still end the answer
         self.waiting.pop(request_id, None)
         self._planned.pop(request_id, None)
         self._watched.discard(request_id)
@@ -197,11 +201,17 @@ class Lifecycle:
         life.cached = num_tokens >= limit
         return min(num_tokens, limit)
 
+    def forget(self, request_id: str) -> None:
+        """The request will not come again."""
+        self._reports.pop(request_id, None)
+
     def report(self, request_id: str) -> dict[str, Any] | None:
         """For the response of a request that asks for it: its policy, and tokens of its whole prompt, all and kept (a
         mean over layers and heads)."""
         life = self.lives.get(request_id)
-        if life is None or not life.settings.report:
+        if life is None:
+            return self._reports.get(request_id)
+        if not life.settings.report:
             return None
         prompt, packing = life.request.num_prompt_tokens, life.packing
         if packing is None:

@@ -14,6 +14,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_defensive.compat import channels, scheduling
 from vllm_defensive.counts import Pool
 from vllm_defensive.engine.admission import ExpectedLength, Load, fits
+from vllm_defensive.engine.amendments import Amendments
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
 from vllm_defensive.engine.stats import Ledger
 from vllm_defensive.settings.engine import KEY, from_vllm_config
@@ -38,6 +39,8 @@ class _EvictionMixin(Scheduler):
         self._last_hit: Sequence[KVCacheBlock] = ()
         self._refused: tuple[Any, ...] = ()  # who was not let in, and what was looked at
         self._longest_hit: int | None = None
+        manager = self.eviction_manager
+        self._amendments = Amendments(manager.eviction, manager.lifecycle, self.requests)
         self._ledger = Ledger(self.vllm_config.parallel_config.tensor_parallel_size)
         self._patch()
 
@@ -67,7 +70,9 @@ class _EvictionMixin(Scheduler):
 
     def add_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super().add_request(request, *args, **kwargs)
-        self.eviction_manager.outlook.relatives.add(request)
+        if self.requests.get(request.request_id) is request:  # and not more input of a session
+            self.eviction_manager.outlook.relatives.add(request)
+            self._amendments.expect(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.eviction_manager.release_processed()
@@ -142,16 +147,23 @@ class _EvictionMixin(Scheduler):
             self._ledger.note_worker(report)
             for request_id in report.cancelled:
                 self.eviction_manager.cancel(request_id)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        hashed_tokens = self._amendments.hashed_tokens() if self.cache_config.enable_prefix_caching else {}
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for of_client in outputs.values():
+            self._amendments.apply(of_client.outputs, hashed_tokens)
+        return outputs
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """vLLM's end of a request. A report that it asked for leaves with its last output, in the place for what a KV
         connector has to say: that goes into the responses that are not streams, and connectors are refused."""
-        report = self.eviction_manager.lifecycle.report(request.request_id)
+        request_id, lifecycle = request.request_id, self.eviction_manager.lifecycle
+        report = lifecycle.report(request_id)
         if self._answers is not None and request.status in _ENDED and request.max_tokens > 1:
             self._answers.add(request.num_output_tokens)
         for_response, *others = super()._free_request(request, *args, **kwargs)
-        self.eviction_manager.outlook.relatives.remove(request.request_id)
+        lifecycle.forget(request_id)
+        self.eviction_manager.outlook.relatives.remove(request_id)
+        self._amendments.forget(request_id)
         return (for_response if report is None else {KEY: report}), *others
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,57 @@
+"""An eviction that the workers do not carry out costs its request the saving, and nobody else anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.engine.harness import Harness, text
+from tests.engine.integrity import held_blocks, released
+from vllm_defensive.engine.lifecycle import Phase
+
+MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+
+
+@MODES
+def test_the_request_goes_on_over_its_originals_and_the_others_are_evicted(
+    tiny_model: Path, asynchronous: bool
+) -> None:
+    h = Harness(tiny_model, num_blocks=200, keep=0.2, asynchronous=asynchronous)
+    declined, other = (h.add(text(500, i), max_tokens=90) for i in range(2))
+    h.ghost.declines.add(declined)
+    while not released(h.manager, other):
+        h.step()
+        h.check()
+    life = h.manager.lifecycle.lives[declined]
+    assert life.phase is Phase.WHOLE and life.packing is None
+    assert held_blocks(h.manager, declined) == len(h.manager.req_to_blocks[declined])
+    assert h.manager.lifecycle.totals.cancelled == 1
+    h.run()  # the ghost compares every read with the full context
+    assert [eviction.request_id for eviction in h.evictions] == [other]
+    h.assert_all_returned()
+
+
+@MODES
+def test_what_is_computed_after_it_is_cached_as_of_any_other_request(tiny_model: Path, asynchronous: bool) -> None:
+    h = Harness(tiny_model, num_blocks=200, keep=0.2, asynchronous=asynchronous)
+    declined = h.add(text(500, 0), max_tokens=90)
+    h.ghost.declines.add(declined)
+    h.run()
+    again = h.add(h.tokens(declined) + text(100, 1))
+    h.run()
+    # All of it but the tokens of the last step, of which nobody computed the next.
+    assert h.hits[again] == (500 + 90 - 1) // 32 * 32
+    h.assert_all_returned()
+
+
+@MODES
+def test_a_request_that_ended_meanwhile_is_not_missed(tiny_model: Path, asynchronous: bool) -> None:
+    h = Harness(tiny_model, num_blocks=200, keep=0.2, asynchronous=asynchronous)
+    request_id = h.add(text(400, 0), max_tokens=90)
+    h.step()
+    h.abort(request_id)
+    h.manager.cancel(request_id)
+    h.run()
+    h.assert_all_returned()
+    assert h.manager.lifecycle.totals.cancelled == 0
