@@ -12,8 +12,9 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 
 from benchmarks.server import Server, commit
 from vllm_defensive.settings.engine import EvictionConfig, allowed_policies, known_policy
-from vllm_defensive.settings.request import RequestFieldError, RequestSettings, resolve, settings_or_none
+from vllm_defensive.settings.request import RequestFieldError, RequestSettings, items_of, resolve, settings_or_none
 
 CASES = os.environ.get("FUZZ_CASES")
 NUM_TOKENS = 90
@@ -65,6 +66,7 @@ class InScheduler:
 
     resumable = False
     num_prompt_tokens = NUM_TOKENS
+    mm_features: Sequence[Any] = ()
 
     def __init__(self, extra_args: Any) -> None:
         self.sampling_params = self
@@ -83,6 +85,28 @@ def test_any_fields_are_taken_or_refused_by_name(extra_args: dict[str, Any]) -> 
     in_scheduler = settings_or_none(ENGINE, InScheduler(extra_args))
     assert in_scheduler == found if found is not None else in_scheduler.policy == "none"
     assert_usable(in_scheduler)
+
+
+@pytest.mark.parametrize(
+    ("boundary", "way_out"),
+    [(39, None), (40, None), (41, "choose 40 or 60"), (59, "choose 40 or 60"), (60, None), (5, "choose 20")],
+)
+def test_a_boundary_does_not_cut_an_image(boundary: int, way_out: str | None) -> None:
+    """It would hide the rest of it from its beginning, or keep half of it."""
+    request = InScheduler({"kv_eviction_boundary": boundary})
+    places = [("image", (0, 20)), ("audio", (40, 20)), ("prompt_embeds", (20, 20))]
+    request.mm_features = [
+        SimpleNamespace(modality=kind, mm_position=SimpleNamespace(offset=offset, length=length))
+        for kind, (offset, length) in places
+    ]
+    items = items_of((f.modality, f.mm_position) for f in request.mm_features)
+    assert items == [(0, 20), (40, 60)]
+    if way_out is None:
+        assert resolve(ENGINE, request.extra_args, NUM_TOKENS, items) == settings_or_none(ENGINE, request)
+    else:
+        with pytest.raises(RequestFieldError, match=f"kv_eviction_boundary={boundary}: inside an image.*; {way_out}$"):
+            resolve(ENGINE, request.extra_args, NUM_TOKENS, items)
+        assert settings_or_none(ENGINE, request).policy == "none"
 
 
 def assert_usable(found: RequestSettings) -> None:

@@ -59,6 +59,7 @@ REFUSED = [
     ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size=", "use 1"),
     ({"parallel_config__use_ubatching": True}, "enable_dbo=True", "turn micro-batching off"),
     ({"kv_transfer_config": object()}, "kv_transfer_config=set", "drop it"),
+    ({"cache_config__kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill=True", "drop it"),
     ({"ec_transfer_config": object()}, "ec_transfer_config=set", "drop it"),
     ({"model_config__runner_type": "pooling"}, "runner=pooling", "use a model that generates text"),
     ({"model_config__is_encoder_decoder": True}, "model=some/model", "use a decoder-only model"),

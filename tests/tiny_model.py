@@ -17,7 +17,7 @@ __all__ = [
 ]
 
 
-def write_tiny_gemma3(folder: Path, seed: int = 0, global_first: bool = False) -> Path:
+def write_tiny_gemma3(folder: Path, seed: int = 0, global_first: bool = False, head_size: int = 32) -> Path:
     """Write a random bf16 Gemma 3: two global layers among four with a sliding window of 128 tokens. Return it.
 
     Like `write_tiny_llama`'s: its head is not tied to the embedding, which would have it repeat its last token with
@@ -37,8 +37,8 @@ def write_tiny_gemma3(folder: Path, seed: int = 0, global_first: bool = False) -
         intermediate_size=256,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
-        query_pre_attn_scalar=32,
+        head_dim=head_size,
+        query_pre_attn_scalar=head_size,
         vocab_size=512,
         max_position_embeddings=4096,
         tie_word_embeddings=False,

@@ -45,6 +45,7 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
             cache.cache_dtype,
             "use auto",
         ),
+        (getattr(cache, "kv_sharing_fast_prefill", False), "kv_sharing_fast_prefill", True, "drop it"),
         (
             getattr(cache, "kv_cache_dtype_skip_layers", None),
             "kv_cache_dtype_skip_layers",

@@ -20,7 +20,7 @@ assert MODE in ("", "gpu", "pretend"), f"CUDA_TESTS={MODE}: choose gpu or preten
 collect_ignore_glob = {
     "": ["test_engine_*.py"],
     "gpu": ["test_own_process.py"],
-    "pretend": ["test_own_process.py", "test_memory.py", "test_runtime.py"],
+    "pretend": ["test_own_process.py", "test_memory.py", "test_metadata.py", "test_runtime.py"],
 }[MODE]
 if MODE == "gpu":
     os.environ.setdefault(

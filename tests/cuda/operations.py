@@ -31,6 +31,7 @@ def install() -> None:
     for name in ("weak_ref_tensor", "get_cuda_view_from_cpu_tensor"):
         _define(core, f"{name}(Tensor(a) tensor) -> Tensor(a)", lambda tensor: tensor.view(tensor.shape))
     _define(core, "silu_and_mul(Tensor(a!) out, Tensor input) -> ()", _silu_and_mul)
+    _define(core, "gelu_tanh_and_mul(Tensor(a!) out, Tensor input) -> ()", _gelu_tanh_and_mul)
     _define(
         cache,
         "reshape_and_cache_flash(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache,"
@@ -59,6 +60,11 @@ def _silu_and_mul(out: Tensor, input: Tensor) -> None:
     out.copy_(torch.nn.functional.silu(gate) * up)
 
 
+def _gelu_tanh_and_mul(out: Tensor, input: Tensor) -> None:
+    gate, up = input.chunk(2, dim=-1)
+    out.copy_(torch.nn.functional.gelu(gate, approximate="tanh") * up)
+
+
 def reshape_and_cache_flash(
     key_THD: Tensor, value_THD: Tensor, key_cache_BNHD: Tensor, value_cache_BNHD: Tensor, slot_T: Tensor,
     kv_cache_dtype: str, k_scale: Tensor, v_scale: Tensor,
@@ -75,10 +81,15 @@ def reshape_and_cache_flash(
 def attention(
     *, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens_q: Tensor, seqused_k: Tensor, block_table: Tensor,
     softmax_scale: float, causal: bool = True, window_size: Any = None, softcap: float = 0,
-    k_descale: Tensor | None = None, v_descale: Tensor | None = None, **_: Any,
+    k_descale: Tensor | None = None, v_descale: Tensor | None = None, mm_prefix_range: Tensor | None = None, **_: Any,
 ) -> Tensor:  # fmt: skip
-    """Causal attention over paged keys, a row of the batch at a time. q: `[T, Q, D]`; k, v: `[B, N, H, D]`."""
-    assert causal and softcap == 0 and tuple(window_size or ()) in ((), (-1, -1))
+    """Causal attention over paged keys, a row of the batch at a time. q: `[T, Q, D]`; k, v: `[B, N, H, D]`.
+
+    window_size: (how far a query looks back or -1, 0 or -1). mm_prefix_range: int `[rows, ranges, 2]`, first and last
+    position between which all see all, of empty ranges the same."""
+    assert causal and softcap == 0
+    before, ahead = tuple(window_size or (-1, -1))
+    assert ahead <= 0
     starts, page, group = cu_seqlens_q.tolist(), k.shape[1], q.shape[1] // k.shape[2]
     scales = [1.0 if scale is None else scale.flatten()[0] for scale in (k_descale, v_descale)]
     for row, (begin, end) in enumerate(itertools.pairwise(starts)):
@@ -91,7 +102,19 @@ def attention(
             for x, scale in zip((k, v), scales, strict=True)
         )
         logits = torch.einsum("tqd,sqd->qts", q[begin:end].float(), keys) * softmax_scale
-        unseen = torch.ones(end - begin, length, dtype=torch.bool).triu(length - (end - begin) + 1)
-        weights = logits.masked_fill(unseen, float("-inf")).softmax(-1)
+        seen = _seen(length - (end - begin), length, before, () if mm_prefix_range is None else mm_prefix_range[row])
+        weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
         out[begin:end] = torch.einsum("qts,sqd->tqd", weights, values).to(out.dtype)
     return out
+
+
+def _seen(first: int, length: int, before: int, ranges: Any) -> Tensor:
+    """Which keys the queries at positions `[first, length)` see. -> bool `[T, S]`."""
+    query_T1, key_S = torch.arange(first, length)[:, None], torch.arange(length)
+    seen = key_S <= query_T1
+    if before >= 0:
+        seen &= query_T1 - key_S <= before
+    for begin, last in (tuple(r.tolist()) for r in ranges):
+        if begin < last:
+            seen |= (query_T1 >= begin) & (query_T1 <= last) & (key_S >= begin) & (key_S <= last)
+    return seen

@@ -11,7 +11,6 @@ import torch
 
 from tests.evictions import eviction
 from vllm_defensive.plan import StepMessage
-from vllm_defensive.worker.cuda.backend import _rest
 from vllm_defensive.worker.cuda.runtime import NOBODY, CUDARuntime
 from vllm_defensive.worker.window import WindowQueries
 from vllm_defensive_kernels import PagedKV
@@ -109,27 +108,3 @@ def test_window_queries_are_taken_where_the_chunk_overlaps_the_window(runtime: C
     assert torch.equal(capture.window_LWQD[1, 12:], query)
     runtime.end()
     assert not runtime.observing
-
-
-def test_vllm_sees_the_other_rows_as_if_they_were_all_and_evicted_ones_as_long_as_their_query() -> None:
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-
-    starts = torch.tensor([0, 1, 2, 7, 27], dtype=torch.int32)
-    common = CommonAttentionMetadata(
-        query_start_loc=starts,
-        query_start_loc_cpu=starts,
-        seq_lens=torch.tensor([50, 60, 70, 20], dtype=torch.int32),
-        num_reqs=4,
-        num_actual_tokens=27,
-        max_query_len=20,
-        max_seq_len=70,
-        block_table_tensor=torch.arange(16).view(4, 4),
-        slot_mapping=torch.arange(32),
-        req_idx=np.arange(4),
-    )
-    rest = _rest(common, 2, 2, ((2, 3),))
-    assert rest.query_start_loc.tolist() == [0, 5, 25] == rest.query_start_loc_cpu.tolist()
-    assert rest.seq_lens.tolist() == [5, 20] and common.seq_lens.tolist() == [50, 60, 70, 20]
-    assert (rest.num_reqs, rest.num_actual_tokens) == (2, 25)
-    assert rest.block_table_tensor[0].tolist() == [8, 9, 10, 11] and rest.slot_mapping[0] == 2
-    assert rest.req_idx.tolist() == [2, 3]

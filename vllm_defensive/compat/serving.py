@@ -53,12 +53,21 @@ def patch_requests(check: Callable[[Any, Any, Any], None]) -> None:
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             request = original(self, *args, **kwargs)
             prompt = {name: getattr(request, name) for name in ("prompt_token_ids", "prompt_embeds", "resumable")}
+            prompt["mm_placeholders"] = _placeholders(request.mm_features)
             check(self.vllm_config, prompt, request.sampling_params)
             return request
 
         return process_inputs
 
     patch(InputProcessor, "process_inputs", make)
+
+
+def _placeholders(features: Any) -> dict[str, list[Any]]:
+    """Where a prompt's images and the like are, by modality, as in the prompts of generators."""
+    places: dict[str, list[Any]] = {}
+    for feature in features or ():
+        places.setdefault(feature.modality, []).append(feature.mm_position)
+    return places
 
 
 def patch_generators(check: Callable[[Any, Any, Any], None]) -> None:

@@ -10,9 +10,11 @@ from vllm_defensive.platforms import CPU_ONLY, PLATFORMS, current, only_on_cpus
 from vllm_defensive.settings.engine import KEY, from_vllm_config
 from vllm_defensive.settings.request import (
     RequestFieldError,
+    items_of,
     names_fields,
     refuse_beam_search,
     refuse_booleans,
+    refuse_items_behind,
     refuse_session,
     resolve,
 )
@@ -33,9 +35,13 @@ def check_request(vllm_config: Any, prompt: Any, params: Any) -> None:
             refuse_session(extra_args or {})
         if num_tokens is None:
             return
-        own = resolve(settings, extra_args, num_tokens)
+        placeholders = prompt.get("mm_placeholders") or {}
+        items = items_of((kind, place) for kind, places in placeholders.items() for place in places)
+        own = resolve(settings, extra_args, num_tokens, items)
         if only_on_cpus(own.policy) and current() == PLATFORMS["cuda"]:
             raise RequestFieldError(f"{KEY}={own.policy!r}: {CPU_ONLY}", KEY, own.policy)
+        if items and vllm_config.model_config.is_mm_prefix_lm and current() == PLATFORMS["cuda"]:
+            refuse_items_behind(own.boundary, items)
     except RequestFieldError as error:
         raise request_error(str(error), error.field, error.value) from None
 

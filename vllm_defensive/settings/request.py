@@ -12,7 +12,7 @@ Checked once in the API server, where a mistake is a 400; the scheduler resolves
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -47,8 +47,15 @@ class RequestFieldError(ValueError):
         self.field, self.value = field, value
 
 
-def resolve(engine: EvictionConfig, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> RequestSettings:
-    """The settings of a request of `num_prompt_tokens` tokens. Raises RequestFieldError for wrong fields."""
+def resolve(
+    engine: EvictionConfig,
+    extra_args: Mapping[str, Any] | None,
+    num_prompt_tokens: int,
+    items: Iterable[tuple[int, int]] = (),
+) -> RequestSettings:
+    """The settings of a request of `num_prompt_tokens` tokens. Raises RequestFieldError for wrong fields.
+
+    items: `[begin, end)` prompt tokens of each image, video or audio, none of which can be evicted in half."""
     own = {}
     for name, value in (extra_args or {}).items():
         if name == _PREFIX:
@@ -68,7 +75,27 @@ def resolve(engine: EvictionConfig, extra_args: Mapping[str, Any] | None, num_pr
     for field, tokens in (("boundary", settings.boundary), ("protect", settings.protect)):
         if tokens is not None and tokens > num_prompt_tokens:
             raise _wrong(_field_name(field), tokens, f"the prompt has {num_prompt_tokens} tokens")
+    for begin, end in items:
+        if settings.boundary is not None and begin < settings.boundary < end:
+            way_out = f"inside an image, video or audio; choose {' or '.join(str(b) for b in (begin, end) if b)}"
+            raise _wrong("kv_eviction_boundary", settings.boundary, way_out)
     return settings
+
+
+def refuse_items_behind(boundary: int | None, items: Iterable[tuple[int, int]]) -> None:
+    """Raises RequestFieldError if an image, video or audio (as in `resolve`) begins at the boundary or behind it."""
+    if boundary is not None and any(begin >= boundary for begin, _ in items):
+        raise _wrong(
+            "kv_eviction_boundary",
+            boundary,
+            "this model attends to an image as a whole, which works before a boundary only; put images first",
+        )
+
+
+def items_of(places: Iterable[tuple[str, Any]]) -> list[tuple[int, int]]:
+    """`[begin, end)` prompt tokens of each image, video or audio. places: vLLM's (modality, placeholder) pairs, where
+    embeddings that a client sent for its text count as a modality."""
+    return [(place.offset, place.offset + place.length) for kind, place in places if kind != "prompt_embeds"]
 
 
 def names_fields(fields: Any) -> bool:
@@ -124,7 +151,8 @@ def settings_or_none(engine: EvictionConfig, request: Any) -> RequestSettings:
     extra_args = getattr(request.sampling_params, "extra_args", None)
     try:
         if not getattr(request, "resumable", False) and request.sampling_params is not None:
-            return resolve(engine, extra_args, request.num_prompt_tokens)
+            items = items_of((f.modality, f.mm_position) for f in request.mm_features)
+            return resolve(engine, extra_args, request.num_prompt_tokens, items)
     except ValueError:
         pass
     return RequestSettings.model_construct(policy=NONE, keep=engine.keep)

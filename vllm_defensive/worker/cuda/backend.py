@@ -6,7 +6,7 @@ which is what a CUDA graph of it needs. The other rows take vLLM's path. Among t
 goes on after its boundary: vLLM is shown a dummy in their place, as long as its query, and our kernel overwrites what
 comes of it.
 
-The classes here go in front of those of either of vLLM's backends: see `cuda_flash.py` and `cuda_triton.py`.
+The classes here go in front of those of either of vLLM's backends: see `flash.py` and `triton.py`.
 """
 
 from __future__ import annotations
@@ -42,16 +42,30 @@ class PackedRows:
     workspace: DecodeWorkspace | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class EvictionMetadata:
     """num_actual_tokens: as in vLLM's own. stock: vLLM's metadata of tokens `[stock_from, ...)`, or None: no such rows.
-    ours: rows that our kernel serves, after vLLM. captures: window queries to keep."""
+    ours: rows that our kernel serves, after vLLM. captures: window queries to keep.
+
+    Every other attribute is `stock`'s, to read and to write: models reach into the metadata before they attend (Gemma 4
+    takes the look-ahead within images off its global layers)."""
 
     num_actual_tokens: int
     captures: tuple[Capture, ...]
     stock: Any
     stock_from: int
     ours: tuple[PackedRows, ...]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or (stock := vars(self).get("stock")) is None:
+            raise AttributeError(name)
+        return getattr(stock, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in EvictionMetadata.__dataclass_fields__:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.stock, name, value)
 
 
 class EvictionMetadataBuilder(AttentionMetadataBuilder):
@@ -117,6 +131,21 @@ def _packed_rows(
     )
 
 
+# What becomes of each field of vLLM's metadata in `_rest`; a test looks for one that has no place here.
+BY_ROW = ("block_table_tensor", "is_prefilling", "req_idx", "rswa_prefix_lens", "seq_lens_cpu_upper_bound")
+BY_TOKEN = ("positions", "slot_mapping")
+RENUMBERED = (
+    "query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens", "causal",
+    "mm_req_doc_ranges", "_num_computed_tokens_cache", "_token_to_req_indices_cache",
+)  # fmt: skip
+STILL_TRUE = ("max_query_len", "max_seq_len")  # bounds, and the longest query is among the rest
+# Of cross attention, context parallelism, Mamba layers and prefills that skip layers: all refused at start.
+NEVER_THERE = (
+    "encoder_seq_lens", "encoder_seq_lens_cpu", "dcp_local_seq_lens", "dcp_local_seq_lens_cpu_upper_bound",
+    "replayssm_decode_base_cpu", "logits_indices_padded", "num_logits_indices", "max_logits_per_req",
+)  # fmt: skip
+
+
 def _rest(
     common: CommonAttentionMetadata, first: int, token: int, packed_runs: tuple[tuple[int, int], ...]
 ) -> CommonAttentionMetadata:
@@ -127,29 +156,35 @@ def _rest(
         seq_lens = seq_lens.clone()
         for begin, end in packed_runs:
             seq_lens[begin:end] = common.query_start_loc[begin + 1 : end + 1] - common.query_start_loc[begin:end]
-    if first == 0:
-        return replace(common, seq_lens=seq_lens)
-
-    def rows(values: Any) -> Any:
-        return None if values is None else values[first:]
-
     return replace(
         common,
+        **{name: _from(first, getattr(common, name)) for name in BY_ROW},
+        **{name: _from(token, getattr(common, name)) for name in BY_TOKEN},
         query_start_loc=common.query_start_loc[first:] - token,
         query_start_loc_cpu=common.query_start_loc_cpu[first:] - token,
         seq_lens=seq_lens[first:],
         num_reqs=common.num_reqs - first,
         num_actual_tokens=common.num_actual_tokens - token,
-        block_table_tensor=common.block_table_tensor[first:],
-        slot_mapping=common.slot_mapping[token:],
-        positions=None if common.positions is None else common.positions[token:],
-        is_prefilling=rows(common.is_prefilling),
-        seq_lens_cpu_upper_bound=rows(common.seq_lens_cpu_upper_bound),
-        req_idx=rows(common.req_idx),
-        rswa_prefix_lens=rows(common.rswa_prefix_lens),
+        causal=_from(first, common.causal) if isinstance(common.causal, Tensor) else common.causal,
+        mm_req_doc_ranges=_ranges(common.mm_req_doc_ranges, first, packed_runs),
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
     )
+
+
+def _from(first: int, values: Any) -> Any:
+    return None if values is None else values[first:]
+
+
+def _ranges(
+    spans_of_row: dict[int, list[tuple[int, int]]] | None, first: int, packed_runs: tuple[tuple[int, int], ...]
+) -> dict[int, list[tuple[int, int]]] | None:
+    """Positions within which queries look ahead (images of prefix-LM models), by row of the rest. Dummies have none:
+    theirs are not the positions of the request."""
+    if spans_of_row is None:
+        return None
+    dummies = {row for begin, end in packed_runs for row in range(begin, end)}
+    return {row - first: spans for row, spans in spans_of_row.items() if row >= first and row not in dummies}
 
 
 class EvictionImpl(AttentionImpl):
