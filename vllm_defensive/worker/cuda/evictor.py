@@ -6,6 +6,7 @@ pages there are follows from the plan, and which they are stays on the device. A
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -118,12 +119,13 @@ class CUDAEvictor:
                 audit.record(self._config.audit, eviction, selection, self._config, self._pages.page_tokens, self._rank)
 
     def warm_up(self, max_tokens: int) -> None:
-        """Compile the kernels of this engine's policy, on vLLM's null block, which nobody reads: the first prompt
-        should not wait for it. Long prompts run variants of their own; a request's own policy compiles when it comes.
+        """Compile the kernels of every policy that a request may have, on vLLM's null block, which nobody reads: no
+        prompt should wait for a compiler, and nobody make others wait. Long prompts run variants of their own.
         """
-        policy = self._config.policy
-        for num_tokens in (max(self._config.min_tokens, 8 * self._config.window), LONG_PROMPT):
-            packed = self._config.packed_blocks(num_tokens, 0, self._pages.page_tokens)
+        policies = dict.fromkeys((self._config.policy, *(self._config.policies or ())))
+        lengths = (max(self._config.min_tokens, 8 * self._config.window), LONG_PROMPT)
+        for policy, num_tokens in itertools.product(policies, lengths):
+            packed = self._config.packed_blocks(num_tokens, 0, self._pages.page_tokens, policy)
             if packed and num_tokens <= max_tokens:
                 source = (0,) * -(-num_tokens // self._pages.page_tokens)
                 dummy = Eviction("warm-up", policy, self._config.keep, num_tokens, 0, source, (0,) * packed)
