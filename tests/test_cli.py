@@ -21,6 +21,7 @@ FLAGS: dict[str, tuple[str, str | None, Any]] = {
     "--kv-eviction-shared": ("keep", "evict", "evict"),
     "--kv-eviction-admission": ("eager", "steady", "steady"),
     "--kv-eviction-per-request": ("False", None, True),
+    "--kv-eviction-policies": ("None", "adakv, snapkv", ["adakv", "snapkv"]),
 }
 WRONG = [
     ("--kv-eviction", "snapkb", f"choose one of {POLICIES}"),
@@ -30,6 +31,8 @@ WRONG = [
     ("--kv-eviction-min-tokens", "many", "choose a whole number of tokens, 1 or more"),
     ("--kv-eviction-shared", "both", "choose one of keep, evict"),
     ("--kv-eviction-admission", "late", "choose one of eager, steady"),
+    ("--kv-eviction-policies", "adakv,snapkb", f"choose from {POLICIES}, separated by commas"),
+    ("--kv-eviction-policies", "", f"choose from {POLICIES}, separated by commas"),
 ]
 
 
@@ -166,6 +169,13 @@ def test_wrong_values_exit_with_one_line(
 def test_a_setting_without_a_policy_is_refused(parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
     error = last_words(parser, ["--kv-eviction-keep", "0.3"], capsys)
     assert error == f"vllm serve: error: --kv-eviction-keep: give --kv-eviction as well, one of {POLICIES}\n"
+
+
+def test_a_wrong_value_is_named_before_a_policy_that_is_missing(
+    parser: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = last_words(parser, ["--kv-eviction-keep", "7"], capsys)
+    assert error == "vllm serve: error: --kv-eviction-keep=7: choose a value in (0, 1]\n"
 
 
 def test_flags_are_added_once_to_a_parser(parser: Any) -> None:

@@ -33,6 +33,9 @@ POLICIES = ", ".join(config.allowed_policies())
         ({"policy": "snapkv", "audit": 7}, "kv_eviction_audit=7: name a folder"),
         ({"policy": "snapkv", "shared": "both"}, "kv_eviction_shared=both: choose one of keep, evict"),
         ({"policy": "snapkv", "admission": "late"}, "kv_eviction_admission=late: choose one of eager, steady"),
+        ({"policy": "snapkv", "policies": 7}, f"kv_eviction_policies=7: choose from {POLICIES}, separated by commas"),
+        ({"keep": 7}, "kv_eviction_keep=7: choose a value in (0, 1]"),
+        ({"keep": 0.3}, f"kv_eviction_keep: give kv_eviction as well, one of {POLICIES}"),
         ({"policy": "none", "keep": 7}, "kv_eviction_keep=7: choose a value in (0, 1]"),
     ],
     ids=lambda x: x.partition(":")[0] if isinstance(x, str) else "",
@@ -82,9 +85,23 @@ def test_every_policy_of_the_table_can_be_chosen(name: str) -> None:
 def test_settings_are_frozen_and_survive_their_own_json() -> None:
     settings = config.parse({"policy": "snapkv", "keep": "0.3", "window": "16"})
     assert settings is not None and (settings.keep, settings.window) == (0.3, 16)
-    assert config.parse(settings.model_dump(exclude_none=True)) == settings
+    assert config.parse(settings.as_json()) == settings
     with pytest.raises(ValidationError):
         settings.keep = 0.5
+
+
+@pytest.mark.parametrize("names", ["adakv, halokv", ["adakv", "halokv"], ("halokv", "adakv")], ids=repr)
+def test_requests_may_name_listed_policies_the_servers_own_and_none(names: Any) -> None:
+    settings = config.parse({"policy": "snapkv", "policies": names})
+    assert settings is not None and hash(settings) == hash(config.parse(settings.as_json()))
+    assert settings.choices == ["none", "snapkv", "adakv", "halokv"]
+    assert [name for name in PRESETS if settings.allows(name)] == settings.choices[1:]
+
+
+def test_without_a_list_requests_may_name_any_policy() -> None:
+    settings = config.parse({"policy": "snapkv"})
+    assert settings is not None and settings.choices == config.allowed_policies()
+    assert all(map(settings.allows, PRESETS))
 
 
 def test_settings_are_found_in_a_vllm_config() -> None:
@@ -92,6 +109,16 @@ def test_settings_are_found_in_a_vllm_config() -> None:
     assert config.from_vllm_config(SimpleNamespace()) is None
     found = config.from_vllm_config(SimpleNamespace(additional_config={"kv_eviction": {"policy": "adakv"}}))
     assert found is not None and found.policy == "adakv"
+
+
+@pytest.mark.parametrize("plugins", ["", "another", "another,vllm_defensive_too"])
+def test_the_helper_does_not_promise_what_vllm_will_not_load(plugins: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    with pytest.raises(ValueError, match=f"^VLLM_PLUGINS={plugins}: .*add vllm_defensive to it, or unset it"):
+        vllm_defensive.engine_kwargs("snapkv")
+    assert vllm_defensive.engine_kwargs("none") == {}
+    monkeypatch.setenv("VLLM_PLUGINS", f"{plugins},vllm_defensive")
+    assert vllm_defensive.engine_kwargs("snapkv")
 
 
 def test_the_helper_returns_what_llm_takes() -> None:

@@ -156,6 +156,89 @@ def test_servers_are_imported_for_servers_only(args: str, imported: str, tiny_mo
     assert run_python(MADE.format(args=args, model=str(tiny_model))).splitlines()[-1] == imported
 
 
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.platforms
+
+    gpu = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False, device_name="gpu")
+    monkeypatch.setattr(vllm.platforms, "current_platform", gpu)
+
+
+def on(additional: dict[str, Any]) -> Any:
+    """As much of an engine as `generate` looks at."""
+    chosen = arguments(additional_config={"kv_eviction": additional})
+    startup.prepare(chosen)
+    return SimpleNamespace(vllm_config=SimpleNamespace(additional_config=chosen.additional_config))
+
+
+TOKENS = {"type": "token", "prompt_token_ids": [1] * 20}
+
+
+def test_a_request_to_a_gpu_may_name_only_what_is_compiled_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that runs for one client makes all the others wait."""
+    from vllm.exceptions import VLLMValidationError
+
+    pretend_gpu(monkeypatch)
+    engine = on({"policy": "snapkv"})
+    for name in ("none", "snapkv"):
+        generate(engine, TOKENS, kv_eviction=name)
+    with pytest.raises(VLLMValidationError, match=r"^kv_eviction='adakv': choose one of none, snapkv, which --kv-evic"):
+        generate(engine, TOKENS, kv_eviction="adakv")
+    generate(on({"policy": "snapkv", "policies": "adakv"}), TOKENS, kv_eviction="adakv")
+
+
+def test_a_gpu_without_a_policy_wants_to_know_which_ones_requests_will_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    on({"per_request": True})
+    pretend_gpu(monkeypatch)
+    generate(on({"per_request": True, "policies": ["snapkv"]}), TOKENS, kv_eviction="snapkv")
+    with pytest.raises(ValueError, match=r"^kv_eviction_per_request=True: .*kv_eviction_policies \(--kv-eviction-pol"):
+        on({"per_request": True})
+
+
+@pytest.mark.parametrize("settings", [{"policy": "h2o"}, {"policy": "snapkv", "policies": "adakv,h2o"}], ids=repr)
+def test_policies_that_only_cpus_have_are_refused_on_gpus(settings: dict[str, Any]) -> None:
+    parsed = config.parse(settings)
+    assert parsed is not None
+    limits.check(vllm_config(), parsed)
+    on_gpu = vllm_config(
+        parallel_config__worker_cls=platforms.PLATFORMS["cuda"].worker,
+        attention_config=SimpleNamespace(backend=None, backend_per_kind=None),
+        use_v2_model_runner=True,
+    )
+    field = "kv_eviction_policies" if "policies" in settings else "kv_eviction"
+    with pytest.raises(ValueError, match=f"^{field}=h2o: supported on CPUs only"):
+        limits.check(on_gpu, parsed)
+
+
+def test_a_list_of_policies_holds_on_cpus_as_well() -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    engine = on({"policy": "snapkv", "policies": "adakv"})
+    for name in ("none", "snapkv", "adakv"):
+        generate(engine, TOKENS, kv_eviction=name)
+    for name in ("h2o", "snapkb"):
+        with pytest.raises(VLLMValidationError, match=f"^kv_eviction='{name}': choose one of none, snapkv, adakv, "):
+            generate(engine, TOKENS, kv_eviction=name)
+
+
+@pytest.mark.parametrize("name", ["kv-eviction-keep", "KV_EVICTION_KEEP", "kvEvictionKeep", " kv_eviction_keep"])
+def test_fields_spelled_otherwise_are_refused_and_told_how(name: str) -> None:
+    """vLLM passes over what it does not know."""
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match=f"^{name}=0.5: spell it kv_eviction_keep "):
+        generate(on({"policy": "snapkv"}), TOKENS, **{name: 0.5})
+
+
+def test_the_callers_settings_are_left_alone() -> None:
+    """One dict may serve several engines."""
+    for policy in ("snapkv", "none"):
+        mine = {"kv_eviction": {"policy": policy}, "other": 1}
+        chosen = arguments(additional_config=mine)
+        startup.prepare(chosen)
+        assert mine == {"kv_eviction": {"policy": policy}, "other": 1}
+        assert chosen.additional_config["other"] == 1
+
+
 def generate(engine: Any, prompt: Any, **fields: Any) -> None:
     """Ask an `AsyncLLM`, as far as the generator that it answers with."""
     from vllm import SamplingParams

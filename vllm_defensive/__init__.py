@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 __version__ = "0.1.0"
@@ -15,12 +16,15 @@ __version__ = "0.1.0"
 def engine_kwargs(policy: str, **settings: Any) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM` or `EngineArgs` that switch eviction on.
 
-    settings: keep, window, min_tokens, audit, shared, admission, per_request, as the flags of the same names.
-    Raises ValueError for wrong ones.
+    settings: keep, window, min_tokens, audit, shared, admission, per_request, policies (a list), as the flags of
+    the same names. Raises ValueError for wrong ones, and where VLLM_PLUGINS keeps vLLM from loading this plugin.
     """
     from vllm_defensive.settings import engine as config
 
     parsed = config.parse({"policy": policy, **settings})
     if parsed is None:
         return {}
-    return {"additional_config": {config.KEY: parsed.model_dump(exclude_none=True)}}
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and __name__ not in plugins.split(","):
+        raise ValueError(f"VLLM_PLUGINS={plugins}: vLLM loads no other plugin; add {__name__} to it, or unset it")
+    return {"additional_config": {config.KEY: parsed.as_json()}}

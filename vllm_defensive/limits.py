@@ -62,8 +62,10 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
     ):
         if unsupported:
             raise ValueError(refusal(option, value, way_out))
-    if on_cuda and only_on_cpus(settings.policy):
-        raise ValueError(f"{option_name('policy')}={settings.policy}: {CPU_ONLY}")
+    for field, named in (("policy", [settings.policy]), ("policies", settings.policies or ())):
+        for policy in named if on_cuda else ():
+            if only_on_cpus(policy):
+                raise ValueError(f"{option_name(field)}={policy}: {CPU_ONLY}")
     if settings.audit is not None:
         _check_writable(settings.audit)
     if settings.window > settings.min_tokens:

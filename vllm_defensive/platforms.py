@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from vllm_defensive.policy import PRESETS
-from vllm_defensive.settings.engine import TURN_OFF
+from vllm_defensive.policy import PRESETS, public_names
+from vllm_defensive.settings.engine import NONE, TURN_OFF, EvictionConfig, option_name
 
 
 class Platform(NamedTuple):
@@ -34,6 +34,22 @@ def current() -> Platform:
     if kind is None:  # ROCm, too, calls its device type cuda
         raise ValueError(refusal("device", current_platform.device_name, "use an NVIDIA GPU or the CPU build of vLLM"))
     return PLATFORMS[kind]
+
+
+def choose_policies(settings: EvictionConfig, platform: Platform) -> EvictionConfig:
+    """The settings, with the policies that requests may name where these are compiled.
+
+    A GPU's are no others than those named, which the worker warms up: else any client could make the engine, and with
+    it everybody else, wait for a compiler. Raises ValueError if there are none to choose from.
+    """
+    if platform != PLATFORMS["cuda"] or settings.policies is not None:
+        return settings
+    if settings.policy == NONE:
+        raise ValueError(
+            f"{option_name('per_request')}=True: name the policies that requests may choose, which a GPU compiles at "
+            f"start, with {option_name('policies')} (--kv-eviction-policies {','.join(public_names()[-2:])})"
+        )
+    return settings.model_copy(update={"policies": (settings.policy,)})
 
 
 def refusal(option: str, value: Any, way_out: str) -> str:

@@ -21,15 +21,18 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
     if not isinstance(additional, dict) or KEY not in additional:
         return None
     settings = parse(additional[KEY])
+    # The caller's own dict, perhaps of several engines, stays as it is.
+    engine_args.additional_config = additional = {k: v for k, v in additional.items() if k != KEY}
     if settings is None:
-        del additional[KEY]
         return None
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     # They import a web framework, which engines without eviction need not.
     from vllm_defensive.serving import checks, status
 
-    worker, block = platforms.current()
+    platform = platforms.current()
+    worker, block = platform
+    settings = platforms.choose_policies(settings, platform)
     for name, ours, unset in (("scheduler_cls", SCHEDULER, None), ("worker_cls", worker, "auto")):
         chosen = getattr(engine_args, name)
         if chosen not in (unset, ours):
@@ -45,8 +48,7 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
     if isinstance(engine_args, AsyncEngineArgs):  # a server's: `LLM` does not wait for the import of vLLM's servers
         patches.patch_responses(checks.check_request)
         patches.patch_bodies(checks.check_body)
-    # Plain JSON: it is hashed into vLLM's compile cache key and printed with its config.
-    additional[KEY] = settings.model_dump(exclude_none=True)
+    additional[KEY] = settings.as_json()
     status.configure(additional[KEY])
     return settings
 

@@ -58,7 +58,8 @@ class Engine:
         self.block = options.block or (16 if torch.cuda.is_available() else 32)
         blocks = int(options.pool * -(-(options.prompt + options.output) // self.block)) + 1
         evicting = options.row != STOCK
-        extra = vllm_defensive.engine_kwargs(options.row, keep=options.keep, per_request=True) if evicting else {}
+        own = {"keep": options.keep, "per_request": True, "policies": options.policies}
+        extra = vllm_defensive.engine_kwargs(options.row, **own) if evicting else {}
         started = time.perf_counter()
         llm = LLM(
             str(folder), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", block_size=self.block,

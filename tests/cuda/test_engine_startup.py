@@ -56,7 +56,7 @@ def test_policies_of_all_queries_are_refused(model: Path) -> None:
         config_of(model, **vllm_defensive.engine_kwargs("h2o"))
     with engine(model, "snapkv", dtype="float32") as llm:
         prompt = random_prompts((140,), seed=4)
-        with pytest.raises(VLLMValidationError, match="kv_eviction='h2o': supported on CPUs only"):
+        with pytest.raises(VLLMValidationError, match="kv_eviction='h2o': choose one of none, streamingllm, snapkv"):
             generate(llm, prompt, 2, extra_args=[{"kv_eviction": "h2o"}])
         assert len(generate(llm, prompt, 2)[0].tokens) == 2
 
@@ -78,6 +78,18 @@ def test_warm_up_runs_an_eviction_and_changes_nothing(model: Path, kernels: str,
         # From the cached prefix: a GPU multiplies 44 tokens with other kernels than 140, so that float32 sums of logits
         # up to 16 are rounded otherwise (3.6e-6 seen); 1e-4, as where engines are compared.
         assert largest_difference(generate(llm, prompts, 4), before) <= (0 if MODE == "pretend" else 1e-4)
+
+
+@pytest.mark.parametrize("kernels", ["reference"], indirect=True)
+def test_warm_up_runs_every_policy_that_requests_may_name(
+    model: Path, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine(model, "snapkv", dtype="float32", policies=["snapkv", "halokv", "none", "random"]) as llm:
+        evictor, warmed = worker_of(llm)._evictor, []
+        pack = evictor._pack
+        monkeypatch.setattr(evictor, "_pack", lambda dummy, *rest: (warmed.append(dummy.policy), pack(dummy, *rest)))
+        evictor.warm_up(1024)
+    assert warmed == ["snapkv", "halokv", "random"]
 
 
 @pytest.mark.parametrize("kernels", ["reference"], indirect=True)

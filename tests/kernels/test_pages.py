@@ -9,11 +9,7 @@ import torch
 
 from tests.kernels.cases import LAYOUTS, int32, make_pages
 from tests.kernels.conftest import DEVICE
-<<<<<<< HEAD
-from vllm_defensive_kernels import PackedState, PageAddresses, PagedKV, RaggedTokens
-=======
-from vllm_defensive_kernels import MAX_HEAD_SIZE, PackedState, PagedKV, RaggedTokens
->>>>>>> 2373e99 (Tiles of every kernel follow the head size, up to 512)
+from vllm_defensive_kernels import MAX_HEAD_SIZE, PackedState, PageAddresses, PagedKV, RaggedTokens
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "NLBHC", "HBLNC"])

@@ -29,11 +29,11 @@ class Amendments:
 
     def expect(self, request: Request) -> None:
         """A request has come."""
-        fields = request.sampling_params.extra_args if request.sampling_params is not None else None
-        if not fields:
+        params = request.sampling_params
+        if params is None or not params.extra_args:
             return
         settings = settings_or_none(self._settings, request)
-        if settings.report and request.sampling_params.stop:
+        if settings.report and params.stop:
             self._reporting.add(request.request_id)
         if settings.boundary is not None:
             self._silent.add(request.request_id)

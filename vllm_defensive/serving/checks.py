@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from vllm_defensive.compat.serving import request_error
-from vllm_defensive.platforms import CPU_ONLY, PLATFORMS, current, only_on_cpus
-from vllm_defensive.settings.engine import KEY, from_vllm_config
+from vllm_defensive.platforms import PLATFORMS, current
+from vllm_defensive.settings.engine import from_vllm_config
 from vllm_defensive.settings.request import (
     RequestFieldError,
     items_of,
@@ -16,6 +16,7 @@ from vllm_defensive.settings.request import (
     refuse_booleans,
     refuse_items_behind,
     refuse_session,
+    refuse_strays,
     resolve,
 )
 
@@ -38,8 +39,6 @@ def check_request(vllm_config: Any, prompt: Any, params: Any) -> None:
         placeholders = prompt.get("mm_placeholders") or {}
         items = items_of((kind, place) for kind, places in placeholders.items() for place in places)
         own = resolve(settings, extra_args, num_tokens, items)
-        if only_on_cpus(own.policy) and current() == PLATFORMS["cuda"]:
-            raise RequestFieldError(f"{KEY}={own.policy!r}: {CPU_ONLY}", KEY, own.policy)
         if items and vllm_config.model_config.is_mm_prefix_lm and current() == PLATFORMS["cuda"]:
             refuse_items_behind(own.boundary, items)
     except RequestFieldError as error:
@@ -62,17 +61,22 @@ def _length(prompt: Any) -> int | None:
 
 
 async def check_body(vllm_config: Any, request: Any, raw_request: Any) -> None:
-    """Refuse what `check_request` does not see: fields of a beam search, and booleans, which it sees as 0 and 1.
+    """Refuse what `check_request` does not see: fields beside `vllm_xargs` and those of a beam search, and booleans,
+    which it sees as 0 and 1.
 
     raw_request: None in `vllm run-batch`, where only what vLLM made of the body can be seen.
     """
-    fields = getattr(request, "vllm_xargs", None) or {}
-    if not names_fields(fields) or from_vllm_config(vllm_config) is None:
+    fields, beside = getattr(request, "vllm_xargs", None) or {}, getattr(request, "model_extra", None)
+    if not names_fields(fields) and not names_fields(beside):
+        return
+    settings = from_vllm_config(vllm_config)
+    if settings is None:
         return
     try:
+        refuse_strays(beside)
         if getattr(request, "use_beam_search", False):
             refuse_beam_search(fields)
         body = {"vllm_xargs": fields} if raw_request is None else await raw_request.json()
-        refuse_booleans(body.get("vllm_xargs") if isinstance(body, dict) else None)
+        refuse_booleans(settings, body.get("vllm_xargs") if isinstance(body, dict) else None)
     except RequestFieldError as error:
         raise request_error(str(error), error.field, error.value) from None

@@ -28,7 +28,7 @@ def add_flags(parser: Any) -> None:
         title="KV eviction", description="Evict KV cache at the end of prefill, so that more long requests fit."
     )
     metavars = {"policy": "POLICY", "keep": "RATIO", "window": "TOKENS", "min_tokens": "TOKENS", "audit": "DIR"}
-    metavars |= {"shared": "keep|evict", "admission": "eager|steady"}
+    metavars |= {"shared": "keep|evict", "admission": "eager|steady", "policies": "POLICY,..."}
     for name, field in config.EvictionConfig.model_fields.items():
         default = config.NONE if name == "policy" else field.default
         allowed = f": {', '.join(config.allowed_policies())}" if name == "policy" else ""
@@ -67,15 +67,12 @@ def fold(namespace: argparse.Namespace) -> None:
     if not given and before is None:
         return
     raw = {**before, **given} if isinstance(before, dict) else given or before
-    if isinstance(raw, dict) and "policy" not in raw and "per_request" not in raw:
-        flags = ", ".join(flag_of(name) for name in given)
-        raise ValueError(f"{flags}: give {flag_of('policy')} as well, one of {', '.join(config.allowed_policies())}")
     settings = config.parse(raw, flag_of)
     if settings is None:
         # As if we were not there: vLLM hashes additional_config into its compile cache key.
         additional.pop(config.KEY, None)
     else:
-        additional[config.KEY] = settings.model_dump(exclude_none=True)
+        additional[config.KEY] = settings.as_json()
         middleware = getattr(namespace, "middleware", None)  # servers have it, other commands do not
         if middleware is not None and _STATUS not in middleware:
             # Starlette calls the last one first: in this order the user's own, which may guard the server, are asked.

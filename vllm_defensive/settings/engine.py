@@ -44,11 +44,39 @@ class EvictionConfig(BaseModel):
     per_request: bool = Field(
         False, description="let requests choose their own policy even if the server's own policy is none"
     )
+    policies: tuple[str, ...] | None = Field(
+        None,
+        description="policies that requests may choose, separated by commas, beside none and the server's own: without "
+        "it all on CPUs and no other on GPUs, where each is compiled at start",
+    )
 
     @field_validator("policy")
     @classmethod
     def _known_policy(cls, name: str) -> str:
         return known_policy(name)
+
+    @field_validator("policies", mode="before")
+    @classmethod
+    def _known_policies(cls, names: Any) -> Any:
+        listed = names.split(",") if isinstance(names, str) else names
+        return [known_policy(str(name).strip()) for name in listed] if isinstance(listed, (list, tuple)) else listed
+
+    @property
+    def choices(self) -> list[str]:
+        """The policies that a request may name, in the order of `--kv-eviction`'s values, internal ones last."""
+        if self.policies is None:
+            return allowed_policies()
+        chosen = {NONE, self.policy, *self.policies}
+        known = [name for name in allowed_policies() if name in chosen]
+        return known + sorted(chosen.difference(known))
+
+    def allows(self, policy: str) -> bool:
+        """Whether a request may name this policy, one that `known_policy` knows."""
+        return self.policies is None or policy in (NONE, self.policy, *self.policies)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON, from which `parse` makes the same settings: vLLM hashes it, and prints it with its config."""
+        return self.model_dump(mode="json", exclude_none=True)
 
     def region(self, stop: int, shared_blocks: int, block_tokens: int) -> Region:
         """What an eviction at `stop` chooses from, with this engine's window."""
@@ -95,6 +123,9 @@ def parse(raw: Any, name_of: Callable[[str], str] | None = None) -> EvictionConf
         settings = EvictionConfig(**{"policy": NONE, **raw})
     except ValidationError as error:
         raise ValueError("; ".join(_describe(e, name_of) for e in error.errors())) from None
+    if raw and "policy" not in raw and "per_request" not in raw:
+        without = ", ".join(name_of(field) for field in raw)
+        raise ValueError(f"{without}: give {name_of('policy')} as well, one of {', '.join(allowed_policies())}")
     return settings if settings.policy != NONE or settings.per_request else None
 
 
@@ -118,6 +149,7 @@ _ALLOWED = {
     "shared": lambda: "choose one of keep, evict",
     "admission": lambda: "choose one of eager, steady",
     "per_request": lambda: "choose true or false",
+    "policies": lambda: f"choose from {', '.join(allowed_policies())}, separated by commas",
 }
 
 

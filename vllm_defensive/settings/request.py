@@ -12,12 +12,13 @@ Checked once in the API server, where a mistake is a 400; the scheduler resolves
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from vllm_defensive.settings.engine import NONE, EvictionConfig, allowed_policies, known_policy
+from vllm_defensive.settings.engine import NONE, EvictionConfig, known_policy
 
 _PREFIX = "kv_eviction"
 
@@ -62,8 +63,8 @@ def resolve(
             own["policy"] = value
         elif name in _ALLOWED:
             own[name.removeprefix(f"{_PREFIX}_")] = value
-        elif name.startswith(_PREFIX):
-            raise _wrong(name, value, f"unknown, choose from {', '.join(_ALLOWED)}")
+        elif _means_us(name):
+            raise _wrong(name, value, _spelling(name))
     if not own:
         return RequestSettings.model_construct(policy=engine.policy, keep=engine.keep)
     try:
@@ -71,7 +72,9 @@ def resolve(
     except ValidationError as error:
         first = error.errors()[0]
         field = _field_name(str(first["loc"][0]))
-        raise _wrong(field, first["input"], _ALLOWED[field]) from None
+        raise _wrong(field, first["input"], _allowed(field, engine)) from None
+    if not engine.allows(settings.policy):
+        raise _wrong(_PREFIX, settings.policy, _allowed(_PREFIX, engine))
     for field, tokens in (("boundary", settings.boundary), ("protect", settings.protect)):
         if tokens is not None and tokens > num_prompt_tokens:
             raise _wrong(_field_name(field), tokens, f"the prompt has {num_prompt_tokens} tokens")
@@ -100,7 +103,14 @@ def items_of(places: Iterable[tuple[str, Any]]) -> list[tuple[int, int]]:
 
 def names_fields(fields: Any) -> bool:
     """Whether a request names fields of ours at all, right or wrong ones."""
-    return isinstance(fields, dict) and any(name.startswith(_PREFIX) for name in fields)
+    return isinstance(fields, dict) and any(map(_means_us, fields))
+
+
+def refuse_strays(fields: Mapping[str, Any] | None) -> None:
+    """Raises RequestFieldError for fields of ours beside `vllm_xargs` instead of in it, where vLLM passes over them."""
+    for name, value in (fields or {}).items():
+        if _means_us(name):
+            raise _wrong(name, value, "has no effect here; put it into vllm_xargs")
 
 
 def refuse_beam_search(fields: Mapping[str, Any]) -> None:
@@ -116,15 +126,15 @@ def refuse_session(fields: Mapping[str, Any]) -> None:
 
 def _refuse_all(fields: Mapping[str, Any], why: str) -> None:
     for name, value in fields.items():
-        if name.startswith(_PREFIX):
+        if _means_us(name):
             raise _wrong(name, value, why)
 
 
-def refuse_booleans(fields: Any) -> None:
+def refuse_booleans(engine: EvictionConfig, fields: Any) -> None:
     """Raises RequestFieldError if a field of ours holds a boolean. fields: as the client sent them, of any type."""
     for name, value in fields.items() if isinstance(fields, dict) else ():
         if isinstance(value, bool) and name in _ALLOWED and name not in _SWITCHES:
-            raise _wrong(name, value, _ALLOWED[name])
+            raise _wrong(name, value, _allowed(name, engine))
 
 
 def _field_name(name: str) -> str:
@@ -132,13 +142,33 @@ def _field_name(name: str) -> str:
 
 
 _ALLOWED = {
-    "kv_eviction": f"choose one of {', '.join(allowed_policies())}",
+    "kv_eviction": "choose one of {choices}",
     "kv_eviction_keep": "choose a number in (0, 1]",
     "kv_eviction_boundary": "choose a whole number of prompt tokens, 1 or more",
     "kv_eviction_protect": "choose a whole number of prompt tokens, 0 or more",
     "kv_eviction_report": "choose 0 or 1",
 }
 _SWITCHES = ("kv_eviction_report",)  # a boolean is what they mean
+
+
+def _allowed(field: str, engine: EvictionConfig) -> str:
+    why = "" if engine.policies is None else ", which --kv-eviction-policies allows"
+    return _ALLOWED[field].format(choices=", ".join(engine.choices) + why)
+
+
+def _letters(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+def _means_us(name: Any) -> bool:
+    """Whether a name is one of ours, rightly spelled or not: `KV-Eviction` and `kvEviction` have no other meaning."""
+    return isinstance(name, str) and _letters(name).startswith(_letters(_PREFIX))
+
+
+def _spelling(name: str) -> str:
+    """What to say of a name of ours that is not a field's."""
+    meant = [field for field in _ALLOWED if _letters(field) == _letters(name)]
+    return f"spell it {meant[0]}" if meant else f"unknown, choose from {', '.join(_ALLOWED)}"
 
 
 def _wrong(field: str, value: Any, allowed: str) -> RequestFieldError:

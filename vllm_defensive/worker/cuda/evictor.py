@@ -6,6 +6,7 @@ pages there are follows from the plan, and which they are stays on the device. A
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -119,15 +120,17 @@ class CUDAEvictor(Evictor):
         return report
 
     def warm_up(self, max_tokens: int) -> None:
-        """Compile the kernels of this engine's policy, on vLLM's null block, which nobody reads: the first prompt
-        should not wait for it. Long prompts run variants of their own; a request's own policy compiles when it comes.
+        """Compile the kernels of every policy that a request may have, on vLLM's null block, which nobody reads: no
+        prompt should wait for a compiler, and nobody make others wait. Long prompts run variants of their own.
         """
-        for stop in (max(self._config.min_tokens, 8 * self._config.window), LONG_PROMPT):
+        policies = dict.fromkeys((self._config.policy, *(self._config.policies or ())))
+        lengths = (max(self._config.min_tokens, 8 * self._config.window), LONG_PROMPT)
+        for policy, stop in itertools.product(policies, lengths):
             region = self._config.region(stop, 0, self._pages.page_tokens)
-            packed = self._config.budget_blocks(region)
+            packed = self._config.budget_blocks(region, policy)
             if packed and stop <= max_tokens:
                 source = (0,) * -(-stop // region.block_tokens)
-                score = Score("warm-up", self._config.policy, self._config.keep, region, source)
+                score = Score("warm-up", policy, self._config.keep, region, source)
                 scored = self._weigh(score, self._runtime.windows.blank())
                 self._copy(scored, Packing(region, (0,) * packed))
 
