@@ -26,6 +26,7 @@ def vllm_config(**changes: Any) -> Any:
             use_mla=False,
             model="some/model",
             get_total_num_kv_heads=lambda: 6,
+            is_mm_prefix_lm=False,
         ),
         parallel_config=SimpleNamespace(
             worker_cls=platforms.PLATFORMS["cpu"].worker,
