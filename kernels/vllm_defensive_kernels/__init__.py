@@ -28,6 +28,7 @@ from typing import Any
 # Modules are named differently from their functions, so that a submodule never hides the function of its name; they
 # load on first use, because importing Triton costs time that a process without eviction should not pay.
 _EXPORTS = {
+    "MAX_HEAD_SIZE": "pages",
     "PageAddresses": "pages",
     "PagedKV": "pages",
     "PackedState": "pages",

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_defensive_kernels import reference
-from vllm_defensive_kernels.addressing import power_of_two, runs_triton
+from vllm_defensive_kernels.addressing import power_of_two, runs_triton, width
 from vllm_defensive_kernels.checks import refuse, require_device, require_dtype, require_shape
 from vllm_defensive_kernels.pages import PagedKV
 
@@ -109,7 +109,7 @@ def compact(
     limit = torch.finfo(views[0].dtype).max if fp8 else 0.0
     if same:
         views = [view.view(_BITS[view.element_size()]) for view in views]
-    rows = ROW_BYTES // source.key_PND.element_size()
+    rows = ROW_BYTES // source.key_PND.element_size() // width(target.head_size)
     _compact_kernel[(-(-token_T.shape[0] // rows),)](
         *views, table_B, owner, token_T, fresh_K, source.layer_page_L, target.layer_page_L,
         token_T.shape[0], key_scale, value_scale,

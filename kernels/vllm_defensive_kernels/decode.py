@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from vllm_defensive_kernels import reference
-from vllm_defensive_kernels.addressing import power_of_two, runs_triton
+from vllm_defensive_kernels.addressing import power_of_two, runs_triton, width
 from vllm_defensive_kernels.checks import refuse, require_device, require_dtype, require_int, require_shape
 from vllm_defensive_kernels.decode_kernels import decode_kernel, merge_kernel
 from vllm_defensive_kernels.pages import PackedState, PagedKV
 
-BLOCK_T = 64  # keys a step: 32 KiB of K and V for a 128-wide bf16 head
+BLOCK_T = 64  # keys a step: 32 KiB of K and V for a 128-wide bf16 head; wider heads get fewer
+BLOCK_M = 64  # query rows a tile, at most, unless G is more; wider heads get fewer
 # A page's number has to be read before its keys can be; with fewer stages than this Triton keeps one step in shared
 # memory instead of two, and nothing is in flight while the tensor cores work.
 STAGES = 5
 WARPS = 4
+MERGE_WARPS = 4
 MIN_STEPS = 4  # a split shorter than 256 keys costs more to merge than it saves
 MAX_SPLITS = 64
 TARGET_PROGRAMS = 2048  # about four rounds on the 132 multiprocessors of an H200, four programs on each
@@ -44,18 +46,19 @@ class DecodeWorkspace:
         )
 
 
-def tile_rows(group: int, max_query_len: int) -> int:
-    """Rows of a query tile: `G` heads by as many query tokens as fit 64 rows; 16 is the least that tl.dot takes."""
-    return max(power_of_two(group), min(64, power_of_two(group * max_query_len)), 16)
+def tile_rows(group: int, max_query_len: int, head_size: int = 128) -> int:
+    """Rows of a query tile: `G` heads by as many query tokens as fit; 16 is the least that tl.dot takes."""
+    return max(power_of_two(group), min(BLOCK_M // width(head_size), power_of_two(group * max_query_len)), 16)
 
 
-def choose_splits(rows: int, group: int, num_kv_heads: int, max_query_len: int) -> int:
+def choose_splits(rows: int, group: int, num_kv_heads: int, max_query_len: int, head_size: int = 128) -> int:
     """Splits of a launch: a function of its shape only, never of the lengths, so that a captured grid stays right.
 
     Decode rows always get 16 or more, because one head may hold most of a layer; prompts that go on over packed pages
-    bring a program for each query tile of their own and get as few as keep the device busy.
+    bring a program for each query tile of their own and get as few as keep the device busy. head_size counts for these
+    alone.
     """
-    q_tiles = -(-max_query_len // (tile_rows(group, max_query_len) // group))
+    q_tiles = -(-max_query_len // (tile_rows(group, max_query_len, head_size) // group))
     wanted = power_of_two(-(-TARGET_PROGRAMS // max(rows * q_tiles * num_kv_heads, 1)))
     return min(max(wanted, 16 if q_tiles == 1 else 1), MAX_SPLITS)
 
@@ -109,7 +112,7 @@ def ragged_paged_decode(
     for name, tensor in indices.items():
         require_dtype(name, tensor, (torch.int32,))
     group = num_heads // kv_heads
-    splits = splits or choose_splits(rows, group, kv_heads, max_query_len)
+    splits = splits or choose_splits(rows, group, kv_heads, max_query_len, head_size)
     if splits != power_of_two(splits):
         refuse("splits", splits, "a power of two")
     out = torch.empty_like(query_TQD) if out_TQD is None else out_TQD
@@ -128,10 +131,10 @@ def ragged_paged_decode(
     if workspace.lse.numel() < partial_rows or workspace.part.numel() < partial_rows * head_size:
         refuse("workspace", workspace.lse.numel(), f"room for {partial_rows} partial rows of {head_size}")
 
-    block_m = tile_rows(group, max_query_len)
+    block_m, wide = tile_rows(group, max_query_len, head_size), width(head_size)
     q_tiles = -(-max_query_len // (block_m // group))
     shape = {"H": kv_heads, "G": group, "N": pages.page_tokens, "D": head_size, "BLOCK_D": power_of_two(head_size, 16)}
-    tiling = {"BLOCK_M": block_m, "BLOCK_T": BLOCK_T, "SPLITS": splits, "MIN_STEPS": MIN_STEPS}
+    tiling = {"BLOCK_M": block_m, "BLOCK_T": BLOCK_T // wide, "SPLITS": splits, "MIN_STEPS": MIN_STEPS}
     decode_kernel[(rows * q_tiles, kv_heads, splits)](
         out, workspace.part, workspace.lse, query_TQD, pages.key_PND, pages.value_PND,
         query_start_R1, seq_len_R, table_RB, slot_R,
@@ -149,6 +152,6 @@ def ragged_paged_decode(
             out, workspace.part, workspace.lse, query_start_R1, seq_len_R, slot_R,
             state.offset_SO, state.shared_S, state.growth_S,
             layer, max_query_len, out.stride(0), out.stride(1), state.offset_SO.stride(0),
-            **shape, **tiling, num_warps=4,
+            **shape, **tiling, num_warps=MERGE_WARPS * wide,
         )  # fmt: skip
     return out

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_defensive_kernels import reference
-from vllm_defensive_kernels.addressing import positional_page, power_of_two, product, runs_triton
+from vllm_defensive_kernels.addressing import positional_page, power_of_two, product, runs_triton, width
 from vllm_defensive_kernels.checks import (
     refuse,
     require_choice,
@@ -28,6 +28,14 @@ BLOCK_C = 128
 FP32_BLOCK = 32  # without tensor cores a thread holds whole rows of both factors; larger tiles spill
 WARPS = 8
 STAGES = 3
+
+
+def tiling(head_size: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Tokens and columns of a tile: at most 164 KB of shared memory, which an A100 has too."""
+    wide = width(head_size)
+    if dtype == torch.float32:
+        return (max(FP32_BLOCK // wide, 16),) * 2  # 16 is the least that tl.dot takes
+    return BLOCK_T // max(1, wide // 2), BLOCK_C // wide
 
 
 # out_ptr: where a layer's part of a larger tensor begins must not make a variant of its own.
@@ -109,8 +117,7 @@ def value_norm(
         )
     if tokens.longest == 0:
         return out_HT
-    fp32 = output_QDC.dtype == torch.float32
-    block_t, block_c = (FP32_BLOCK, FP32_BLOCK) if fp32 else (BLOCK_T, BLOCK_C)
+    block_t, block_c = tiling(pages.head_size, output_QDC.dtype)
     _value_norm_kernel[(-(-tokens.longest // block_t), heads, rows)](
         out_HT, pages.value_PND, output_QDC, table_RB, tokens.count_R, tokens.start_R, pages.layer_page_L,
         value_scale, layer, output_QDC.shape[2], out_HT.stride(0),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vllm_defensive_kernels.checks import refuse, require_int, require_shape
 
+MAX_HEAD_SIZE = 512  # tiles for wider heads are not made: registers would spill
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -84,7 +85,7 @@ class PagedKV(PageAddresses):
     """A KV cache seen as head pages; see the package's docstring for the address of a page.
 
     key_PND, value_PND: views `[pages, N, D]` of fp32, fp16, bf16 or fp8, of one dtype, shape and device, any strides
-        but the last, which is 1. The views may overlap (heads inside tokens).
+        but the last, which is 1. The views may overlap (heads inside tokens). D is at most MAX_HEAD_SIZE.
     layer_page_L: on the same device. pages_per_block: 1, more are not supported by the kernels.
     layer_pages: distance of neighbouring layers where it is the same for all (it then saves a load a key), else None.
     """
@@ -101,6 +102,8 @@ class PagedKV(PageAddresses):
         require_shape("value_PND", value, tuple(key.shape))
         if value.stride(-1) != 1:
             refuse("value_PND.stride()", value.stride(), "stride 1 in D")
+        if key.shape[2] > MAX_HEAD_SIZE:
+            refuse("head_size", key.shape[2], f"at most {MAX_HEAD_SIZE}, or no KV eviction for this model on GPUs")
         if key.dtype not in FLOATS or value.dtype != key.dtype:
             refuse("key_PND.dtype, value_PND.dtype", (key.dtype, value.dtype), f"one dtype of {FLOATS}")
         if not (key.device == value.device == self.layer_page_L.device):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_defensive_kernels import reference
-from vllm_defensive_kernels.addressing import power_of_two, runs_triton
+from vllm_defensive_kernels.addressing import power_of_two, runs_triton, width
 from vllm_defensive_kernels.checks import (
     refuse,
     require_choice,
@@ -31,7 +31,8 @@ from vllm_defensive_kernels.window_kernels import (
 
 BLOCK_M = 128  # query rows a tile: the 4 x 32 of a Llama-3 head at once
 BLOCK_T = 64  # keys a step of pass 1
-LINES = 64  # lines of pass 2's tile
+LINES = 64  # lines of pass 2's tile, unless their keys would take more than
+STEP_BYTES = 2**15
 STAGES = 5  # a key's page is read first: three steps of keys in shared memory, two of them in flight
 SCORE_WARPS = 8
 MERGE_SPANS = 8
@@ -43,6 +44,16 @@ class WindowScores(NamedTuple):
 
     score_LHT: Tensor
     mean_LHT: Tensor
+
+
+def tile(head_size: int, key_bytes: int, query_bytes: int) -> tuple[int, int, int]:
+    """Query rows of a tile, at most; keys of a step of pass 1; lines of pass 2. The sizes are those of one number.
+
+    Widening fp8 keys takes registers of its own, and so do the longer rows of wide heads: they get half the rows.
+    """
+    wide = width(head_size)
+    rows = BLOCK_M if wide == 1 and key_bytes > 1 else BLOCK_M // 2
+    return rows, BLOCK_T // wide, min(LINES, STEP_BYTES // (128 * wide * query_bytes))
 
 
 def tiling(longest: int) -> tuple[int, int]:
@@ -77,8 +88,9 @@ def window_scores(
     pool: neighbours averaged, 1, 3 or 5. scale: of the logits, default `D ** -0.5`. key_scale: of fp8 pages.
 
     Returns fp32 scores; formulas in `formulas.py`. Stores nothing of size [G, W, S] and reads K twice; a head with more
-    than 128 query rows (fp8: 64) reads it again for each further 128, from the L2 cache, and needs scratch space of the
-    result's size for each. `pages` may be cut down to some layers. Raises ValueError for arguments that do not fit.
+    than 128 query rows (fp8 or D > 128: 64) reads it again for each further 128, from the L2 cache, and needs scratch
+    space of the result's size for each. `pages` may be cut down to some layers. Raises ValueError for arguments that do
+    not fit.
     """
     require_shape("query_LRWQD", query_LRWQD, (pages.num_layers, table_RB.shape[0], None, None, pages.head_size))
     require_dtype("query_LRWQD", query_LRWQD, (torch.float32, torch.float16, torch.bfloat16))
@@ -109,7 +121,7 @@ def window_scores(
         return WindowScores(score_LHT, mean_LHT)
     peak = aggregate == "defensive"
     span, run = tiling(tokens.longest)
-    most = BLOCK_M if pages.key_PND.element_size() > 1 else BLOCK_M // 2  # widening fp8 keys takes registers of its own
+    most, block_t, lines = tile(head_size, pages.key_PND.element_size(), query_LRWQD.element_size())
     block_m = min(most, power_of_two(group * window, 16))
     chunks = -(-group * window // block_m)
     spans = -(-(tokens.longest + window) // span)
@@ -128,16 +140,16 @@ def window_scores(
     row_statistics_kernel[(spans, layers * heads, rows * chunks)](
         stats, query_LRWQD, pages.key_PND, table_RB, tokens.count_R, pages.layer_page_L,
         scale_log2, chunks, spans, stats.stride(0), *strides,
-        **shape, BLOCK_T=BLOCK_T, SPAN=span, num_warps=4, num_stages=STAGES,
+        **shape, BLOCK_T=block_t, SPAN=span, num_warps=4, num_stages=STAGES,
     )  # fmt: skip
     merge_statistics_kernel[(layers * heads * chunks, rows)](
         lse, gain, stats, tokens.count_R, chunks, spans, stats.stride(0),
         W=window, BLOCK_M=block_m, SPAN=span, MERGE_SPANS=MERGE_SPANS, num_warps=4,
     )  # fmt: skip
-    score_kernel[(-(-tokens.longest // (LINES * run)) * chunks, layers * heads, rows)](
+    score_kernel[(-(-tokens.longest // (lines * run)) * chunks, layers * heads, rows)](
         *slabs, lse, gain, query_LRWQD, pages.key_PND, table_RB, tokens.count_R, tokens.start_R, pages.layer_page_L,
         scale_log2, chunks, score_LHT.numel(), tokens.total, *strides,
-        **shape, LINES=LINES, RUN=run, PEAK=peak, PARTS=2 if block_m > 64 else 1,
+        **shape, LINES=lines, RUN=run, PEAK=peak, PARTS=2 if block_m > 64 else 1,
         num_warps=SCORE_WARPS, num_stages=STAGES,
     )  # fmt: skip
     grid = (-(-tokens.longest // BLOCK), layers * heads, rows)

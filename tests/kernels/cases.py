@@ -15,6 +15,7 @@ from vllm_defensive_kernels import kept_tokens
 from vllm_defensive_kernels.pages import PackedState, PagedKV
 
 LAYOUTS = ("LBHNC", "BLHNC", "LBNHC", "BNLHC")
+WIDE = (192, 256, 512)  # head sizes whose tiles take fewer tokens
 TOLERANCE = {
     torch.float32: 1e-5,  # of a float64 reference: a few roundings of 6e-8, relative to the largest entry
     torch.float16: 1e-3,  # one rounding step of the inputs of the second product, 2 ** -10

@@ -1,6 +1,6 @@
 """Compiles what the wrappers launch for Hopper, without a GPU, and reports what the machine code uses.
 
-    python -m tests.kernels.sm90 [--all] [PART]     one JSON object a kernel, on stdout; PART of a variant's name
+    python -m tests.kernels.sm90 [--all | --sizes] [PART]     one JSON object a kernel; PART of a variant's name
 
 The wrappers themselves are called, with the shapes of real models, so that specialisation (alignment of pointers and
 strides, constants) is what a GPU would see; only the launch is left out. Run it without TRITON_INTERPRET.
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,29 +79,35 @@ def cache(dtype: torch.dtype, heads: int, page_tokens: int, head_size: int) -> P
     return PagedKV.from_layers(list(torch.zeros(2, 9, heads, page_tokens, 2 * head_size).to(dtype)))
 
 
-def decode(dtype: torch.dtype, group: int, page_tokens: int, head_size: int, kv: torch.dtype, queries: int) -> None:
-    pages = cache(kv, 8, page_tokens, head_size)
-    query = torch.zeros(4 * queries, 8 * group, head_size, dtype=dtype)
+def decode(
+    dtype: torch.dtype, group: int, page_tokens: int, head_size: int, kv: torch.dtype, queries: int, heads: int = 8
+) -> None:
+    pages = cache(kv, heads, page_tokens, head_size)
+    query = torch.zeros(4 * queries, heads * group, head_size, dtype=dtype)
     rows = int32(4, 64), int32(5), int32(4), int32(4)
-    ragged_paged_decode(query, pages, 1, *rows, PackedState.empty(4, 16, 2, 8, "cpu"), max_query_len=queries)
+    ragged_paged_decode(query, pages, 1, *rows, PackedState.empty(4, 16, 2, heads, "cpu"), max_query_len=queries)
 
 
-def window(dtype: torch.dtype, group: int, page_tokens: int, head_size: int, kv: torch.dtype, **options: Any) -> None:
-    pages, tokens = cache(kv, 8, page_tokens, head_size), RaggedTokens.of([options.pop("count", 9000)], "cpu")
-    query = torch.zeros(2, 1, 32, 8 * group, head_size, dtype=dtype)
+def window(
+    dtype: torch.dtype, group: int, page_tokens: int, head_size: int, kv: torch.dtype, heads: int = 8, **options: Any
+) -> None:
+    pages, tokens = cache(kv, heads, page_tokens, head_size), RaggedTokens.of([options.pop("count", 9000)], "cpu")
+    query = torch.zeros(2, 1, options.pop("rows", 32), heads * group, head_size, dtype=dtype)
     window_scores(query, pages, int32(1, 1 + 10000 // page_tokens), tokens, **options)
 
 
-def norm(dtype: torch.dtype, page_tokens: int, head_size: int, kv: torch.dtype, order: int) -> None:
-    pages, tokens = cache(kv, 8, page_tokens, head_size), RaggedTokens.of([4000], "cpu")
+def norm(
+    dtype: torch.dtype, page_tokens: int, head_size: int, kv: torch.dtype, order: int, heads: int = 8, group: int = 4
+) -> None:
+    pages, tokens, queries = cache(kv, heads, page_tokens, head_size), RaggedTokens.of([4000], "cpu"), heads * group
     # order 1 gets Wo as it lies in the model, [hidden, Q*D]; order 2 the contiguous factor
-    weight = torch.zeros(4096, 32 * head_size, dtype=dtype).view(4096, 32, head_size).permute(1, 2, 0)
-    weight = weight if order == 1 else torch.zeros(32, head_size, head_size, dtype=dtype)
-    value_norm(pages, 0, int32(1, 4096 // page_tokens), tokens, weight, order=order)
+    weight = torch.zeros(4096, queries * head_size, dtype=dtype).view(4096, queries, head_size).permute(1, 2, 0)
+    weight = weight if order == 1 else torch.zeros(queries, head_size, head_size, dtype=dtype)
+    value_norm(pages, 0, int32(1, -(-4000 // page_tokens)), tokens, weight, order=order)
 
 
-def copy(source: torch.dtype, target: torch.dtype, page_tokens: int, head_size: int) -> None:
-    pair = (cache(dtype, 8, page_tokens, head_size) for dtype in (source, target))
+def copy(source: torch.dtype, target: torch.dtype, page_tokens: int, head_size: int, heads: int = 8) -> None:
+    pair = (cache(dtype, heads, page_tokens, head_size) for dtype in (source, target))
     token, scale = int32(4 * 16 * page_tokens), 1.0 if source == target else 0.5
     compact(next(pair), int32(64), int32(17), token, next(pair), int32(4), key_scale=scale)
 
@@ -109,12 +116,15 @@ def list_kept() -> None:
     kept_tokens(torch.zeros(16, 4096), torch.zeros(16, 1), int32(17), pages=640, page_tokens=16, first_token=0)
 
 
+GROUPS = ((1, 64), (2, 16), (3, 48), (8, 64), (16, 32))  # G and N that no other variant has
 QUICK: dict[str, Callable[[], None]] = {
     "decode bf16": lambda: decode(BF16, 4, 16, 128, BF16, 1),
     "window bf16": lambda: window(BF16, 4, 16, 128, BF16),
     "value_norm bf16 L1": lambda: norm(BF16, 16, 128, BF16, 1),
     "kept_tokens": list_kept,
     "compact bf16": lambda: copy(BF16, BF16, 16, 128),
+    "decode bf16 D=512": lambda: decode(BF16, 8, 16, 512, BF16, 1),
+    "value_norm bf16 L2 D=256": lambda: norm(BF16, 16, 256, BF16, 2),
 }
 ALL: dict[str, Callable[[], None]] = QUICK | {
     "decode fp16 D=64 N=32": lambda: decode(FP16, 4, 32, 64, FP16, 1),
@@ -138,6 +148,36 @@ ALL: dict[str, Callable[[], None]] = QUICK | {
     "compact fp16 to fp8": lambda: copy(FP16, FP8, 16, 128),
     "compact fp8": lambda: copy(FP8, FP8, 16, 128),
     "compact fp32 D=80": lambda: copy(FP32, FP32, 16, 80),
+    "compact bf16 N=64": lambda: copy(BF16, BF16, 64, 128),
+    **{f"decode bf16 G={group} N={n}": partial(decode, BF16, group, n, 128, BF16, 1) for group, n in GROUPS},
+    **{f"window bf16 G={group} N={n}": partial(window, BF16, group, n, 128, BF16) for group, n in GROUPS},
+    "window bf16 8 queries": lambda: window(BF16, 4, 16, 128, BF16, rows=8),
+    "decode bf16 D=256 N=544": lambda: decode(BF16, 8, 544, 256, BF16, 1, heads=2),
+    "window bf16 D=256 N=544": lambda: window(BF16, 8, 544, 256, BF16, heads=2),
+    "value_norm bf16 D=256 N=544 L2": lambda: norm(BF16, 544, 256, BF16, 2, heads=2, group=8),
+    "compact bf16 D=256 N=544": lambda: copy(BF16, BF16, 544, 256, heads=2),
+}
+# Head sizes, with KV heads and query heads of each as models have them: Llama, Danube, Phi-3, Qwen3, Nemotron, Gemma.
+SHAPES = {64: (8, 4), 80: (8, 4), 96: (32, 1), 128: (8, 8), 192: (8, 12), 256: (1, 4), 512: (4, 8)}
+
+
+def of_size(head_size: int, kv: torch.dtype) -> dict[str, Callable[[], None]]:
+    """What an engine launches for bf16 queries on pages of a dtype, by what it is."""
+    heads, group = SHAPES[head_size]
+    return {
+        "decode": lambda: decode(BF16, group, 16, head_size, kv, 1, heads),
+        "decode long queries": lambda: decode(BF16, group, 16, head_size, kv, 512, heads),
+        "window": lambda: window(BF16, group, 16, head_size, kv, heads),
+        "value_norm": lambda: norm(BF16, 16, head_size, kv, 1, heads, group),  # L2 takes fewer registers
+        "compact": lambda: copy(kv, kv, 16, head_size, heads),
+    }
+
+
+SIZES = {
+    f"{name} D={head_size} {label}": call
+    for head_size in SHAPES
+    for label, kv in (("bf16", BF16), ("fp8", FP8))
+    for name, call in of_size(head_size, kv).items()
 }
 
 
@@ -177,7 +217,7 @@ def reports(variants: dict[str, Callable[[], None]]) -> Iterator[dict[str, Any]]
 
 
 if __name__ == "__main__":
-    part = next((argument for argument in sys.argv[1:] if argument != "--all"), "")
-    chosen = ALL if "--all" in sys.argv[1:] else QUICK
+    part = next((argument for argument in sys.argv[1:] if not argument.startswith("--")), "")
+    chosen = ALL if "--all" in sys.argv[1:] else SIZES if "--sizes" in sys.argv[1:] else QUICK
     for report in reports({name: call for name, call in chosen.items() if part in name}):
         print(json.dumps(report), flush=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cases import assert_close, in_float64, int32, make_pages, make_state, make_table, randn
+from tests.kernels.cases import WIDE, assert_close, in_float64, int32, make_pages, make_state, make_table, randn
 from vllm_defensive_kernels import PackedState, PagedKV, formulas, ragged_paged_decode, reference
 
 L, H, N = 2, 3, 16
@@ -57,6 +57,16 @@ def test_three_segments_equal_dense_attention(
     actual, expected = run_both(pages, query, [0, 1, 2, 3, 4], SEQ_LENS, 1, splits)
     assert actual.dtype == dtype
     assert_close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("head_size", WIDE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_wide_heads(dtype: torch.dtype, head_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 1, 12 and 1 query tokens, which take several tiles of queries, and splits that are merged."""
+    monkeypatch.setattr("vllm_defensive_kernels.decode.MIN_STEPS", 1)
+    pages, query = make_pages(L, 64, H, N, head_size, dtype=dtype), randn(14, H * 4, head_size, dtype=torch.bfloat16)
+    actual, expected = run_both(pages, query, [0, 1, 13, 14], SEQ_LENS[:3], 1, 2)
+    assert_close(actual, expected, torch.bfloat16)
 
 
 @pytest.mark.parametrize("layout", ["LBHNC", "LBNHC"])
@@ -131,6 +141,8 @@ def test_launch_grid_does_not_depend_on_lengths() -> None:
     assert choose_splits(rows=1, group=4, num_kv_heads=8, max_query_len=1) == 64
     assert choose_splits(rows=256, group=4, num_kv_heads=8, max_query_len=1) == 16
     assert choose_splits(rows=1, group=4, num_kv_heads=8, max_query_len=8192) == 1
+    wide = {head_size: choose_splits(1, 8, 1, 512, head_size) for head_size in (128, 256, 512)}
+    assert wide == {128: 32, 256: 16, 512: 8}  # query tiles are smaller, so there are more of them to split
 
 
 @pytest.mark.parametrize(("change", "message"), [

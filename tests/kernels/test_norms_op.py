@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.cases import LAYOUTS, assert_close, in_float64, make_pages, make_table, randn
+from tests.kernels.cases import LAYOUTS, WIDE, assert_close, in_float64, make_pages, make_table, randn
 from tests.kernels.conftest import DEVICE
 from vllm_defensive_kernels import RaggedTokens, gram_factor, reference, value_norm
 
@@ -42,6 +42,21 @@ def test_bf16_values_and_a_strided_projection(layout: str) -> None:
             order=1, value_scale=1.0, out_HT=torch.zeros_like(actual).double(),
         )  # fmt: skip
     assert_close(actual, expected, torch.float32)  # products of bf16 numbers are exact in fp32
+
+
+@pytest.mark.parametrize("head_size", WIDE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_wide_heads(dtype: torch.dtype, head_size: int) -> None:
+    """Several tiles of tokens and of columns, neither of them full at the end."""
+    pages, weight = make_pages(1, 10, 1, N, head_size, dtype=dtype), randn(2, head_size, 72, dtype=dtype)
+    table, tokens = make_table(1, 9, 10), RaggedTokens.of([131], DEVICE)
+    actual = value_norm(pages, 0, table, tokens, weight)
+    with in_float64():
+        expected = reference.value_norm(
+            pages, 0, table, tokens, weight.double(), order=1, value_scale=1.0,
+            out_HT=torch.zeros_like(actual).double(),
+        )  # fmt: skip
+    assert_close(actual, expected, torch.float32)
 
 
 def test_gram_factor_gives_the_norm_of_the_whole_projection() -> None:

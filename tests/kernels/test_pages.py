@@ -9,7 +9,7 @@ import torch
 
 from tests.kernels.cases import LAYOUTS, int32, make_pages
 from tests.kernels.conftest import DEVICE
-from vllm_defensive_kernels import PackedState, PageAddresses, PagedKV, RaggedTokens
+from vllm_defensive_kernels import MAX_HEAD_SIZE, PackedState, PageAddresses, PagedKV, RaggedTokens
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "NLBHC", "HBLNC"])
@@ -55,6 +55,12 @@ def test_layers_at_uneven_distances() -> None:
     assert pages.layer_page_L.tolist() == [0, 5, 15]
     assert pages.layer_pages is None
     assert PagedKV.from_layers([cache[2]]).layer_pages == 0
+
+
+def test_heads_wider_than_any_tile_are_refused() -> None:
+    make_pages(1, 2, 1, 4, MAX_HEAD_SIZE)
+    with pytest.raises(ValueError, match="head_size=576: choose at most 512, or no KV eviction for this model on GPUs"):
+        make_pages(1, 2, 1, 4, 576)
 
 
 def test_caches_of_several_storages_are_refused() -> None:

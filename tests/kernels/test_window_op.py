@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cases import assert_close, in_float64, make_pages, make_table, randn
+from tests.kernels.cases import WIDE, assert_close, in_float64, make_pages, make_table, randn
 from tests.kernels.conftest import DEVICE
 from vllm_defensive_kernels import PagedKV, RaggedTokens, reference, window, window_scores
 
@@ -63,6 +63,16 @@ def test_prompts_barely_longer_than_the_window(count: int, small_tiles: None) ->
 def test_half_precision_pages_in_other_layouts(dtype: torch.dtype, layout: str) -> None:
     """The tiles that the GPU gets; products of half-precision numbers are exact, so scores are good to fp32."""
     pages, query = make_pages(1, 10, 2, N, 32, layout=layout, dtype=dtype), randn(1, 1, 32, 8, 32, dtype=dtype)
+    actual, expected = run_both(pages, query, [90])
+    assert_close(actual[0], expected[0], torch.float32)
+    assert_close(actual[1], expected[1], torch.float32)
+
+
+@pytest.mark.parametrize("head_size", WIDE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_wide_heads(dtype: torch.dtype, head_size: int) -> None:
+    """The tiles that the GPU gets, of fewer tokens; 128 query rows come in two chunks."""
+    pages, query = make_pages(1, 9, 1, N, head_size, dtype=dtype), randn(1, 1, 32, 4, head_size, dtype=torch.bfloat16)
     actual, expected = run_both(pages, query, [90])
     assert_close(actual[0], expected[0], torch.float32)
     assert_close(actual[1], expected[1], torch.float32)
