@@ -19,7 +19,7 @@ from vllm_defensive_kernels import formulas, reference
 
 
 class ListKept(Protocol):
-    """`vllm_defensive_kernels.kept_tokens`, which runs where Triton does, or its reference."""
+    """`vllm_defensive_kernels.list_kept`, which runs where Triton does, or its reference."""
 
     def __call__(
         self, score_RE: Tensor, last_R1: Tensor, offset_O: Tensor, *, pages: int, page_tokens: int, first_token: int
@@ -48,7 +48,7 @@ def select(
     page_size: int,
     packed_blocks: int,
     evictable: tuple[int, int],
-    list_kept: ListKept = reference.kept_tokens,
+    list_kept: ListKept = reference.list_kept,
 ) -> Selection:
     """Choose exactly `packed_blocks` * L * H pages, of `page_size` tokens each, from the range `evictable`.
 
@@ -77,7 +77,7 @@ def select_within(
     budget_pages: int,
     guard_pages: int,
     evictable: tuple[int, int],
-    list_kept: ListKept = reference.kept_tokens,
+    list_kept: ListKept = reference.list_kept,
 ) -> Selection:
     """`select` with a budget for each head, layer or model (the policy's scope) that need not divide evenly.
 
