@@ -1,4 +1,5 @@
-"""Inputs of each op at the sizes of a model, with what it moves and computes, its check, and its rivals.
+"""Inputs of each op at the sizes of a model, with what it moves and computes, its check, and its rivals. The ops are
+called by `worker.cuda.launches`, as in an engine.
 
 Bytes are those that must be moved (every input read once, or once a pass where two passes are inherent; every output
 written once), so that a share of the copy bandwidth below 1 is room for improvement, whatever the kernel really reads.
@@ -12,20 +13,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from vllm_defensive.policy import PRESETS, LayerScores, Selection, select
+from vllm_defensive.packing import Packing, Region
+from vllm_defensive.policy import PRESETS, LayerScores, Selection
+from vllm_defensive.worker.cuda import launches
 from vllm_defensive_kernels import (
     DecodeWorkspace,
     PackedState,
     PagedKV,
     RaggedTokens,
-    compact,
+    WindowScores,
     formulas,
     gram_factor,
-    kept_tokens,
-    ragged_paged_decode,
     reference,
-    value_norm,
-    window_scores,
 )
 
 
@@ -50,7 +49,8 @@ class Shape:
 
 
 LLAMA_8B = Shape()
-POLICY = PRESETS["halokv"]  # the one that the guide recommends
+# By the value norm that they take; the latter is the one that the guide recommends.
+POLICIES = {"L1": PRESETS["layer-defensivekv"], "L2": PRESETS["halokv"]}
 TINY = Shape(2, 2, 2, 32, 64, 16, 8, torch.float32, "cpu")
 
 
@@ -112,10 +112,10 @@ def eviction_cases(shape: Shape, tokens: int, keep: float) -> Iterator[Case]:
     pages = make_cache(shape, blocks + kept + 1, L)
     ids = shuffled(blocks + kept, shape)
     table, fresh = ids[:blocks], ids[blocks:]
-    query = torch.randn(L, 1, W, H * G, D, dtype=shape.dtype, device=shape.device)
+    query = torch.randn(L, W, H * G, D, dtype=shape.dtype, device=shape.device)
     scored = RaggedTokens.of([tokens - W], shape.device)
     size = f"{tokens} tokens, {L} layers"
-    one = replace(pages, layer_page_L=pages.layer_page_L[-1:])  # checks and rivals look at one layer
+    last = slice(L - 1, L)  # checks and rivals look at one layer
 
     def dense(data_PND: Tensor) -> Tensor:
         return torch.stack([reference.gather_head(data_PND, pages, L - 1, head, table, tokens) for head in range(H)])
@@ -124,20 +124,24 @@ def eviction_cases(shape: Shape, tokens: int, keep: float) -> Iterator[Case]:
     attend = torch.compile(formulas.window_attention) if shape.device == "cuda" else formulas.window_attention
 
     def scores_in_torch() -> Tensor:
-        attention = attend(query[-1, 0], key, D**-0.5)[..., : tokens - W]
+        attention = attend(query[-1], key, D**-0.5)[..., : tokens - W]
         return formulas.aggregate_defensive(attention, 5)
 
+    def observe(group: slice) -> WindowScores:
+        return launches.observe(POLICIES["L2"], query, pages, group, table[None], scored, scale=D**-0.5, key_scale=1.0)
+
     def check_scores() -> None:
-        result = window_scores(query[-1:], one, table[None], scored)
+        result = observe(last)
+        one = replace(pages, layer_page_L=pages.layer_page_L[last])
         options = {"aggregate": "defensive", "pool": 5, "clamp": True, "scale": D**-0.5, "key_scale": 1.0}
-        score, mean = reference.window_scores(query[-1:], one, table[None], scored, **options)
+        score, mean = reference.window_scores(query[last, None], one, table[None], scored, **options)
         close(result.score_LHT, score, 1e-4)  # both in fp32, in different orders
         close(result.mean_LHT, mean, 1e-4)
 
     yield Case(
         "window_scores",
         size,
-        lambda: window_scores(query, pages, table[None], scored),
+        lambda: [observe(group) for group in launches.layer_groups(pages, scored.total)],
         check_scores,
         2 * L * H * tokens * shape.width + 2 * L * H * tokens * 4,
         2 * 2 * W * G * H * tokens * D * L,
@@ -151,23 +155,27 @@ def eviction_cases(shape: Shape, tokens: int, keep: float) -> Iterator[Case]:
         "L1": {"torch, dense V": lambda: formulas.value_norm_l1(value, slices)},
         "L2": {"torch, dense V": lambda: formulas.value_norm_l2(value, factor)},
     }
-    for name, weight, order in (("L1", slices, 1), ("L2", factor, 2)):
+    norm = torch.empty(H, tokens - W, device=shape.device)
+    for name, weight in (("L1", slices), ("L2", factor)):
 
-        def run(weight: Tensor = weight, order: int = order) -> Tensor:
-            return value_norm(pages, L - 1, table[None], scored, weight, order=order)
+        def weigh(
+            name: str = name, weight: Tensor = weight, tokens: RaggedTokens = scored, out: Tensor = norm
+        ) -> Tensor:
+            launches.weigh(POLICIES[name], pages, L - 1, table[None], tokens, weight, value_scale=1.0, out_HT=out)
+            return out
 
-        def check(weight: Tensor = weight, order: int = order) -> None:
+        def check(name: str = name, weight: Tensor = weight) -> None:
             few = RaggedTokens.of([min(512, tokens - W)], shape.device)
-            expected = torch.empty(H, few.total, device=shape.device)
+            expected, actual = (torch.empty(H, few.total, device=shape.device) for _ in range(2))
             reference.value_norm(
-                pages, L - 1, table[None], few, weight.float(), order=order, value_scale=1.0, out_HT=expected
+                pages, L - 1, table[None], few, weight.float(), order=int(name[1]), value_scale=1.0, out_HT=expected
             )
-            close(value_norm(pages, L - 1, table[None], few, weight, order=order), expected, 1e-4)
+            close(weigh(name, weight, few, actual), expected, 1e-4)
 
         yield Case(
             f"value_norm {name}",
             f"{tokens} tokens, 1 layer",
-            run,
+            weigh,
             check,
             H * tokens * shape.width + weight.numel() * weight.element_size() + H * tokens * 4,
             2 * H * G * D * weight.shape[2] * tokens,
@@ -177,12 +185,13 @@ def eviction_cases(shape: Shape, tokens: int, keep: float) -> Iterator[Case]:
     score = torch.rand(L, H, blocks * N, device=shape.device)
     score[..., -W:] = float("inf")
     layers = [LayerScores(score_HE) for score_HE in score]
+    packing = Packing(Region(tokens, 0, W, N, N), tuple(fresh.tolist()))
 
     def choose() -> Selection:
-        return select(POLICY, layers, page_size=N, packed_blocks=kept, evictable=(0, blocks * N), list_kept=kept_tokens)
+        return launches.choose(POLICIES["L2"], layers, packing)
 
     chosen = choose()
-    offset, token = chosen.offset_O, chosen.tokens_PN.flatten()
+    offset, token_PN = chosen.offset_O, chosen.tokens_PN
 
     def check_selection() -> None:
         again = choose()
@@ -197,27 +206,30 @@ def eviction_cases(shape: Shape, tokens: int, keep: float) -> Iterator[Case]:
         positions = (kept_RE < count * N).nonzero()[:, 1].int()
         assert torch.equal(again.tokens_PN.flatten(), positions), "tokens differ"
 
-    yield Case("select", size, choose, check_selection, score.numel() * 4 + token.numel() * 4, 0)
+    yield Case("select", size, choose, check_selection, score.numel() * 4 + token_PN.numel() * 4, 0)
 
     def check_copy() -> None:
-        compact(pages, table, offset, token, pages, fresh)
+        launches.pack(pages, table, chosen, fresh)
+        packed = pages.of_packed(fresh)
         for row in (0, L * H // 2, L * H - 1):
-            flat = torch.arange(int(offset[row]), int(offset[row + 1]), device=shape.device)
-            inner = flat % (L * H)
-            target = pages.page_of(inner // H, inner % H, fresh[flat // (L * H)])
-            kept_tokens = token.view(-1, N)[flat].long()
-            origin = pages.page_of(row // H, row % H, table[kept_tokens // N])
+            own = slice(*offset[row : row + 2].tolist())
+            kept_PN = token_PN[own].long()
+            origin = pages.page_of(row // H, row % H, table[kept_PN // N])
             for data in (pages.key_PND, pages.value_PND):
-                assert torch.equal(data[target], data[origin, kept_tokens % N]), "a page differs"
+                assert torch.equal(data[packed[own]], data[origin, kept_PN % N]), "a page differs"
+
+    def copy_in_torch() -> None:
+        token_T = token_PN.flatten()
+        reference.compact(pages, table, offset, token_T, pages, fresh, key_scale=1.0, value_scale=1.0)
 
     yield Case(
         "compact",
         f"{size}, keep {keep}",
-        lambda: compact(pages, table, offset, token, pages, fresh),
+        lambda: launches.pack(pages, table, chosen, fresh),
         check_copy,
-        2 * 2 * token.numel() * shape.width + token.numel() * 4,
+        2 * 2 * token_PN.numel() * shape.width + token_PN.numel() * 4,
         0,
-        {"torch": lambda: reference.compact(pages, table, offset, token, pages, fresh, key_scale=1.0, value_scale=1.0)},
+        {"torch": copy_in_torch},
     )
 
 
@@ -242,11 +254,14 @@ def decode_case(shape: Shape, rows: int, tokens: int, keep: float) -> Case:
     query = torch.randn(rows, H * G, D, dtype=shape.dtype, device=shape.device)
     out = torch.empty_like(query)
     space = DecodeWorkspace.empty(rows, H * G, 64, D, torch.device(shape.device))
-    arguments = (query, pages, 1, table, starts, lens, slots, state)
+    decoded = launches.PackedRows(slice(0, rows), table, starts, lens, slots, 1, space)
     keys = int(counts[:, H:].sum()) * N + rows * H * (N // 2)
 
+    def decode() -> None:
+        launches.attend(decoded, query, pages, 1, state, out, scale=D**-0.5, key_scale=1.0, value_scale=1.0)
+
     def check() -> None:
-        ragged_paged_decode(*arguments, out_TQD=out, workspace=space)
+        decode()
         few = min(rows, 4)
         expected = torch.empty_like(query[:few])
         reference.ragged_paged_decode(
@@ -258,7 +273,7 @@ def decode_case(shape: Shape, rows: int, tokens: int, keep: float) -> Case:
     return Case(
         "ragged_paged_decode",
         f"{rows} x {tokens} tokens, keep {keep}, 1 layer",
-        lambda: ragged_paged_decode(*arguments, out_TQD=out, workspace=space),
+        decode,
         check,
         2 * keys * shape.width + 2 * query.numel() * query.element_size(),
         4 * keys * G * D,

@@ -37,7 +37,7 @@ _EXPORTS = {
     "window_scores": "window",
     "value_norm": "norms",
     "gram_factor": "formulas",
-    "kept_tokens": "selection",
+    "list_kept": "selection",
     "compact": "compaction",
     "ragged_paged_decode": "decode",
     "DecodeWorkspace": "decode",

@@ -75,7 +75,7 @@ def compact(
     """Copy the kept tokens of one request from its prompt's blocks into its fresh blocks, all layers and heads at once.
 
     table_B: int32, block of each run of prompt tokens in source. offset_O: int32 `[L*H + 1]`, first page of each head.
-        token_T: int32 `[K*L*H*N]`, as `selection.kept_tokens` lists them. fresh_K: int32, blocks of target that nobody
+        token_T: int32 `[K*L*H*N]`, as `selection.list_kept` lists them. fresh_K: int32, blocks of target that nobody
         else uses.
     source, target: any layouts and dtypes, also pages of different length; usually the same cache.
     key_scale, value_scale: factors applied on the way (for fp8, the source's scale over the target's). The bits are

@@ -266,9 +266,9 @@ def certain_by_mass(attention_RT: Tensor, mass: Tensor | float, cap: int) -> Ten
 # ------------------------------------------------------------------------------------------------------------ selection
 
 
-def rows_at_once(scores_RE: Tensor) -> int:
-    """Rows of such scores that are sorted at a time."""
-    least = 1 if scores_RE.device.type == "cpu" else SORT_ROWS
+def rows_at_once(scores_RE: Tensor, *, thrifty: bool) -> int:
+    """Rows of such scores that are sorted at a time. thrifty: by somebody who has no memory for `SORT_ROWS`."""
+    least = 1 if thrifty or scores_RE.device.type == "cpu" else SORT_ROWS
     return max(least, SORT_ELEMENTS // scores_RE.shape[-1])
 
 

@@ -67,10 +67,10 @@ def value_norm(
     return out_HT
 
 
-def kept_tokens(
+def list_kept(
     score_RE: Tensor, last_R1: Tensor, offset_O: Tensor, *, pages: int, page_tokens: int, first_token: int
 ) -> Tensor:
-    """Reference of `selection.kept_tokens`."""
+    """Reference of `selection.list_kept`."""
     keep_RE = formulas.keep_down_to(score_RE, offset_O.diff() * page_tokens, last_R1)
     # NumPy finds the marks on one core 5 to 9 times faster than torch, and 20 times faster than a running count does.
     flat_X = torch.from_numpy(keep_RE.cpu().numpy().reshape(-1).nonzero()[0])

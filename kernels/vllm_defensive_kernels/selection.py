@@ -16,7 +16,7 @@ BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["first_token"])
-def _kept_tokens_kernel(
+def _list_kept_kernel(
     token_ptr, score_ptr, last_ptr, offset_ptr, first_token, candidates, N: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -46,7 +46,7 @@ def _kept_tokens_kernel(
         ties += tl.sum(tied, 0)
 
 
-def kept_tokens(
+def list_kept(
     score_RE: Tensor, last_R1: Tensor, offset_O: Tensor, *, pages: int, page_tokens: int, first_token: int
 ) -> Tensor:
     """List the best tokens of each row (a head of a layer), as many as fill its pages. -> int32 `[pages, N]`:
@@ -70,12 +70,12 @@ def kept_tokens(
     require_int("page_tokens", page_tokens, 1)
     require_int("pages", pages, 0, rows * candidates // page_tokens)
     if not runs_triton(score_RE):
-        return reference.kept_tokens(
+        return reference.list_kept(
             score_RE, last_R1, offset_O, pages=pages, page_tokens=page_tokens, first_token=first_token
         )
     token_PN = torch.empty(pages, page_tokens, dtype=torch.int32, device=score_RE.device)
     if pages:
-        _kept_tokens_kernel[(rows,)](
+        _list_kept_kernel[(rows,)](
             token_PN, score_RE, last_R1, offset_O, first_token, candidates, N=page_tokens, BLOCK=BLOCK, num_warps=4
         )
     return token_PN

@@ -55,8 +55,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """How often each of our kernels was asked for, by name: proof that no other path gave the right answer."""
-    from vllm_defensive.worker.cuda import backend as cuda_backend
-    from vllm_defensive.worker.cuda import evictor as cuda_evictor
+    from vllm_defensive.worker.cuda import launches
 
     calls: dict[str, int] = {}
 
@@ -67,8 +66,6 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
         return call
 
-    for module in (cuda_backend, cuda_evictor):
-        for name in ("ragged_paged_decode", "window_scores", "value_norm", "kept_tokens", "compact"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    for name in ("ragged_paged_decode", "window_scores", "value_norm", "list_kept", "compact"):
+        monkeypatch.setattr(launches, name, counted(name, getattr(launches, name)))
     yield calls

@@ -14,7 +14,7 @@ from tests.e2e.engines import Answer, assert_all_returned, audit_of, generate, r
 from tests.reference_model import Layer, ReferenceLlama, decode_logprobs
 from vllm_defensive.audit import Audit
 from vllm_defensive.policy import PRESETS
-from vllm_defensive.worker.cuda import evictor as cuda_evictor
+from vllm_defensive.worker.cuda import launches as cuda_launches
 
 pytestmark = pytest.mark.e2e
 
@@ -102,7 +102,7 @@ def test_layers_are_weighed_together_or_apart(
     prompt, kept = random_prompts((140,), seed=6)[0], []
     with engine(model, policy, dtype="float32", audit=str(tmp_path), enable_prefix_caching=False) as llm:
         for room, launches in ((2**22, 1), (1, 2)):
-            monkeypatch.setattr(cuda_evictor, "SCORES_AT_A_TIME", room)
+            monkeypatch.setattr(cuda_launches, "SCORES_AT_A_TIME", room)
             kernel_calls.clear()
             (answer,) = generate(llm, [prompt], 2)
             assert kernel_calls["window_scores"] == launches

@@ -74,7 +74,7 @@ def test_warm_up_runs_an_eviction_and_changes_nothing(model: Path, kernels: str,
         before = generate(llm, prompts, 4)
         kernel_calls.clear()
         worker_of(llm)._evictor.warm_up(1024)
-        assert kernel_calls == {"window_scores": 1, "value_norm": 2, "kept_tokens": 1, "compact": 1}
+        assert kernel_calls == {"window_scores": 1, "value_norm": 2, "list_kept": 1, "compact": 1}
         # From the cached prefix: a GPU multiplies 44 tokens with other kernels than 140, so that float32 sums of logits
         # up to 16 are rounded otherwise (3.6e-6 seen); 1e-4, as where engines are compared.
         assert largest_difference(generate(llm, prompts, 4), before) <= (0 if MODE == "pretend" else 1e-4)

@@ -96,6 +96,7 @@ def test_the_guard_sees_what_reads() -> None:
 @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 def test_steps_and_evictions_never_wait(model: Path, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_defensive.worker.cuda import backend as cuda_backend
+    from vllm_defensive.worker.cuda import launches
     from vllm_defensive.worker.cuda.evictor import CUDAEvictor
     from vllm_defensive.worker.cuda.runtime import CUDARuntime
     from vllm_defensive.worker.window import Capture
@@ -114,7 +115,7 @@ def test_steps_and_evictions_never_wait(model: Path, kernels: str, monkeypatch: 
             (Capture, "take"),
             (cuda_backend, "_packed_rows"),
             (cuda_backend, "_rest"),
-            (cuda_backend, "ragged_paged_decode"),
+            (launches, "ragged_paged_decode"),
         ):
             monkeypatch.setattr(owner, name, guarded(getattr(owner, name), no_waiting))
         answers = generate(llm, random_prompts([75] * len(policies), seed=2), 3, extra_args=extra)

@@ -11,6 +11,7 @@ import torch
 
 from tests.evictions import eviction
 from vllm_defensive.plan import StepMessage
+from vllm_defensive.worker.cuda import launches
 from vllm_defensive.worker.cuda.runtime import NOBODY, CUDARuntime
 from vllm_defensive.worker.window import WindowQueries
 from vllm_defensive_kernels import PagedKV
@@ -47,6 +48,17 @@ def evict(runtime: CUDARuntime, request_id: str, blocks: int = 2) -> None:
     )
     offsets = torch.arange(L * H + 1, dtype=torch.int32) * blocks
     runtime.install(event, offsets, torch.tensor(fresh, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("tokens, apart, groups", [(10, False, [(0, 5)]), (30, False, [(0, 3), (3, 5)]),
+                                                   (10**9, False, [(i, i + 1) for i in range(5)]),
+                                                   (10, True, [(i, i + 1) for i in range(5)])])  # fmt: skip
+def test_layers_are_scored_in_groups_of_one_size(
+    tokens: int, apart: bool, groups: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launches, "SCORES_AT_A_TIME", 4 * H * 30 + 1)  # four layers' of 30 tokens
+    pages = PagedKV.from_layers(list(torch.zeros(5, 2, H, N, 2 * D)))
+    assert [(g.start, g.stop) for g in launches.layer_groups(pages, tokens, apart=apart)] == groups
 
 
 def test_state_is_written_where_the_runner_keeps_the_request(runtime: CUDARuntime) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.kernels.conftest import DEVICE
 from vllm_defensive.policy import PRESETS, LayerScores, Policy, Selection, select
-from vllm_defensive_kernels import kept_tokens
+from vllm_defensive_kernels import list_kept
 from vllm_defensive_kernels.pages import PackedState, PagedKV
 
 LAYOUTS = ("LBHNC", "BLHNC", "LBNHC", "BNLHC")
@@ -69,7 +69,7 @@ def select_pages(score_LHE: Tensor, packed_blocks: int, page_tokens: int, policy
     """What the engine keeps of scores of tokens from position 0 on; by default heads of all layers compete."""
     return select(
         policy or PRESETS["halokv"], [LayerScores(score_HE) for score_HE in score_LHE], page_size=page_tokens,
-        packed_blocks=packed_blocks, evictable=(0, score_LHE.shape[2]), list_kept=kept_tokens,
+        packed_blocks=packed_blocks, evictable=(0, score_LHE.shape[2]), list_kept=list_kept,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from vllm_defensive_kernels import (
     RaggedTokens,
     addressing,
     compact,
-    kept_tokens,
+    list_kept,
     ragged_paged_decode,
     value_norm,
     window_scores,
@@ -112,8 +112,8 @@ def copy(source: torch.dtype, target: torch.dtype, page_tokens: int, head_size: 
     compact(next(pair), int32(64), int32(17), token, next(pair), int32(4), key_scale=scale)
 
 
-def list_kept() -> None:
-    kept_tokens(torch.zeros(16, 4096), torch.zeros(16, 1), int32(17), pages=640, page_tokens=16, first_token=0)
+def listing() -> None:
+    list_kept(torch.zeros(16, 4096), torch.zeros(16, 1), int32(17), pages=640, page_tokens=16, first_token=0)
 
 
 GROUPS = ((1, 64), (2, 16), (3, 48), (8, 64), (16, 32))  # G and N that no other variant has
@@ -121,7 +121,7 @@ QUICK: dict[str, Callable[[], None]] = {
     "decode bf16": lambda: decode(BF16, 4, 16, 128, BF16, 1),
     "window bf16": lambda: window(BF16, 4, 16, 128, BF16),
     "value_norm bf16 L1": lambda: norm(BF16, 16, 128, BF16, 1),
-    "kept_tokens": list_kept,
+    "list_kept": listing,
     "compact bf16": lambda: copy(BF16, BF16, 16, 128),
     "decode bf16 D=512": lambda: decode(BF16, 8, 16, 512, BF16, 1),
     "value_norm bf16 L2 D=256": lambda: norm(BF16, 16, 256, BF16, 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from benchmarks.kernels.report import Report, Row
 
 ROOT = Path(__file__).parents[2]
 OPS = {"window_scores", "value_norm L1", "value_norm L2", "select", "compact", "ragged_paged_decode"}
+LAUNCHES = "vllm_defensive/worker/cuda/launches.py"
 MACHINE = Machine("a GPU", "1", "13", "2", "3", "3.12", "python -m benchmarks.kernels")
 
 
@@ -71,6 +73,21 @@ def test_shares_and_the_whole_eviction_follow_from_the_rows(tmp_path: Path) -> N
     assert summary["share_of_prefill"] == pytest.approx(summary["seconds"] / prefill)
     report.write(tmp_path)
     assert "| 32768 | L2 | 5.70 |" in (tmp_path / "kernels.md").read_text()
+
+
+def test_what_is_timed_is_what_an_engine_calls() -> None:
+    """Both reach the kernels through one module, which needs no vLLM: a call that changes there changes in both."""
+    calls = {"window_scores", "value_norm", "list_kept", "compact", "ragged_paged_decode"}
+    files = [path for folder in ("vllm_defensive", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    assert {path.relative_to(ROOT).as_posix() for path in files if imported_names(path) & calls} == {LAUNCHES}
+    assert imported_names(ROOT / LAUNCHES) >= calls
+    code = "import sys, vllm_defensive.worker.cuda.launches; assert 'vllm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def imported_names(path: Path) -> set[str]:
+    nodes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
+    return {alias.name for node in nodes for alias in node.names}
 
 
 def test_zipf_budgets_are_uneven_and_sum_to_the_total() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.kernels.cases import int32, randn, select_pages
 from tests.kernels.conftest import DEVICE
 from vllm_defensive.policy import PRESETS, LayerScores, select
-from vllm_defensive_kernels import formulas, kept_tokens, reference, selection
+from vllm_defensive_kernels import formulas, list_kept, reference, selection
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +31,9 @@ def test_exactly_the_best_are_listed_in_order_and_of_equals_the_first(
     count_R = offset_O.diff().long() * page_tokens
     last_R1 = formulas.last_value(score_RE.sort(dim=-1, descending=True).values, count_R)
     options = {"pages": sum(counts), "page_tokens": page_tokens, "first_token": 100}
-    listed_PN = kept_tokens(score_RE, last_R1, offset_O, **options)
+    listed_PN = list_kept(score_RE, last_R1, offset_O, **options)
     assert listed_PN.dtype == torch.int32 and listed_PN.shape == (sum(counts), page_tokens)
-    assert torch.equal(listed_PN, reference.kept_tokens(score_RE, last_R1, offset_O, **options))
+    assert torch.equal(listed_PN, reference.list_kept(score_RE, last_R1, offset_O, **options))
     for row, listed in enumerate(listed_PN.split(counts)):
         order = sorted(range(tokens), key=lambda t: (-float(score_RE[row, t]), t))
         assert listed.flatten().tolist() == sorted(100 + t for t in order[: int(count_R[row])])
@@ -49,9 +49,7 @@ def test_every_policy_keeps_the_same_with_the_kernel_and_without(policy, decimal
     weights = (torch.tensor(1.0 + layer, device=DEVICE) for layer in range(3))
     scores = [LayerScores(*each) for each in zip(both[0], ranks, weights, strict=True)]
     options = {"page_size": 8, "packed_blocks": 5, "evictable": (16, 112)}
-    with_kernel, without = (
-        select(policy, scores, list_kept=op, **options) for op in (kept_tokens, reference.kept_tokens)
-    )
+    with_kernel, without = (select(policy, scores, list_kept=op, **options) for op in (list_kept, reference.list_kept))
     assert torch.equal(with_kernel.pages_LH, without.pages_LH)
     assert torch.equal(with_kernel.tokens_PN, without.tokens_PN)
 
@@ -75,4 +73,4 @@ def test_wrong_arguments_are_named(change: dict[str, object], message: str) -> N
         "pages": 2, "page_tokens": 4, "first_token": 0, **change,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
-        kept_tokens(**arguments)
+        list_kept(**arguments)

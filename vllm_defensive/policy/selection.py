@@ -19,7 +19,7 @@ from vllm_defensive_kernels import formulas, reference
 
 
 class ListKept(Protocol):
-    """`vllm_defensive_kernels.kept_tokens`, which runs where Triton does, or its reference."""
+    """`vllm_defensive_kernels.list_kept`, which runs where Triton does, or its reference."""
 
     def __call__(
         self, score_RE: Tensor, last_R1: Tensor, offset_O: Tensor, *, pages: int, page_tokens: int, first_token: int
@@ -48,7 +48,7 @@ def select(
     page_size: int,
     packed_blocks: int,
     evictable: tuple[int, int],
-    list_kept: ListKept = reference.kept_tokens,
+    list_kept: ListKept = reference.list_kept,
 ) -> Selection:
     """Choose exactly `packed_blocks` * L * H pages, of `page_size` tokens each, from the range `evictable`.
 
@@ -77,7 +77,7 @@ def select_within(
     budget_pages: int,
     guard_pages: int,
     evictable: tuple[int, int],
-    list_kept: ListKept = reference.kept_tokens,
+    list_kept: ListKept = reference.list_kept,
 ) -> Selection:
     """`select` with a budget for each head, layer or model (the policy's scope) that need not divide evenly.
 
@@ -93,17 +93,14 @@ def select_within(
     assert 0 < budget_pages <= head_pages * layers * heads // units, f"{budget_pages} pages do not fit in {units}"
 
     score_RE = _rows([layer.scores_HE for layer in scores])
-    gains_RJ, last_RJ = _gains(score_RE, page_size)
+    halves = policy.stages == "half-budget" and scores[0].rank_HE is not None
+    at_once = formulas.rows_at_once(score_RE, thrifty=halves)  # ranks take as much memory as scores
+    gains_RJ, last_RJ = _gains(score_RE, page_size, at_once)
     gains_RJ[:, :guard_pages] = float("inf")
-    if policy.layer_budget == "even":
-        pages_R = formulas.allocate_pages(gains_RJ.view(units, -1, head_pages), budget_pages).flatten()
-    else:
-        forced_J = gains_RJ[0].isinf()  # the same in all heads
-        pages_L = formulas.proportional_pages(_layer_weights(policy, scores), forced_J, budget_pages * layers)
-        pages_R = pages_L.repeat_interleave(heads)
+    pages_R = _allocate(policy, scores, gains_RJ.view(units, -1, head_pages), budget_pages)
     last_R1 = formulas.last_value(last_RJ, pages_R)
-    if policy.stages == "half-budget" and scores[0].rank_HE is not None:
-        score_RE, last_R1 = _half_by_rank(score_RE, [layer.rank_HE for layer in scores], pages_R * page_size)
+    if halves:
+        score_RE, last_R1 = _half_by_rank(score_RE, [layer.rank_HE for layer in scores], pages_R * page_size, at_once)
     tokens_PN = list_kept(
         score_RE,
         last_R1,
@@ -113,6 +110,15 @@ def select_within(
         first_token=start,
     )
     return Selection(pages_R.view(layers, heads).int(), tokens_PN)
+
+
+def _allocate(policy: Policy, scores: Sequence[LayerScores], gains_UHJ: Tensor, budget_pages: int) -> Tensor:
+    """Pages of each row, int64 [R]. U units share a budget each, of as many heads."""
+    if policy.layer_budget == "even":
+        return formulas.allocate_pages(gains_UHJ, budget_pages).flatten()
+    forced_J = gains_UHJ[0, 0].isinf()  # the same in all heads
+    pages_L = formulas.proportional_pages(_layer_weights(policy, scores), forced_J, budget_pages * len(scores))
+    return pages_L.repeat_interleave(scores[0].scores_HE.shape[0])
 
 
 def _layer_weights(policy: Policy, scores: Sequence[LayerScores]) -> Tensor:
@@ -128,23 +134,25 @@ def _rows(layers_HE: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(layers_HE)).nan_to_num_(nan=0.0, posinf=float("inf"))
 
 
-def _gains(score_RE: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+def _gains(score_RE: Tensor, page_size: int, at_once: int) -> tuple[Tensor, Tensor]:
     """Of each page that a row could fill, its best tokens first, the score that it adds and the lowest in it. Each fp32
     [R, J]."""
     gains, lasts = [], []
-    for some_RE in score_RE.split(formulas.rows_at_once(score_RE)):
+    for some_RE in score_RE.split(at_once):
         sorted_RE = formulas.sort_down(some_RE)
         gains.append(formulas.page_gains(sorted_RE, page_size))
         lasts.append(sorted_RE[:, page_size - 1 :: page_size].clone())  # a copy: the sorted scores may go
     return torch.cat(gains), torch.cat(lasts)
 
 
-def _half_by_rank(score_RE: Tensor, ranks_HE: Sequence[Tensor | None], count_R: Tensor) -> tuple[Tensor, Tensor]:
+def _half_by_rank(
+    score_RE: Tensor, ranks_HE: Sequence[Tensor | None], count_R: Tensor, at_once: int
+) -> tuple[Tensor, Tensor]:
     """CriticalKV: half of a row's tokens by score, the rest by rank among what is left. -> (fp32 [R, E], [R, 1]), by
     which to choose all of them, and the lowest of it that is kept."""
     present_HE = [rank_HE for rank_HE in ranks_HE if rank_HE is not None]
     assert len(present_HE) == len(ranks_HE), "some layers have a rank and some have none"
-    rank_RE, lasts, at_once = _rows(present_HE), [], formulas.rows_at_once(score_RE)
+    rank_RE, lasts = _rows(present_HE), []
     for scores, ranks, counts in zip(*(each.split(at_once) for each in (score_RE, rank_RE, count_R)), strict=True):
         ranks.masked_fill_(formulas.keep_best(scores, counts // 2), float("inf"))
         lasts.append(formulas.last_value(formulas.sort_down(ranks), counts))

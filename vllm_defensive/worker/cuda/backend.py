@@ -23,23 +23,11 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
+from vllm_defensive.worker.cuda import launches
+from vllm_defensive.worker.cuda.launches import PackedRows
 from vllm_defensive.worker.cuda.runtime import CUDARuntime
 from vllm_defensive.worker.window import Capture
-from vllm_defensive_kernels import DecodeWorkspace, ragged_paged_decode
-
-
-@dataclass(frozen=True)
-class PackedRows:
-    """Neighbouring rows that our kernel serves. tokens: their place in the batch. The tensors, int32, are those that
-    the kernel takes; workspace: None where a graph will never look."""
-
-    tokens: slice
-    table_RB: Tensor
-    query_start_R1: Tensor
-    seq_len_R: Tensor
-    slot_R: Tensor
-    max_query_len: int
-    workspace: DecodeWorkspace | None
+from vllm_defensive_kernels import DecodeWorkspace
 
 
 @dataclass
@@ -225,20 +213,15 @@ class EvictionImpl(AttentionImpl):
             rest = slice(metadata.stock_from, None)
             super().forward(layer, query[rest], key[rest], value[rest], kv_cache, metadata.stock, output[rest])
         for rows in metadata.ours:
-            ragged_paged_decode(
-                query[rows.tokens],
+            launches.attend(
+                rows,
+                query,
                 runtime.pages,
                 self.layer_index,
-                rows.table_RB,
-                rows.query_start_R1,
-                rows.seq_len_R,
-                rows.slot_R,
                 runtime.state,
-                out_TQD=output[rows.tokens],
-                max_query_len=rows.max_query_len,
+                output,
                 scale=self.scale,
                 key_scale=layer._k_scale_float,
                 value_scale=layer._v_scale_float,
-                workspace=rows.workspace,
             )
         return output

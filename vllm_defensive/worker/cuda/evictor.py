@@ -9,13 +9,12 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.utils.math_utils import cdiv
 
 from vllm_defensive.compat import worker as compat
 from vllm_defensive.counts import WorkerReport
@@ -29,22 +28,19 @@ from vllm_defensive.policy import (
     ReduceHeads,
     Selection,
     score_layer,
-    select,
     settle,
 )
 from vllm_defensive.settings.engine import EvictionConfig
+from vllm_defensive.worker.cuda import launches
 from vllm_defensive.worker.cuda.runtime import CUDARuntime
 from vllm_defensive.worker.evictor import Evictor
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.report import layer_deciles
-from vllm_defensive_kernels import RaggedTokens, compact, kept_tokens, value_norm, window_scores
+from vllm_defensive_kernels import RaggedTokens
 
 KERNEL_AGGREGATES = ("mean", "defensive")
 KERNEL_POOLS = (1, 3, 5)
 LONG_PROMPT = 8192 + 256  # `window.tiling` changes at 8192 scored tokens
-# Of several layers in one go: 8K tokens of all layers of a Llama-3.1-8B twice over. More of them would take more memory
-# (see `worker.SETTLE_COPIES`).
-SCORES_AT_A_TIME = 2**22
 
 
 @dataclass(frozen=True)
@@ -157,9 +153,8 @@ class CUDAEvictor(Evictor):
     def _copy(self, scored: Scored, packing: Packing) -> tuple[Selection, Tensor]:
         """Select and copy. Returns what was chosen, and the fresh blocks' ids on the device."""
         fresh_K = compat.to_device(packing.blocks, self._pages.key_PND.device)
-        selection = self._select(scored, packing)
-        table_B = scored.prompt.table_1B[0]
-        compact(self._pages, table_B, selection.offset_O, selection.tokens_PN.flatten(), self._pages, fresh_K)
+        selection = launches.choose(scored.prompt.policy, scored.layers, packing)
+        launches.pack(self._pages, scored.prompt.table_1B[0], selection, fresh_K)
         return selection, fresh_K
 
     # -- scores -------------------------------------------------------------------------------------------------------
@@ -171,15 +166,12 @@ class CUDAEvictor(Evictor):
         if not known:
             return [self._score_in_torch(prompt, layer) for layer in layers]
         weights_L = self._weights(prompt.policy)
-        most = max(1, SCORES_AT_A_TIME // (self._pages.num_kv_heads * prompt.tokens.total))
-        if any((s.key, s.logits) != (self._scales[0].key, self._scales[0].logits) for s in self._scales):
-            most = 1  # a launch takes one scale of each kind
-        if len({weights is None for weights in weights_L}) > 1:
-            most = 1  # layers with value norms are not settled with layers that have none
-        step = cdiv(len(layers), cdiv(len(layers), most))  # groups of one size, so far as that goes
+        # A launch takes one scale of each kind, and layers with value norms are not settled with layers that have none.
+        scales, weighed = {(s.key, s.logits) for s in self._scales}, {weights is not None for weights in weights_L}
+        apart = len(scales) > 1 or len(weighed) > 1
         scores = []
-        for first in layers[::step]:
-            scores += self._score_some(prompt, first, weights_L[first : first + step])
+        for group in launches.layer_groups(self._pages, prompt.tokens.total, apart=apart):
+            scores += self._score_some(prompt, group, weights_L[group])
         return scores
 
     def _weights(self, policy: Policy) -> list[Tensor | None]:
@@ -190,24 +182,23 @@ class CUDAEvictor(Evictor):
         project = self._projections.factor if policy.value_weight == "l2-gram" else self._projections.slices
         return [project(layer) for layer in layers]
 
-    def _score_some(self, prompt: Prompt, first: int, weights_L: Sequence[Tensor | None]) -> list[LayerScores]:
-        """As many layers as `weights_L` has, from the first on, their attention in one launch."""
-        policy, window, last = prompt.policy, prompt.window_LWQD.shape[1], first + len(weights_L)
-        observed = window_scores(
-            prompt.window_LWQD[first:last, None],
-            # A copy, as for value_table_1B.
-            replace(self._pages, layer_page_L=self._pages.layer_page_L[first:last].clone()),
+    def _score_some(self, prompt: Prompt, group: slice, weights_L: Sequence[Tensor | None]) -> list[LayerScores]:
+        """A group of layers, whose weights are given, their attention in one launch."""
+        policy, window, scales = prompt.policy, prompt.window_LWQD.shape[1], self._scales[group.start]
+        observed = launches.observe(
+            policy,
+            prompt.window_LWQD,
+            self._pages,
+            group,
             prompt.table_1B,
             prompt.tokens,
-            aggregate="defensive" if policy.aggregate == "defensive" else "mean",
-            pool=policy.pool_kernel,
-            scale=self._scales[first].logits,
-            key_scale=self._scales[first].key,
+            scale=scales.logits,
+            key_scale=scales.key,
         )
         return settle(
             policy,
             Attention.of(policy, observed.score_LHT, observed.mean_LHT, window),
-            self._norms(prompt, first, weights_L),
+            self._norms(prompt, group.start, weights_L),
             window=window,
             keep_ratio=prompt.score.keep,
             evictable=prompt.score.region.tokens,
@@ -218,20 +209,19 @@ class CUDAEvictor(Evictor):
         """Value norms of layers from the first on, fp32 `[L, H, T]`, or None where they have no weights."""
         if weights_L[0] is None:
             return None
-        order, tokens = 2 if prompt.policy.value_weight == "l2-gram" else 1, prompt.value_tokens
+        tokens = prompt.value_tokens
         shape = (len(weights_L), self._pages.num_kv_heads, tokens.total)
         norm_LHT = torch.empty(shape, dtype=torch.float32, device=prompt.table_1B.device)
         for layer, (weights, norm_HT) in enumerate(zip(weights_L, norm_LHT, strict=True), first):
             assert weights is not None, "either all layers of a group have weights, or none"
-            scale = self._scales[layer].value
-            value_norm(
+            launches.weigh(
+                prompt.policy,
                 self._pages,
                 layer,
                 prompt.value_table_1B,
                 tokens,
                 weights,
-                order=order,
-                value_scale=scale,
+                value_scale=self._scales[layer].value,
                 out_HT=norm_HT,
             )
         return norm_LHT
@@ -264,15 +254,3 @@ class CUDAEvictor(Evictor):
         heads_H1 = torch.arange(self._pages.num_kv_heads, device=data_PND.device)[:, None]
         page_HB = self._pages.page_of(layer, heads_H1, prompt.table_1B)
         return data_PND[page_HB].flatten(1, 2)[:, : prompt.score.region.stop]
-
-    # -- selection ----------------------------------------------------------------------------------------------------
-
-    def _select(self, scored: Scored, packing: Packing) -> Selection:
-        return select(
-            scored.prompt.policy,
-            scored.layers,
-            page_size=packing.region.page_tokens,
-            packed_blocks=packing.head_pages,
-            evictable=packing.region.tokens,
-            list_kept=kept_tokens,
-        )

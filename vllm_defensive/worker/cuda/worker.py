@@ -9,7 +9,8 @@ from vllm.utils.math_utils import cdiv
 
 from vllm_defensive.compat import worker as compat
 from vllm_defensive.worker.cuda.backend import EvictionImpl
-from vllm_defensive.worker.cuda.evictor import SCORES_AT_A_TIME, CUDAEvictor, LayerScales
+from vllm_defensive.worker.cuda.evictor import CUDAEvictor, LayerScales
+from vllm_defensive.worker.cuda.launches import SCORES_AT_A_TIME
 from vllm_defensive.worker.cuda.runtime import CUDARuntime, widest_launch
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.window import WindowQueries

@@ -1,0 +1,142 @@
+"""The kernels as this worker calls them: with which arguments, and for how many layers at a time.
+
+vLLM is not needed here, so that `benchmarks.kernels` times these calls and no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from vllm_defensive.packing import Packing
+from vllm_defensive.policy import LayerScores, Policy, Selection, select
+from vllm_defensive_kernels import (
+    DecodeWorkspace,
+    PackedState,
+    PagedKV,
+    RaggedTokens,
+    WindowScores,
+    compact,
+    list_kept,
+    ragged_paged_decode,
+    value_norm,
+    window_scores,
+)
+
+# Of several layers in one go: 8K tokens of all layers of a Llama-3.1-8B twice over. More of them would take more memory
+# (see `worker.SETTLE_COPIES`).
+SCORES_AT_A_TIME = 2**22
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Neighbouring rows that our kernel serves. tokens: their place in the batch. The tensors, int32, are those that
+    the kernel takes; workspace: None where a graph will never look."""
+
+    tokens: slice
+    table_RB: Tensor
+    query_start_R1: Tensor
+    seq_len_R: Tensor
+    slot_R: Tensor
+    max_query_len: int
+    workspace: DecodeWorkspace | None
+
+
+def layer_groups(pages: PagedKV, tokens: int, *, apart: bool = False) -> list[slice]:
+    """Layers that are scored together, of prompts of so many scored tokens: groups of one size, so far as that goes."""
+    layers = pages.num_layers
+    most = 1 if apart else max(1, SCORES_AT_A_TIME // (pages.num_kv_heads * tokens))
+    groups = -(-layers // most)
+    step = -(-layers // groups)
+    return [slice(first, min(first + step, layers)) for first in range(0, layers, step)]
+
+
+def observe(
+    policy: Policy,
+    query_LWQD: Tensor,
+    pages: PagedKV,
+    group: slice,
+    table_1B: Tensor,
+    tokens: RaggedTokens,
+    *,
+    scale: float,
+    key_scale: float,
+) -> WindowScores:
+    """The window's attention of a group of layers, in one launch. query_LWQD: of all layers."""
+    return window_scores(
+        query_LWQD[group, None],
+        # A copy, as kernels are compiled for where a tensor begins: anew for the middle of one.
+        replace(pages, layer_page_L=pages.layer_page_L[group].clone()),
+        table_1B,
+        tokens,
+        aggregate="defensive" if policy.aggregate == "defensive" else "mean",
+        pool=policy.pool_kernel,
+        scale=scale,
+        key_scale=key_scale,
+    )
+
+
+def weigh(
+    policy: Policy,
+    pages: PagedKV,
+    layer: int,
+    table_1B: Tensor,
+    tokens: RaggedTokens,
+    weights: Tensor,
+    *,
+    value_scale: float,
+    out_HT: Tensor,
+) -> None:
+    """One layer's value norms into out_HT. weights: the projection's slices, or their factor where the policy says."""
+    order = 2 if policy.value_weight == "l2-gram" else 1
+    value_norm(pages, layer, table_1B, tokens, weights, order=order, value_scale=value_scale, out_HT=out_HT)
+
+
+def choose(policy: Policy, scores: Sequence[LayerScores], packing: Packing) -> Selection:
+    """What fills the packed pages. scores: of all layers."""
+    return select(
+        policy,
+        scores,
+        page_size=packing.region.page_tokens,
+        packed_blocks=packing.head_pages,
+        evictable=packing.region.tokens,
+        list_kept=list_kept,
+    )
+
+
+def pack(pages: PagedKV, table_B: Tensor, selection: Selection, fresh_K: Tensor) -> None:
+    """Copy what was chosen, all layers and heads in one launch."""
+    compact(pages, table_B, selection.offset_O, selection.tokens_PN.flatten(), pages, fresh_K)
+
+
+def attend(
+    rows: PackedRows,
+    query_TQD: Tensor,
+    pages: PagedKV,
+    layer: int,
+    state: PackedState,
+    out_TQD: Tensor,
+    *,
+    scale: float,
+    key_scale: float,
+    value_scale: float,
+) -> None:
+    """One layer's attention of such rows of a batch, into their rows of out_TQD."""
+    ragged_paged_decode(
+        query_TQD[rows.tokens],
+        pages,
+        layer,
+        rows.table_RB,
+        rows.query_start_R1,
+        rows.seq_len_R,
+        rows.slot_R,
+        state,
+        out_TQD=out_TQD[rows.tokens],
+        max_query_len=rows.max_query_len,
+        scale=scale,
+        key_scale=key_scale,
+        value_scale=value_scale,
+        workspace=rows.workspace,
+    )
