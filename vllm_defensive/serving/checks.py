@@ -26,7 +26,7 @@ def check_request(vllm_config: Any, prompt: Any, params: Any) -> None:
 
     vllm_config: of the engine that is asked. It may be a stock one, though another of the process evicts.
     """
-    extra_args = getattr(params, "extra_args", None)
+    extra_args = getattr(params, "extra_args", None) or {}
     settings = from_vllm_config(vllm_config) if extra_args else None
     num_tokens = _length(prompt)
     if settings is None:
