@@ -58,7 +58,10 @@ def test_registering_imports_neither_engine_nor_worker_and_the_engine_no_worker(
         "vllm_defensive.plugin",
         "vllm_defensive.compat",
         "vllm_defensive.compat.base",
+        "vllm_defensive.compat.contract",
+        "vllm_defensive.compat.names",
         "vllm_defensive.compat.serving",
+        "vllm_defensive.compat.sources",
     }
     assert "vllm_defensive.engine.kv_manager" in engine
     assert not [m for m in engine if m.startswith("vllm_defensive.worker")]

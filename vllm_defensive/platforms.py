@@ -83,12 +83,6 @@ def refused_on_cuda(vllm_config: Any) -> tuple[Row, ...]:
             "choose TRITON_ATTN",
         ),
         (attention.backend_per_kind, "attention_config.backend_per_kind", attention.backend_per_kind, "drop it"),
-        (
-            vllm_config.model_config.is_mm_prefix_lm,
-            "model",
-            f"{vllm_config.model_config.model} (tokens of an image see those after them)",
-            "serve its text alone with --language-model-only",
-        ),
         (envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT", 1, "unset it: how decode is split depends on the batch"),
     )
 

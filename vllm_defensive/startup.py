@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_defensive import platforms
+from vllm_defensive.compat import contract
 from vllm_defensive.compat import serving as patches
 from vllm_defensive.platforms import refusal
 from vllm_defensive.settings.engine import KEY, EvictionConfig, parse
@@ -25,6 +26,7 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
     engine_args.additional_config = additional = {k: v for k, v in additional.items() if k != KEY}
     if settings is None:
         return None
+    contract.require(*contract.all_sides())
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     # They import a web framework, which engines without eviction need not.

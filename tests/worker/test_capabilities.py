@@ -4,32 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_defensive.worker.capabilities import STOCKS, limited
-from vllm_defensive.worker.cpu_backend import EvictionCPUBackend, EvictionCPUImpl, EvictionCPUMetadataBuilder
-
-# Looked at, and not done by our kernels. What vLLM adds belongs here or into `STOCKS`.
-NOT_OURS = {
-    "supports_alibi_sqrt",
-    "supports_batch_invariance",
-    "supports_dcp",
-    "supports_device_cpu_query_lens_mismatch",  # of drafts that are cut on the device
-    "supports_kv_cache_update_bypass",  # since 0.33: attention without keys and values, which are in the cache already
-    "supports_kv_connector",
-    "supports_mm_prefix",
-    "supports_non_causal",
-    "supports_non_causal_dcp",
-    "supports_pcp",
-    "supports_per_head_quant_scales",
-    "supports_rswa",
-    "supports_sink",
-}
-
-
-def promises(backend: type) -> dict[str, bool]:
-    """What it says of everything that vLLM may ask and we do not leave to its own backend."""
-    names = {name for name in dir(backend) if name.startswith("supports_")} - STOCKS
-    values = {name: getattr(backend, name) for name in names}
-    return {name: value() if callable(value) else value for name, value in values.items()}
+from tests.compat.overrides import NOT_OURS, promises
+from vllm_defensive.worker.capabilities import limited
+from vllm_defensive.worker.cpu.backend import EvictionCPUBackend, EvictionCPUImpl, EvictionCPUMetadataBuilder
 
 
 def test_the_cpu_backend_promises_nothing_that_is_not_listed() -> None:

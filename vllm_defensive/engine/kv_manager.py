@@ -24,8 +24,8 @@ from vllm_defensive.settings.engine import EvictionConfig
 class EvictionBlockManager(FullAttentionManager):
     """vLLM's hooks, each handed on to the life cycle."""
 
-    def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
-        super().__init__(kv_cache_spec, **kwargs)
+    def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, *args, **kwargs)
         self.eviction: EvictionConfig = kv_cache_spec.eviction
         self.lifecycle = Lifecycle(self.eviction.window, with_token_ids=self.eviction.audit is not None)
         can_share = self.enable_caching and self.block_size == self.block_pool.hash_block_size

@@ -11,7 +11,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_defensive.compat import channels, scheduling
+from vllm_defensive.compat import channels, contract, scheduling
 from vllm_defensive.counts import Pool
 from vllm_defensive.engine.admission import ExpectedLength, Load, fits
 from vllm_defensive.engine.amendments import Amendments
@@ -187,6 +187,7 @@ class EvictionAsyncScheduler(_EvictionMixin, AsyncScheduler):
 
 def make_scheduler(*args: Any, **kwargs: Any) -> Scheduler:
     """What vLLM calls as its scheduler class: the platform decides last whether scheduling is asynchronous."""
+    contract.require("engine")
     vllm_config = kwargs["vllm_config"]
     assert from_vllm_config(vllm_config) is not None
     scheduler_cls = EvictionAsyncScheduler if vllm_config.scheduler_config.async_scheduling else EvictionScheduler

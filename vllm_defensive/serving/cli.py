@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from vllm_defensive.compat import contract
 from vllm_defensive.settings import engine as config
 
 _PREFIX = "kv_eviction"
@@ -20,12 +21,18 @@ def flag_of(field: str) -> str:
     return "--" + config.option_name(field).replace("_", "-")
 
 
-def add_flags(parser: Any) -> None:
-    """Add our argument group to one of vLLM's parsers, and fold what it parses into `additional_config`."""
+def add_flags(parser: Any, supported: bool = True) -> None:
+    """Add our argument group to one of vLLM's parsers, and fold what it parses into `additional_config`.
+
+    supported: whether eviction runs on this vLLM; if not, whatever is given is refused.
+    """
     if _PREFIX in {action.dest for action in parser._actions}:
         return
     group = parser.add_argument_group(
-        title="KV eviction", description="Evict KV cache at the end of prefill, so that more long requests fit."
+        title="KV eviction",
+        description="Evict KV cache at the end of prefill, so that more long requests fit."
+        if supported
+        else f"Not available. {contract.refusal()}",
     )
     metavars = {"policy": "POLICY", "keep": "RATIO", "window": "TOKENS", "min_tokens": "TOKENS", "audit": "DIR"}
     metavars |= {"shared": "keep|evict", "admission": "eager|steady", "policies": "POLICY,..."}
@@ -47,12 +54,23 @@ def add_flags(parser: Any) -> None:
     def parse_known_args(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
         namespace, rest = original(*args, **kwargs)
         try:
-            fold(namespace)
+            (fold if supported else refuse)(namespace)
         except ValueError as error:
             parser.exit(2, f"{parser.prog}: error: {error}\n")
         return namespace, rest
 
     parser.parse_known_args = parse_known_args
+
+
+def refuse(arguments: Any) -> None:
+    """ValueError, one line, if a flag or setting of ours was given to a vLLM that we do not run on.
+
+    arguments: what was parsed, or `EngineArgs`.
+    """
+    given = any(hasattr(arguments, config.option_name(name)) for name in config.EvictionConfig.model_fields)
+    additional = getattr(arguments, "additional_config", None)
+    if given or (isinstance(additional, dict) and additional.get(config.KEY) is not None):
+        raise ValueError(contract.refusal(contract.check(contract.all_sides())))
 
 
 def fold(namespace: argparse.Namespace) -> None:

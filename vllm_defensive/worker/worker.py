@@ -7,10 +7,10 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed.communication_op import tensor_model_parallel_all_reduce
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_defensive.compat import channels
+from vllm_defensive.compat import channels, contract
 from vllm_defensive.engine.spec import as_evictable
 from vllm_defensive.limits import check_layers, evictable_group
 from vllm_defensive.policy import ReduceHeads
@@ -36,6 +36,7 @@ class EvictionWorker(Worker):
     """Base of our workers; vLLM's CPU worker and its GPU worker are both `Worker`s."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        contract.require(*contract.worker_sides())
         super().__init__(*args, **kwargs)
         config = from_vllm_config(self.vllm_config)
         assert config is not None
