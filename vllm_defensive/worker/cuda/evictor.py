@@ -170,29 +170,21 @@ class CUDAEvictor(Evictor):
         known = prompt.policy.aggregate in KERNEL_AGGREGATES and prompt.policy.pool_kernel in KERNEL_POOLS
         if not known:
             return [self._score_in_torch(prompt, layer) for layer in layers]
-        weights_L = self._weights(prompt.policy)
+        weighed_L = [prompt.policy.value_weight != "none" and self._projections.found(layer) for layer in layers]
         most = max(1, SCORES_AT_A_TIME // (self._pages.num_kv_heads * prompt.tokens.total))
         if any((s.key, s.logits) != (self._scales[0].key, self._scales[0].logits) for s in self._scales):
             most = 1  # a launch takes one scale of each kind
-        if len({weights is None for weights in weights_L}) > 1:
+        if len(set(weighed_L)) > 1:
             most = 1  # layers with value norms are not settled with layers that have none
         step = cdiv(len(layers), cdiv(len(layers), most))  # groups of one size, so far as that goes
         scores = []
         for first in layers[::step]:
-            scores += self._score_some(prompt, first, weights_L[first : first + step])
+            scores += self._score_some(prompt, layers[first : first + step], weighed_L[first])
         return scores
 
-    def _weights(self, policy: Policy) -> list[Tensor | None]:
-        """By what each layer's values are projected before their norm is taken; None weighs no values."""
-        layers = range(self._pages.num_layers)
-        if policy.value_weight == "none":
-            return [None] * len(layers)
-        project = self._projections.factor if policy.value_weight == "l2-gram" else self._projections.slices
-        return [project(layer) for layer in layers]
-
-    def _score_some(self, prompt: Prompt, first: int, weights_L: Sequence[Tensor | None]) -> list[LayerScores]:
-        """As many layers as `weights_L` has, from the first on, their attention in one launch."""
-        policy, window, last = prompt.policy, prompt.window_LWQD.shape[1], first + len(weights_L)
+    def _score_some(self, prompt: Prompt, layers: range, weighed: bool) -> list[LayerScores]:
+        """Neighbouring layers, their attention in one launch. weighed: by the norms of their values."""
+        policy, window, first, last = prompt.policy, prompt.window_LWQD.shape[1], layers.start, layers.stop
         observed = window_scores(
             prompt.window_LWQD[first:last, None],
             # A copy, as for value_table_1B.
@@ -207,31 +199,30 @@ class CUDAEvictor(Evictor):
         return settle(
             policy,
             Attention.of(policy, observed.score_LHT, observed.mean_LHT, window),
-            self._norms(prompt, first, weights_L),
+            self._norms(prompt, layers) if weighed else None,
             window=window,
             keep_ratio=prompt.score.keep,
             evictable=prompt.score.region.tokens,
             reduce_heads=self._reduce_heads,
         ).apart()
 
-    def _norms(self, prompt: Prompt, first: int, weights_L: Sequence[Tensor | None]) -> Tensor | None:
-        """Value norms of layers from the first on, fp32 `[L, H, T]`, or None where they have no weights."""
-        if weights_L[0] is None:
-            return None
-        order, tokens = 2 if prompt.policy.value_weight == "l2-gram" else 1, prompt.value_tokens
-        shape = (len(weights_L), self._pages.num_kv_heads, tokens.total)
+    def _norms(self, prompt: Prompt, layers: range) -> Tensor:
+        """Value norms of neighbouring layers, fp32 `[L, H, T]`."""
+        gram, tokens = prompt.policy.value_weight == "l2-gram", prompt.value_tokens
+        shape = (len(layers), self._pages.num_kv_heads, tokens.total)
         norm_LHT = torch.empty(shape, dtype=torch.float32, device=prompt.table_1B.device)
-        for layer, (weights, norm_HT) in enumerate(zip(weights_L, norm_LHT, strict=True), first):
-            assert weights is not None, "either all layers of a group have weights, or none"
-            scale = self._scales[layer].value
+        for layer, norm_HT in zip(layers, norm_LHT, strict=True):
+            # One after the other: what slices of quantised weights are written to is the next layer's, too.
+            weights = self._projections.factor(layer) if gram else self._projections.slices(layer)
+            assert weights is not None, "of layers whose projections were found"
             value_norm(
                 self._pages,
                 layer,
                 prompt.value_table_1B,
                 tokens,
                 weights,
-                order=order,
-                value_scale=scale,
+                order=2 if gram else 1,
+                value_scale=self._scales[layer].value,
                 out_HT=norm_HT,
             )
         return norm_LHT
