@@ -1,16 +1,50 @@
-"""What is set aside beside the KV cache."""
+"""What is set aside beside the KV cache covers what is then allocated: byte for byte, where it lasts."""
 
 from __future__ import annotations
 
-from vllm_defensive.worker.cuda.worker import memory_beside_cache
+import torch
+from torch import nn
 
-LLAMA_8B = {"num_layers": 32, "num_query_heads": 32, "num_kv_heads": 8, "head_size": 128, "window_bytes": 64}
+from vllm_defensive.worker.cuda.memory import BesideCache, Model
+from vllm_defensive.worker.cuda.runtime import CUDARuntime
+from vllm_defensive.worker.projections import Projections
+from vllm_defensive.worker.window import WindowQueries
+from vllm_defensive_kernels import PagedKV
+
+NOTHING = Projections(nn.Module(), [], 32, 128, keep=False)
+LLAMA_8B = Model(32, 32, 8, 128, torch.bfloat16, page_tokens=16)
+L, H, Q, N, D, W = 3, 2, 4, 16, 8, 32
+REQUESTS, TOKENS, PROMPTS = 6, 1000, 2
+
+
+def bytes_of(*parts: object) -> int:
+    """Of all tensors that the parts, or their attributes, are."""
+    tensors = [t for part in parts for t in (vars(part).values() if not isinstance(part, torch.Tensor) else [part])]
+    return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor))
+
+
+def test_what_lasts_is_counted_byte_for_byte() -> None:
+    model = Model(L, Q, H, D, torch.float32, N)
+    counted = BesideCache.of(
+        model, NOTHING, window=W, max_tokens=TOKENS, max_requests=REQUESTS, prompts_at_once=PROMPTS
+    )
+    windows = WindowQueries(L, W, Q, D, torch.float32)
+    pages = PagedKV.from_layers(list(torch.zeros(L, 4, H, N, 2 * D)))
+    runtime = CUDARuntime(pages, windows, {}, max_requests=REQUESTS, max_blocks=-(-TOKENS // N), num_query_heads=Q)
+    captures = [windows.plan(str(i), (TOKENS - W, TOKENS), (TOKENS - 8, TOKENS), 0) for i in range(PROMPTS)]
+    assert bytes_of(runtime.workspace) == counted.decode
+    assert bytes_of(runtime.state, runtime.slot_R) == counted.state
+    assert sum(c.window_LWQD.untyped_storage().nbytes() for c in captures if c is not None) == counted.windows
+    assert counted.projections == 0  # tests/worker/test_projections.py has those
+    assert counted.total == sum(vars(counted).values())
 
 
 def test_memory_grows_with_the_longest_prompt_and_stays_small_beside_a_gpu() -> None:
-    short = memory_beside_cache(**LLAMA_8B, max_tokens=8192, max_requests=256, prompts_at_once=32)
-    long = memory_beside_cache(**LLAMA_8B, max_tokens=131072, max_requests=256, prompts_at_once=32)
-    # 32 windows of 8 MiB; partial results of 256 decode rows; 8 copies of 256 heads' scores, and 16
-    # of those that are weighed at a time, which are all of a short prompt's
-    assert short == 32 * 2**23 + 256 * 16 * 32 * 129 * 4 + (8 + 16) * 256 * 8192 * 4
-    assert short < 0.6 * 2**30 < long < 2 * 2**30
+    """Scores' temporaries are measured in `test_engine_quantised.py`."""
+    short, long = (
+        BesideCache.of(LLAMA_8B, NOTHING, window=32, max_tokens=tokens, max_requests=256, prompts_at_once=32)
+        for tokens in (8192, 131072)
+    )
+    # 8 copies of 256 heads' scores, and 16 of those that are weighed at a time, which are all of a short prompt's
+    assert short.scores == (8 + 16) * 256 * 8192 * 4
+    assert short.total < 0.6 * 2**30 < long.total < 2 * 2**30

@@ -107,6 +107,18 @@ def test_decode_rows_lead_and_evicted_prompts_form_runs(runtime: CUDARuntime) ->
     assert (apart.decode_rows, apart.packed_runs) == (0, ((0, 1), (2, 3)))
 
 
+def test_a_step_asked_twice_answers_the_same(runtime: CUDARuntime) -> None:
+    """As where a group has two metadata builders."""
+    evict(runtime, "a")
+    runtime.begin(StepMessage(observe={"d": (68, 100)}), ())
+    for end in (80, 100):
+        rows = batch({"b": (1, 9), "a": (5, 130), "d": (20, end)})
+        once = runtime.step(rows)
+        slots = runtime.slot_R.tolist()
+        assert runtime.step(rows) == once and runtime.slot_R.tolist() == slots
+    assert runtime.windows.pop("d").shape == (L, W, Q, D)
+
+
 def test_window_queries_are_taken_where_the_chunk_overlaps_the_window(runtime: CUDARuntime) -> None:
     runtime.begin(StepMessage(observe={"d": (68, 100)}), ())
     assert runtime.observing

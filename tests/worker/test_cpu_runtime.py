@@ -1,4 +1,5 @@
-"""Which query token each sequence of a batch's evicted rows has: head by head, row by row, token by token."""
+"""Which query token each sequence of a batch's evicted rows has: head by head, row by row, token by token; and that a
+step may be asked for as often as there are metadata builders."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_defensive.worker.cpu.pages import PageView
+from tests.evictions import eviction
+from vllm_defensive.plan import StepMessage
+from vllm_defensive.worker.cpu.accumulation import Accumulations
+from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.cpu.runtime import CPURuntime
 from vllm_defensive.worker.window import WindowQueries
 
@@ -43,3 +47,29 @@ def test_queries_come_head_by_head(heads: int, lengths: list[int], rows: list[in
         assert flat == list(range(starts[-1] * heads)), "nothing is reordered"
     else:
         assert token_head_X.tolist() == flat
+
+
+def test_a_step_asked_twice_answers_the_same() -> None:
+    """An evicted row that grows by a block in it, a window that is cut by chunks, and sums over all queries."""
+    view = PageView(list(torch.zeros(2, 60, 3, 4, 4)))
+    order_ND = torch.arange(8).view(4, 2)
+    sums = Accumulations(view, PageCodec(order_ND, order_ND), [1.0, 1.0])
+    runtime = CPURuntime(view, WindowQueries(2, 4, 6, 2, torch.float32), sums, lambda _: ("gone", "seen", "summed"))
+    runtime.install(eviction(30, (50, 51), block_tokens=4, request_id="gone"), torch.full((2, 3), 2))
+    runtime.begin(StepMessage(observe={"seen": (6, 10)}, accumulate={"summed": 12}), ())
+    common = SimpleNamespace(
+        num_reqs=3,
+        num_actual_tokens=17,
+        query_start_loc_cpu=torch.tensor([0, 1, 11, 17], dtype=torch.int32),
+        seq_lens=torch.tensor([33, 10, 6], dtype=torch.int32),
+        block_table_tensor=torch.arange(36, dtype=torch.int32).view(3, 12),
+    )
+    once, twice = (runtime.step(common) for _ in range(2))
+    assert once is not None and twice is not None and once.evicted is not None and twice.evicted is not None
+    assert once.captures == twice.captures and len(once.captures) == 1
+    for ours, other in zip(once.accumulations, twice.accumulations, strict=True):
+        assert ours.mass_LHT is other.mass_LHT and (ours.tokens, ours.end) == (other.tokens, other.end)
+    for name, value in vars(once.evicted).items():
+        assert torch.equal(value, getattr(twice.evicted, name)), name
+    assert runtime.tables["gone"].growth_blocks == 2  # tokens 28 to 32
+    assert runtime.windows.pop("seen").shape == (2, 4, 6, 2)

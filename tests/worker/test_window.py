@@ -47,6 +47,19 @@ def test_tokens_after_the_boundary_are_not_part_of_it() -> None:
     assert capture is not None and (capture.source, capture.target, capture.count) == (2, 0, 8)
 
 
+def test_a_step_that_is_planned_twice_is_seen_once() -> None:
+    windows = WindowQueries(L, W, Q, D, torch.float32)
+    for chunk in ((10, 15), (10, 15), (15, 20), (15, 20)):
+        once, twice = (windows.plan("a", (12, 20), chunk, 3) for _ in range(2))
+        assert once is not None and once == twice and once.window_LWQD is twice.window_LWQD
+    assert windows.pop("a").shape == (L, W, Q, D)
+    windows.plan("a", (12, 20), (15, 20), 0)
+    windows.plan("a", (12, 20), (15, 20), 0)
+    windows.drop_complete()
+    with pytest.raises(IncompleteError, match="5 of 8 window queries were seen"):
+        windows.pop("a")
+
+
 def test_an_incomplete_window_is_no_window() -> None:
     windows = WindowQueries(L, W, Q, D, torch.float32)
     windows.plan("a", (12, 20), (15, 20), 0)

@@ -125,7 +125,7 @@ def _anything(wanted: str | None) -> Found:
 def _signature(function: Any) -> Found:
     if not callable(function):
         return None
-    kinds = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    kinds: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     names = [kinds.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values()]
     return tuple(names[1:] if names[:1] in (["self"], ["cls"]) else names)
 

@@ -11,11 +11,11 @@ that asks for it, and says until when.
 from __future__ import annotations
 
 
-def _has(owner: str, names: str) -> dict[str, None]:
+def _has(owner: str, names: str) -> dict[str, str | None]:
     return {owner: None, **{f"{owner}.{name}": None for name in names.split()}}
 
 
-def _calls(owner: str, names: str) -> dict[str, str]:
+def _calls(owner: str, names: str) -> dict[str, str | None]:
     return {f"{owner}.{name}": "..." for name in names.split()}
 
 

@@ -31,7 +31,8 @@ class WindowQueries:
     """Post-RoPE queries of the last `W` tokens before each eviction, for all layers.
 
     A window may be spread over several chunks, and chunks of other requests come between, so each request has a buffer
-    from the first step that touches its window to its eviction.
+    from the first step that touches its window to its eviction. Positions are marked as they pass, not counted: to plan
+    a step twice, as for two metadata builders, is to plan it once.
     """
 
     def __init__(
@@ -46,7 +47,8 @@ class WindowQueries:
         self._shape = (num_layers, window, num_query_heads, head_size)
         self._dtype, self._device = dtype, device
         self._buffers: dict[str, Tensor] = {}
-        self._filled: dict[str, int] = {}
+        self._marks: dict[str, int] = {}  # bit `i`: the window's query `i` was seen
+        self._all_marks = (1 << window) - 1
 
     def plan(
         self, request_id: str, observed: tuple[int, int], chunk: tuple[int, int], row_start: int
@@ -60,8 +62,8 @@ class WindowQueries:
             return None
         if request_id not in self._buffers:
             self._buffers[request_id] = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-            self._filled[request_id] = 0
-        self._filled[request_id] += end - begin
+            self._marks[request_id] = 0
+        self._marks[request_id] |= ((1 << (end - begin)) - 1) << (begin - first)
         return Capture(self._buffers[request_id], row_start + begin - chunk[0], begin - first, end - begin)
 
     def blank(self) -> Tensor:
@@ -70,17 +72,17 @@ class WindowQueries:
 
     def pop(self, request_id: str) -> Tensor:
         """The complete window `[L, W, Q, D]`. Raises IncompleteError if some of it was not seen."""
-        filled, window_LWQD = self._filled.pop(request_id, 0), self._buffers.pop(request_id, None)
-        if window_LWQD is None or filled != self._shape[1]:
-            raise IncompleteError(f"{filled} of {self._shape[1]} window queries were seen")
+        marks, window_LWQD = self._marks.pop(request_id, 0), self._buffers.pop(request_id, None)
+        if window_LWQD is None or marks != self._all_marks:
+            raise IncompleteError(f"{marks.bit_count()} of {self._shape[1]} window queries were seen")
         return window_LWQD
 
     def drop_complete(self) -> None:
         """Forget windows that no eviction took: the scheduler found nothing to gain when the request got there."""
-        for request_id in [r for r, filled in self._filled.items() if filled == self._shape[1]]:
+        for request_id in [r for r, marks in self._marks.items() if marks == self._all_marks]:
             self.drop(request_id)
 
     def drop(self, request_id: str) -> None:
         """Forget a request that ended, was preempted or starts anew."""
         self._buffers.pop(request_id, None)
-        self._filled.pop(request_id, None)
+        self._marks.pop(request_id, None)

@@ -103,13 +103,14 @@ class CPURuntime(Runtime):
     def _accumulations(self, ids: Sequence[str], common: Any) -> tuple[Accumulation, ...]:
         assert self._message is not None
         wanted = self._message.accumulate
-        return tuple(
+        parts = (
             self.accumulations.plan(
                 request_id, wanted[request_id], *_chunk(common, row), common.block_table_tensor[row]
             )
             for row, request_id in enumerate(ids)
             if request_id in wanted
         )
+        return tuple(part for part in parts if part is not None)
 
     def _evicted(self, ids: Sequence[str], rows: list[int], common: Any) -> EvictedRows:
         tables = [self.tables[ids[row]] for row in rows]

@@ -165,25 +165,16 @@ class CUDAEvictor(Evictor):
         known = prompt.policy.aggregate in KERNEL_AGGREGATES and prompt.policy.pool_kernel in KERNEL_POOLS
         if not known:
             return [self._score_in_torch(prompt, layer) for layer in layers]
-        weights_L = self._weights(prompt.policy)
+        weighed_L = [prompt.policy.value_weight != "none" and self._projections.found(layer) for layer in layers]
         # A launch takes one scale of each kind, and layers with value norms are not settled with layers that have none.
-        scales, weighed = {(s.key, s.logits) for s in self._scales}, {weights is not None for weights in weights_L}
-        apart = len(scales) > 1 or len(weighed) > 1
+        apart = len({(s.key, s.logits) for s in self._scales}) > 1 or len(set(weighed_L)) > 1
         scores = []
         for group in launches.layer_groups(self._pages, prompt.tokens.total, apart=apart):
-            scores += self._score_some(prompt, group, weights_L[group])
+            scores += self._score_some(prompt, group, weighed_L[group.start])
         return scores
 
-    def _weights(self, policy: Policy) -> list[Tensor | None]:
-        """By what each layer's values are projected before their norm is taken; None weighs no values."""
-        layers = range(self._pages.num_layers)
-        if policy.value_weight == "none":
-            return [None] * len(layers)
-        project = self._projections.factor if policy.value_weight == "l2-gram" else self._projections.slices
-        return [project(layer) for layer in layers]
-
-    def _score_some(self, prompt: Prompt, group: slice, weights_L: Sequence[Tensor | None]) -> list[LayerScores]:
-        """A group of layers, whose weights are given, their attention in one launch."""
+    def _score_some(self, prompt: Prompt, group: slice, weighed: bool) -> list[LayerScores]:
+        """A group of layers, their attention in one launch. weighed: by the norms of their values."""
         policy, window, scales = prompt.policy, prompt.window_LWQD.shape[1], self._scales[group.start]
         observed = launches.observe(
             policy,
@@ -198,22 +189,22 @@ class CUDAEvictor(Evictor):
         return settle(
             policy,
             Attention.of(policy, observed.score_LHT, observed.mean_LHT, window),
-            self._norms(prompt, group.start, weights_L),
+            self._norms(prompt, range(group.start, group.stop)) if weighed else None,
             window=window,
             keep_ratio=prompt.score.keep,
             evictable=prompt.score.region.tokens,
             reduce_heads=self._reduce_heads,
         ).apart()
 
-    def _norms(self, prompt: Prompt, first: int, weights_L: Sequence[Tensor | None]) -> Tensor | None:
-        """Value norms of layers from the first on, fp32 `[L, H, T]`, or None where they have no weights."""
-        if weights_L[0] is None:
-            return None
-        tokens = prompt.value_tokens
-        shape = (len(weights_L), self._pages.num_kv_heads, tokens.total)
+    def _norms(self, prompt: Prompt, layers: range) -> Tensor:
+        """Value norms of neighbouring layers, fp32 `[L, H, T]`."""
+        gram, tokens = prompt.policy.value_weight == "l2-gram", prompt.value_tokens
+        shape = (len(layers), self._pages.num_kv_heads, tokens.total)
         norm_LHT = torch.empty(shape, dtype=torch.float32, device=prompt.table_1B.device)
-        for layer, (weights, norm_HT) in enumerate(zip(weights_L, norm_LHT, strict=True), first):
-            assert weights is not None, "either all layers of a group have weights, or none"
+        for layer, norm_HT in zip(layers, norm_LHT, strict=True):
+            # One after the other: what slices of quantised weights are written to is the next layer's, too.
+            weights = self._projections.factor(layer) if gram else self._projections.slices(layer)
+            assert weights is not None, "of layers whose projections were found"
             launches.weigh(
                 prompt.policy,
                 self._pages,

@@ -26,7 +26,7 @@ from vllm_defensive_kernels import (
 )
 
 # Of several layers in one go: 8K tokens of all layers of a Llama-3.1-8B twice over. More of them would take more memory
-# (see `worker.SETTLE_COPIES`).
+# (see `memory.py`).
 SCORES_AT_A_TIME = 2**22
 
 

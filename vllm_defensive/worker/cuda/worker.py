@@ -8,17 +8,17 @@ import torch
 from vllm.utils.math_utils import cdiv
 
 from vllm_defensive.compat import worker as compat
+from vllm_defensive.engine.spec import EvictableSpec
+from vllm_defensive.platforms import PLATFORMS
 from vllm_defensive.worker.cuda.backend import EvictionImpl
 from vllm_defensive.worker.cuda.evictor import CUDAEvictor, LayerScales
-from vllm_defensive.worker.cuda.launches import SCORES_AT_A_TIME
-from vllm_defensive.worker.cuda.runtime import CUDARuntime, widest_launch
+from vllm_defensive.worker.cuda.memory import BesideCache, Model
+from vllm_defensive.worker.cuda.runtime import CUDARuntime
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.window import WindowQueries
 from vllm_defensive.worker.worker import EvictionWorker, logger
 from vllm_defensive_kernels import PagedKV
 
-SCORE_COPIES = 8  # of all layers' scores: weighed, stacked, sorted (with int64 indices), and what sorting takes
-SETTLE_COPIES = 16  # of those of the layers that are weighed in one go: temporaries, those of another sort among them
 _FLASH = "vllm_defensive.worker.cuda.flash.EvictionFlashBackend"
 _TRITON = "vllm_defensive.worker.cuda.triton.EvictionTritonBackend"
 
@@ -37,22 +37,31 @@ class EvictionGPUWorker(EvictionWorker):
         available: int = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes:
             return available
+        names = [name for name, spec in self.get_kv_cache_spec().items() if isinstance(spec, EvictableSpec)]
+        if not names:
+            return available  # such a model is refused later, by the layers that it has
+        reserved = self._beside_cache(names)
+        logger.info("KV eviction sets %.2f GiB aside, most of it for the longest prompt", reserved.total / 2**30)
+        return available - reserved.total
+
+    def _beside_cache(self, names: list[str]) -> BesideCache:
+        """For the layers of these names."""
         context = self.vllm_config.compilation_config.static_forward_context
-        layers = [layer for layer in context.values() if isinstance(getattr(layer, "impl", None), EvictionImpl)]
-        model, scheduler = self.model_config, self.vllm_config.scheduler_config
+        first, scheduler = context[names[0]], self.vllm_config.scheduler_config
+        dtype, page_tokens = self.model_config.dtype, self.cache_config.block_size
         prompts = max(1, scheduler.max_num_batched_tokens // self.eviction.min_tokens)
-        reserved = memory_beside_cache(
-            num_layers=len(layers),
-            num_query_heads=layers[0].num_heads,
-            num_kv_heads=layers[0].num_kv_heads,
-            head_size=layers[0].head_size,
-            window_bytes=self.eviction.window * torch.finfo(model.dtype).bits // 8,
-            max_tokens=model.max_model_len,
+        return BesideCache.of(
+            Model(len(names), first.num_heads, first.num_kv_heads, first.head_size, dtype, page_tokens),
+            self._projections(names, first),
+            window=self.eviction.window,
+            max_tokens=self.model_config.max_model_len,
             max_requests=scheduler.max_num_seqs,
             prompts_at_once=min(prompts, scheduler.max_num_seqs),
         )
-        logger.info("KV eviction sets %.2f GiB aside, most of it for the longest prompt", reserved / 2**30)
-        return available - reserved
+
+    def _projections(self, names: list[str], first: Any) -> Projections:
+        """Of the layers of these names, of which `first` is one."""
+        return Projections(self.model_runner.get_model(), names, first.num_heads, first.head_size, keep=False)
 
     @torch.inference_mode()
     def compile_or_warm_up_model(self) -> Any:
@@ -63,8 +72,9 @@ class EvictionGPUWorker(EvictionWorker):
 
     def start_eviction(self, group: int, names: list[str], layers: list[Any]) -> tuple[CUDARuntime, CUDAEvictor]:
         first, model, requests = layers[0], self.model_config, self.model_runner.req_states
+        block_tokens = self.model_runner.kv_cache_config.kv_cache_groups[group].kv_cache_spec.block_size
         for name, layer in zip(names, layers, strict=True):
-            _check(name, layer, self.cache_config.block_size)
+            _check(name, layer, block_tokens, self.cache_config.block_size)
         caches = [_typed(layer.kv_cache, first.kv_cache_dtype) for layer in layers]
         pages = PagedKV.from_layers(caches)
         device = pages.key_PND.device
@@ -85,41 +95,27 @@ class EvictionGPUWorker(EvictionWorker):
             for builder in attention_group.metadata_builders:
                 builder.runtime = runtime
         compat.keep_out_of_decode_graphs(self.model_runner, lambda: runtime.observing)
-        projections = Projections(self.model_runner.get_model(), names, first.num_heads, first.head_size)
+        projections = self._projections(names, first)
         scales = [LayerScales(layer.impl.scale, layer._k_scale_float, layer._v_scale_float) for layer in layers]
         logger.info("KV eviction decodes with its own kernel; prompts take %s", first.get_attn_backend().get_name())
         return runtime, CUDAEvictor(self.eviction, runtime, scales, projections, self.tensor_rank, self.reduce_heads)
 
 
-def memory_beside_cache(
-    *,
-    num_layers: int,
-    num_query_heads: int,
-    num_kv_heads: int,
-    head_size: int,
-    window_bytes: int,
-    max_tokens: int,
-    max_requests: int,
-    prompts_at_once: int,
-) -> int:
-    """Bytes that eviction allocates at most, by count of its tensors; vLLM's profile run has no prompt to evict.
+def _check(name: str, layer: Any, block_tokens: int, block_size: int) -> None:
+    """Refuse caches whose blocks vLLM has split for its own kernels. Raises ValueError.
 
-    window_bytes: of one query entry in each token of the window. prompts_at_once: whose windows are kept in one step.
+    block_tokens: of the layer's blocks, a multiple of the block size, so that blocks of all layers are as many bytes.
     """
-    rows, splits = widest_launch(max_requests, num_query_heads, num_kv_heads)
-    decode = rows * splits * num_query_heads * (head_size + 1) * 4
-    windows = prompts_at_once * num_layers * num_query_heads * head_size * window_bytes
-    layer = num_kv_heads * max_tokens
-    at_a_time = min(num_layers * layer, max(SCORES_AT_A_TIME, layer))
-    scores = (SCORE_COPIES * num_layers * layer + SETTLE_COPIES * at_a_time) * 4
-    return decode + windows + scores
-
-
-def _check(name: str, layer: Any, block_size: int) -> None:
-    """Refuse caches whose blocks vLLM has split for its own kernels. Raises ValueError."""
     assert isinstance(layer.impl, EvictionImpl), f"{name} has another attention backend"
-    if (kernel_block := layer.kv_cache.shape[2]) != block_size:
-        raise ValueError(f"block_size={block_size}: layer {name} splits it; choose {kernel_block} with --kv-eviction")
+    kernel_block = layer.kv_cache.shape[2]
+    if kernel_block != block_tokens:
+        wanted, rest = divmod(kernel_block * block_size, block_tokens)
+        fits = not rest and wanted % PLATFORMS["cuda"].block_tokens == 0
+        way_out = f"block_size={wanted}" if fits else "attention_backend=TRITON_ATTN"
+        raise ValueError(
+            f"block_size={block_size}: vLLM splits the blocks of layer {name}, {block_tokens} tokens, into such of "
+            f"{kernel_block}; choose {way_out} with --kv-eviction"
+        )
 
 
 def _typed(cache: torch.Tensor, kv_cache_dtype: str) -> torch.Tensor:

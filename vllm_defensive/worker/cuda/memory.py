@@ -1,0 +1,73 @@
+"""What eviction takes beside the KV cache. vLLM's profile run measures everything else, but has no prompt to evict."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import torch
+from vllm.utils.math_utils import cdiv
+
+from vllm_defensive.worker.cuda.launches import SCORES_AT_A_TIME
+from vllm_defensive.worker.cuda.runtime import widest_launch
+from vllm_defensive.worker.projections import Projections
+
+SCORE_COPIES = 8  # of all layers' scores: weighed, stacked, sorted (with int64 indices), and what sorting takes
+SETTLE_COPIES = 16  # of those of the layers that are weighed in one go: temporaries, those of another sort among them
+
+
+@dataclass(frozen=True)
+class Model:
+    """The layers that are evicted, as one rank has them. dtype: of queries. page_tokens: `N`."""
+
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+    page_tokens: int
+
+
+@dataclass(frozen=True)
+class BesideCache:
+    """Bytes at most, by what holds them.
+
+    decode: partial results of the widest launch. state: what each request keeps, and the rows' slots. windows: queries
+    of all windows that one step keeps. projections: what `Projections` holds once every policy has been seen.
+    scores: weighing the longest prompt, and taking the projections apart while at it.
+    """
+
+    decode: int
+    state: int
+    windows: int
+    projections: int
+    scores: int
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        projections: Projections,
+        *,
+        window: int,
+        max_tokens: int,
+        max_requests: int,
+        prompts_at_once: int,
+    ) -> BesideCache:
+        """By count of the tensors. max_tokens: of a prompt. prompts_at_once: whose windows are kept in one step."""
+        rows, splits = widest_launch(max_requests, model.num_query_heads, model.num_kv_heads)
+        heads, layer = model.num_layers * model.num_kv_heads, model.num_kv_heads * max_tokens
+        at_a_time = min(model.num_layers * layer, max(SCORES_AT_A_TIME, layer))
+        queries = model.num_layers * model.num_query_heads * model.head_size * model.dtype.itemsize
+        lasting, passing = projections.bytes_at_most()
+        return cls(
+            decode=rows * splits * model.num_query_heads * (model.head_size + 1) * 4,
+            # Fresh blocks, the heads' first pages, shared blocks, growth and row of each request, in int32.
+            state=max_requests * (cdiv(max_tokens, model.page_tokens) + heads + 1 + 3) * 4,
+            windows=prompts_at_once * window * queries,
+            projections=lasting,
+            scores=(SCORE_COPIES * model.num_layers * layer + SETTLE_COPIES * at_a_time) * 4 + passing,
+        )
