@@ -69,7 +69,7 @@ def test_of_the_engine_the_worker_knows_only_the_spec() -> None:
     sources = (ROOT / "vllm_defensive" / "worker").glob("*.py")
     lines = {line.strip() for file in sources for line in file.read_text().splitlines()}
     assert {line for line in lines if "vllm_defensive.engine" in line and line.startswith(("from", "import"))} == {
-        "from vllm_defensive.engine.spec import EvictableSpec, as_evictable"
+        "from vllm_defensive.engine.spec import evictable_specs"
     }
 
 
