@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 from tests.evictions import eviction
 from vllm_defensive import audit
 from vllm_defensive.policy import Selection
+from vllm_defensive.tools.audit_show import main
 
 N = 4
 # Two layers of two heads; blocks [1, 4) of five (and a tail of 3 tokens) are packed into 2: 8 pages for four heads.
@@ -105,6 +108,33 @@ def test_the_heads_of_all_ranks_are_read_together(tmp_path: Path) -> None:
     paths[0].unlink()
     with pytest.raises(FileNotFoundError, match=r"rank0of2"):
         audit.load(paths[1])
+
+
+def test_nobody_else_can_read_it(tmp_path: Path) -> None:
+    """Whatever the umask lets others do: it holds a prompt."""
+    tokens_PN = torch.tensor([t for head in TOKENS for t in head], dtype=torch.int32).view(8, N)
+    before = os.umask(0)
+    try:
+        path = audit.write(str(tmp_path / "new"), EVICTION, Selection(PAGES_LH, tokens_PN))
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(p.stat().st_mode) for p in (path, path.parent)] == [0o600, 0o700]
+
+
+@pytest.mark.parametrize("show", [[], ["--html", "no folder/page.html"], ["--html", "."]], ids=repr)
+def test_what_cannot_be_read_or_written_ends_the_command_with_one_line(
+    show: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = str(tmp_path)  # a folder
+    if show:
+        tokens_PN = torch.tensor([t for head in TOKENS for t in head], dtype=torch.int32).view(8, N)
+        file = str(audit.write(file, EVICTION, Selection(PAGES_LH, tokens_PN)))
+    with pytest.raises(SystemExit) as end:
+        main(["show", file, *show])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("python -m vllm_defensive.audit: error: ") and (show or [file])[-1] in error
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.processes import run_python
 from vllm_defensive import limits, platforms, startup
@@ -23,6 +24,10 @@ def vllm_config(**changes: Any) -> Any:
         model_config=SimpleNamespace(
             runner_type="generate",
             is_encoder_decoder=False,
+            is_diffusion=False,
+            dtype=torch.bfloat16,
+            max_model_len=4096,
+            get_sliding_window=lambda: 512,
             use_mla=False,
             model="some/model",
             get_total_num_kv_heads=lambda: 6,
@@ -37,7 +42,7 @@ def vllm_config(**changes: Any) -> Any:
             use_ubatching=False,
         ),
         cache_config=SimpleNamespace(cache_dtype="auto", kv_cache_dtype_skip_layers=[]),
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=512),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=512, disable_hybrid_kv_cache_manager=False),
         speculative_config=None,
         kv_transfer_config=None,
         ec_transfer_config=None,
@@ -65,7 +70,14 @@ REFUSED = [
     ({"model_config__runner_type": "pooling"}, "runner=pooling", "use a model that generates text"),
     ({"model_config__is_encoder_decoder": True}, "model=some/model", "use a decoder-only model"),
     ({"model_config__use_mla": True}, "model=some/model (multi-head latent attention)", "use a model with KV heads"),
-    ({"cache_config__cache_dtype": "nvfp4"}, "kv_cache_dtype=nvfp4", "use auto"),
+    ({"cache_config__cache_dtype": "nvfp4"}, "kv_cache_dtype=nvfp4", "use bfloat16, also where it is the"),
+    ({"cache_config__cache_dtype": "fp8"}, "kv_cache_dtype=fp8", "use bfloat16, also where it is the checkpoint"),
+    ({"model_config__is_diffusion": True}, "model=some/model (discrete diffusion)", "one token after the other"),
+    (
+        {"scheduler_config__disable_hybrid_kv_cache_manager": True},
+        "disable_hybrid_kv_cache_manager=True",
+        "drop --disable-hybrid-kv-cache-manager",
+    ),
     ({"cache_config__kv_cache_dtype_skip_layers": ["0"]}, "kv_cache_dtype_skip_layers=['0']", "drop it"),
     ({"scheduler_config__max_num_batched_tokens": 31}, "kv_eviction_window=32", "max_num_batched_tokens=31"),
 ]
@@ -97,6 +109,18 @@ def test_the_server_in_rust_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         limits.check(vllm_config(), SETTINGS)
 
 
+def test_batch_invariance_is_not_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match=r"^VLLM_BATCH_INVARIANT=1: .* unset it.*--kv-eviction none"):
+        limits.check(vllm_config(), SETTINGS)
+
+
+@pytest.mark.parametrize("window", [None, 4096])
+def test_one_kind_of_cache_needs_no_hybrid_manager(window: int | None) -> None:
+    changes = {"scheduler_config__disable_hybrid_kv_cache_manager": True}
+    limits.check(vllm_config(model_config__get_sliding_window=lambda: window, **changes), SETTINGS)
+
+
 def test_a_window_longer_than_the_shortest_prompt_is_refused() -> None:
     settings = config.parse({"policy": "snapkv", "window": 32, "min_tokens": 31})
     assert settings is not None
@@ -113,7 +137,7 @@ def test_a_folder_for_audits_is_made_or_refused_at_start(tmp_path: Path) -> None
         assert settings is not None
         if allowed:
             limits.check(vllm_config(), settings)
-            assert folder.is_dir()
+            assert folder.is_dir() and folder.stat().st_mode & 0o77 == 0
         else:
             with pytest.raises(ValueError, match=r"kv_eviction_audit=.*: name a folder that can be written to"):
                 limits.check(vllm_config(), settings)

@@ -10,6 +10,8 @@ per worker, with the heads of that worker; `load` reads any of them together wit
 and the metadata format_version, policy, keep_ratio, num_tokens, block_size, packed_blocks, shared_blocks, window.
 
 `FORMAT_VERSION` grows when a reader of today would misread a file of tomorrow; added fields do not count.
+
+They hold prompts, so nobody but the server's user may read them, nor look into a folder that is made for them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from vllm_defensive.compat.base import get_logger
@@ -69,6 +71,11 @@ def path_of(folder: str | os.PathLike[str], request_id: str, rank: tuple[int, in
     """
     part = f".rank{rank[0]}of{rank[1]}" if rank[1] > 1 else ""
     return Path(folder) / f"{re.sub(r'[^A-Za-z0-9._-]', '_', request_id)[-200:]}{part}.safetensors"
+
+
+def make_folder(folder: str | os.PathLike[str]) -> None:
+    """Make the folder, for its owner alone, unless it is there. Raises OSError."""
+    Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def load(path: str | os.PathLike[str]) -> Audit:
@@ -142,15 +149,14 @@ def write(
     indices = torch.cat([part for kept in per_head for part in (shared, kept, tail)])
     assert eviction.token_ids is not None
     target = path_of(folder, eviction.request_id, rank)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     partial = target.with_suffix(f".{os.getpid()}.partial")
-    save_file(
+    content = save(
         {
             "kept_counts": (pages_LH * region.page_tokens + len(shared) + len(tail)).to(torch.int32),
             "kept_indices": indices.to(torch.int32),
             "token_ids": torch.tensor(eviction.token_ids, dtype=torch.int32),
         },
-        partial,
         metadata={
             "format_version": str(FORMAT_VERSION),
             "policy": eviction.policy,
@@ -162,6 +168,8 @@ def write(
             "window": str(region.window),
         },
     )
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content)
     partial.replace(target)
     return target
 

@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_defensive.platforms import CPU_ONLY, PLATFORMS, only_on_cpus, refusal, refused_drafts, refused_on_cuda
+from vllm_defensive.audit import make_folder
+from vllm_defensive.platforms import CPU_ONLY, PLATFORMS, Row, only_on_cpus, refusal, refused_drafts, refused_on_cuda
 from vllm_defensive.settings.engine import TURN_OFF, EvictionConfig, option_name
 
 _FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
@@ -15,6 +16,7 @@ _FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
 def check(vllm_config: Any, settings: EvictionConfig) -> None:
     """Refuse combinations that are not supported. Raises ValueError with the option's name and the way out."""
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    scheduler = vllm_config.scheduler_config
     on_cuda = parallel.worker_cls == PLATFORMS["cuda"].worker
     for unsupported, option, value, way_out in (
         (
@@ -30,20 +32,30 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
         refused_drafts(vllm_config.speculative_config, on_cuda),
         (vllm_config.kv_transfer_config is not None, "kv_transfer_config", "set", "drop it"),
         (getattr(vllm_config, "ec_transfer_config", None) is not None, "ec_transfer_config", "set", "drop it"),
-        (
-            os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0",
-            "VLLM_USE_RUST_FRONTEND",
-            os.environ.get("VLLM_USE_RUST_FRONTEND"),
-            "unset it: that server neither checks requests' fields nor has our metrics",
-        ),
+        _switch("VLLM_USE_RUST_FRONTEND", "that server neither checks requests' fields nor has our metrics"),
+        _switch("VLLM_BATCH_INVARIANT", "what is evicted, and how it is summed up, may depend on the batch"),
         (model.runner_type != "generate", "runner", model.runner_type, "use a model that generates text"),
         (model.is_encoder_decoder, "model", model.model, "use a decoder-only model"),
+        (
+            model.is_diffusion,
+            "model",
+            f"{model.model} (discrete diffusion)",
+            "use a model that generates one token after the other",
+        ),
         (model.use_mla, "model", f"{model.model} (multi-head latent attention)", "use a model with KV heads"),
         (
             cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32", *(_FP8 if on_cuda else ())),
             "kv_cache_dtype",
             cache.cache_dtype,
-            "use auto",
+            # auto is what the checkpoint declares, so it may be what brought this about.
+            f"use {'float16' if str(model.dtype) == 'torch.float16' else 'bfloat16'}{' or fp8' if on_cuda else ''}, "
+            "also where it is the checkpoint that asks for this one",
+        ),
+        (
+            scheduler.disable_hybrid_kv_cache_manager and _has_windows(model),
+            "disable_hybrid_kv_cache_manager",
+            True,
+            "drop --disable-hybrid-kv-cache-manager, as layers with a sliding window need blocks of their own",
         ),
         (getattr(cache, "kv_sharing_fast_prefill", False), "kv_sharing_fast_prefill", True, "drop it"),
         (
@@ -53,10 +65,10 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
             "drop it",
         ),
         (
-            settings.window > vllm_config.scheduler_config.max_num_batched_tokens,
+            settings.window > scheduler.max_num_batched_tokens,
             option_name("window"),
             settings.window,
-            f"choose at most max_num_batched_tokens={vllm_config.scheduler_config.max_num_batched_tokens}",
+            f"choose at most max_num_batched_tokens={scheduler.max_num_batched_tokens}",
         ),
         *(refused_on_cuda(vllm_config) if on_cuda else ()),
     ):
@@ -75,10 +87,22 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
         )
 
 
+def _switch(variable: str, why: str) -> Row:
+    """Row that refuses an environment variable which switches something on."""
+    value = os.environ.get(variable, "0")
+    return value != "0", variable, value, f"unset it: {why}"
+
+
+def _has_windows(model: Any) -> bool:
+    """Whether the model has a sliding window that a request can outgrow."""
+    window = model.get_sliding_window()
+    return window is not None and window < model.max_model_len
+
+
 def _check_writable(folder: str) -> None:
     """Make the folder of the audits now: a worker that fails to write the first of them would end the engine."""
     try:
-        os.makedirs(folder, exist_ok=True)
+        make_folder(folder)
         writable = os.access(folder, os.W_OK | os.X_OK)
     except OSError:
         writable = False
@@ -126,6 +150,8 @@ def check_layers(names: list[str], layers: list[Any], context: Mapping[str, Any]
             (getattr(impl, "logits_soft_cap", None) not in (None, 0), "caps its logits"),
             (name in readers, f"shares its KV cache with {readers.get(name)}"),
             (layer.num_heads != layers[0].num_heads, "has another number of query heads than the first"),
+            # One number for all layers goes into the scores.
+            (impl.scale != layers[0].impl.scale, "scales its logits otherwise than the first"),
         ):
             if wrong:
                 raise ValueError(f"kv_eviction: layer {name} {what}, which is not supported; {TURN_OFF}")

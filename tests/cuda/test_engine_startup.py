@@ -39,7 +39,7 @@ def test_worker_and_block_size_are_chosen(model: Path) -> None:
             {"attention_backend": "FLASH_ATTN", "kv_cache_dtype": "fp8"},
             "attention_backend=FLASH_ATTN with an fp8 KV cache: .* choose TRITON_ATTN",
         ),
-        ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype=int8_per_token_head: .* use auto"),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype=int8_per_token_head: .* use bfloat16 or fp8"),
     ],
     ids=["block", "backend", "fp8", "int8"],
 )

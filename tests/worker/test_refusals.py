@@ -24,7 +24,7 @@ NAMES = ["model.layers.0.attn", "model.layers.1.attn"]
 
 
 def layer(**different: Any) -> SimpleNamespace:
-    impl = {"alibi_slopes": None, "sinks": None, "logits_soft_cap": 0}
+    impl = {"alibi_slopes": None, "sinks": None, "logits_soft_cap": 0, "scale": 0.125}
     impl.update({k: v for k, v in different.items() if k in impl})
     own = {k: v for k, v in different.items() if k not in impl}
     return SimpleNamespace(
@@ -44,6 +44,7 @@ def test_ordinary_layers_pass() -> None:
         ({"sinks": [0.0]}, "uses attention sinks"),
         ({"logits_soft_cap": 50.0}, "caps its logits"),
         ({"num_heads": 4}, "another number of query heads"),
+        ({"scale": 0.25}, "scales its logits otherwise than the first"),
     ],
 )
 def test_each_refusal_names_the_layer_and_the_way_out(different: dict[str, Any], what: str) -> None:

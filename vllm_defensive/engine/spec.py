@@ -1,16 +1,17 @@
 """The KV cache spec that makes vLLM use our block manager, and the way it gets registered.
 
-The workers turn every evictable full-attention spec into this one (`as_evictable`); vLLM then counts its memory, merges
-it into a KV cache group and looks its manager up by class. Unpickling the spec in the scheduler's process imports this
-module, so the registration at the bottom is in place wherever a spec of ours is.
+The workers turn every evictable full-attention spec into this one (`evictable_specs`); vLLM then counts its memory,
+merges it into a KV cache group and looks its manager up by class. Unpickling the spec in the scheduler's process
+imports this module, so the registration at the bottom is in place wherever a spec of ours is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from vllm_defensive.compat.scheduling import register_spec
 from vllm_defensive.settings.engine import EvictionConfig
@@ -45,6 +46,27 @@ class EvictableSpec(FullAttentionSpec):
         merged = as_evictable(base, specs[0].eviction)
         assert isinstance(merged, cls)
         return merged
+
+
+def evictable_specs(
+    specs: Mapping[str, KVCacheSpec], eviction: EvictionConfig, max_model_len: int, block_size: int
+) -> dict[str, KVCacheSpec]:
+    """The specs of a model's layers, by name, as `EvictableSpec` where the layer attends to the whole prefix.
+
+    A window that no request can outgrow is no window: a model that has nothing but such layers is evicted in them.
+    """
+    ours = {name: as_evictable(spec, eviction) for name, spec in specs.items()}
+    if any(isinstance(spec, EvictableSpec) for spec in ours.values()):
+        return ours
+    return {name: as_evictable(_unwindowed(spec, max_model_len, block_size), eviction) for name, spec in ours.items()}
+
+
+def _unwindowed(spec: KVCacheSpec, max_model_len: int, block_size: int) -> KVCacheSpec:
+    """`spec` as full attention if it is a window of `max_model_len` tokens or more, else unchanged."""
+    if type(spec) is not SlidingWindowSpec or spec.sliding_window < max_model_len or spec.page_size_padded is not None:
+        return spec
+    common = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
+    return FullAttentionSpec(**{**common, "block_size": block_size})
 
 
 def as_evictable(spec: KVCacheSpec, eviction: EvictionConfig) -> KVCacheSpec:

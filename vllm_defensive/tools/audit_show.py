@@ -22,8 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         audit = load(given.file)
-    except (FileNotFoundError, ValueError, SafetensorError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except (OSError, ValueError, SafetensorError) as error:
+        parser.exit(2, f"{parser.prog}: error: {_reason(given.file, error)}\n")
     counts = audit.kept_counts.float()
     print(
         f"{audit.policy}, keep {audit.keep_ratio:g}: {audit.num_tokens} tokens, mean kept {counts.mean():.0f} "
@@ -33,11 +33,19 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             texts = _texts(audit.token_ids.tolist(), given.tokenizer)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            parser.exit(2, f"{parser.prog}: error: --tokenizer {given.tokenizer}: {reason}\n")
-        Path(given.html).write_text(render(audit, texts), encoding="utf-8")
+            parser.exit(2, f"{parser.prog}: error: --tokenizer {_reason(given.tokenizer, error)}\n")
+        try:
+            Path(given.html).write_text(render(audit, texts), encoding="utf-8")
+        except OSError as error:
+            parser.exit(2, f"{parser.prog}: error: --html {_reason(given.html, error)}\n")
         print(f"picture: {given.html}")
     return 0
+
+
+def _reason(path: str, error: Exception) -> str:
+    """One line that names the path."""
+    line = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return line if line.startswith(path) or line.endswith(path) else f"{path}: {line}"
 
 
 def _texts(token_ids: list[int], tokenizer: str | None) -> list[str]:

@@ -11,7 +11,7 @@ from vllm.distributed.communication_op import tensor_model_parallel_all_reduce
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_defensive.compat import channels, contract
-from vllm_defensive.engine.spec import as_evictable
+from vllm_defensive.engine.spec import evictable_specs
 from vllm_defensive.limits import check_layers, evictable_group
 from vllm_defensive.policy import ReduceHeads
 from vllm_defensive.settings.engine import from_vllm_config
@@ -71,7 +71,9 @@ class EvictionWorker(Worker):
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         """The layers' specs, those of evictable layers as `EvictableSpec`."""
-        return {name: as_evictable(spec, self.eviction) for name, spec in super().get_kv_cache_spec().items()}
+        return evictable_specs(
+            super().get_kv_cache_spec(), self.eviction, self.model_config.max_model_len, self.cache_config.block_size
+        )
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Allocate the KV cache, then start eviction on the group that can be evicted."""
