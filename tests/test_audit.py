@@ -62,7 +62,7 @@ def test_the_mask_is_the_positions(written: audit.Audit) -> None:
 def test_what_the_request_asked_for_is_recorded(written: audit.Audit) -> None:
     """Its own policy and ratio, not the engine's."""
     assert (written.policy, written.keep_ratio) == ("adakv", 0.3)
-    assert (written.num_tokens, written.block_size, written.window) == (23, N, 5)
+    assert (written.stop, written.block_size, written.window) == (23, N, 5)
     assert (written.packed_blocks, written.shared_blocks) == (2, 1)
     assert written.token_ids.tolist() == list(range(100, 123))
 
@@ -89,7 +89,8 @@ def test_a_file_of_a_later_format_is_refused_by_name(path: Path) -> None:
 def test_a_file_without_a_format_version_is_of_the_first(path: Path, written: audit.Audit) -> None:
     with safe_open(path, framework="pt") as file:
         assert file.metadata()["format_version"] == str(audit.FORMAT_VERSION)
-    old = audit.load(rewritten(path, format_version=""))
+    old = audit.load(rewritten(path, format_version="", stop="", num_tokens="23"))
+    assert old.stop == 23
     assert torch.equal(old.mask(), written.mask()) and old.policy == written.policy
 
 

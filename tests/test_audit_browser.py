@@ -79,7 +79,7 @@ def test_every_token_and_budget_is_shown(tmp_path: Path) -> None:
         token_ids=torch.arange(9, dtype=torch.int32),
         policy="adakv",
         keep_ratio=0.5,
-        num_tokens=9,
+        stop=9,
         block_size=2,
         packed_blocks=2,
         shared_blocks=0,

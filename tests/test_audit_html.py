@@ -16,16 +16,16 @@ from vllm_defensive.audit import Audit
 from vllm_defensive.tools.audit_html import render
 
 
-def make_audit(heads: int, num_tokens: int = 6) -> Audit:
+def make_audit(heads: int, stop: int = 6) -> Audit:
     """One layer; head h keeps the tokens whose position is at least h."""
-    kept = [list(range(min(h, num_tokens - 1), num_tokens)) for h in range(heads)]
+    kept = [list(range(min(h, stop - 1), stop)) for h in range(heads)]
     return Audit(
         kept_counts=torch.tensor([[len(k) for k in kept]], dtype=torch.int32),
         kept_indices=torch.tensor([t for k in kept for t in k], dtype=torch.int32),
-        token_ids=torch.arange(num_tokens, dtype=torch.int32),
+        token_ids=torch.arange(stop, dtype=torch.int32),
         policy="adakv",
         keep_ratio=0.5,
-        num_tokens=num_tokens,
+        stop=stop,
         block_size=2,
         packed_blocks=2,
         shared_blocks=0,
@@ -79,7 +79,7 @@ def test_command_prints_draws_and_refuses_in_one_line(tmp_path: Path) -> None:
         return subprocess.run(command, capture_output=True, text=True)
 
     audit = make_audit(2)
-    names = ("policy", "keep_ratio", "num_tokens", "block_size", "packed_blocks", "shared_blocks", "window")
+    names = ("policy", "keep_ratio", "stop", "block_size", "packed_blocks", "shared_blocks", "window")
     tensors = {name: getattr(audit, name) for name in ("kept_counts", "kept_indices", "token_ids")}
     save_file(tensors, tmp_path / "a.safetensors", metadata={n: str(getattr(audit, n)) for n in names})
     done = run(str(tmp_path / "a.safetensors"), "--html", str(tmp_path / "a.html"))

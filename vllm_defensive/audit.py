@@ -7,7 +7,7 @@ per worker, with the heads of that worker; `load` reads any of them together wit
     kept_indices  int32 [sum]      their positions, ascending, for head (0, 0), (0, 1), ... one after the other
     token_ids     int32 [T]        the prompt, up to where it was evicted
 
-and the metadata format_version, policy, keep_ratio, num_tokens, block_size, packed_blocks, shared_blocks, window.
+and the metadata format_version, policy, keep_ratio, stop, block_size, packed_blocks, shared_blocks, window.
 
 `FORMAT_VERSION` grows when a reader of today would misread a file of tomorrow; added fields do not count.
 
@@ -30,7 +30,7 @@ from vllm_defensive.compat.base import get_logger
 from vllm_defensive.plan import Eviction
 from vllm_defensive.policy import Selection
 
-FORMAT_VERSION = 1  # files without the field are of version 1: the first ones did not write it
+FORMAT_VERSION = 2  # the first one had no such field, and called `stop` num_tokens
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Audit:
     token_ids: Tensor
     policy: str
     keep_ratio: float
-    num_tokens: int
+    stop: int
     block_size: int
     packed_blocks: int
     shared_blocks: int
@@ -58,9 +58,9 @@ class Audit:
     def mask(self) -> Tensor:
         """bool `[L, H, T]`: True where the entry was kept."""
         heads = torch.arange(self.kept_counts.numel()).repeat_interleave(self.kept_counts.flatten().long())
-        kept = torch.zeros(self.kept_counts.numel(), self.num_tokens, dtype=torch.bool)
+        kept = torch.zeros(self.kept_counts.numel(), self.stop, dtype=torch.bool)
         kept[heads, self.kept_indices.long()] = True
-        return kept.view(*self.kept_counts.shape, self.num_tokens)
+        return kept.view(*self.kept_counts.shape, self.stop)
 
 
 def path_of(folder: str | os.PathLike[str], request_id: str, rank: tuple[int, int] = (0, 1)) -> Path:
@@ -116,7 +116,8 @@ def _load(path: Path) -> Audit:
             token_ids=file.get_tensor("token_ids"),
             policy=meta["policy"],
             keep_ratio=float(meta["keep_ratio"]),
-            **{k: int(meta[k]) for k in ("num_tokens", "block_size", "packed_blocks", "shared_blocks", "window")},
+            stop=int(meta["stop" if version > 1 else "num_tokens"]),
+            **{k: int(meta[k]) for k in ("block_size", "packed_blocks", "shared_blocks", "window")},
         )
 
 
@@ -161,7 +162,7 @@ def write(
             "format_version": str(FORMAT_VERSION),
             "policy": eviction.policy,
             "keep_ratio": repr(eviction.score.keep),
-            "num_tokens": str(region.stop),
+            "stop": str(region.stop),
             "block_size": str(region.block_tokens),
             "packed_blocks": str(len(eviction.packing.blocks)),
             "shared_blocks": str(region.shared_blocks),

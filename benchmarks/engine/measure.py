@@ -83,18 +83,18 @@ class Engine:
     def _watch_memory(self) -> None:
         import torch
 
-        evict = self._evictor.evict
+        run = self._evictor.run
 
-        def watched(evictions: Any) -> None:
+        def watched(scores: Any, evictions: Any) -> None:
             if not evictions or not torch.cuda.is_available():
-                return evict(evictions)
+                return run(scores, evictions)
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             with torch.profiler.record_function("eviction"):
-                evict(evictions)
+                run(scores, evictions)
             self.eviction_bytes = max(self.eviction_bytes, torch.cuda.max_memory_allocated() - before)
 
-        self._evictor.evict = watched
+        self._evictor.run = watched
 
     def add(self, tokens: int, output: int, seed: int, policy: str | None = None) -> None:
         """Queue a request. policy: its own, on an engine that evicts."""

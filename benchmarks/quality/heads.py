@@ -97,14 +97,14 @@ class _Timer:
         self.seconds = 0.0
         worker = engine.llm.llm_engine.model_executor.driver_worker
         evictor = getattr(worker, "worker", worker)._evictor
-        evict = evictor.evict
+        run = evictor.run
 
-        def timed(evictions: Any) -> None:
+        def timed(*work: Any) -> None:
             started = time.perf_counter()
-            evict(evictions)
+            run(*work)
             self.seconds += time.perf_counter() - started
 
-        evictor.evict = timed
+        evictor.run = timed
 
 
 if __name__ == "__main__":

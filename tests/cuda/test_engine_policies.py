@@ -52,7 +52,7 @@ def test_answers_equal_the_masked_reference(model: Path, tmp_path: Path, kernels
         unmasked = 0.0
         for (policy, document), prompt, answer in zip(batch, prompts, turn, strict=True):
             audit = audit_of(tmp_path, answer.request_id)
-            assert (audit.policy, audit.num_tokens) == (policy, len(document))
+            assert (audit.policy, audit.stop) == (policy, len(document))
             assert error(reference, prompt, answer, audit.mask()) <= FLOAT32, (policy, len(prompt))
             unmasked = max(unmasked, error(reference, prompt, answer, None))
         assert unmasked > 1000 * FLOAT32  # the masks matter, so the test can fail

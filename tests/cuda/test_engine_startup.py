@@ -86,8 +86,13 @@ def test_warm_up_runs_every_policy_that_requests_may_name(
 ) -> None:
     with engine(model, "snapkv", dtype="float32", policies=["snapkv", "halokv", "none", "random"]) as llm:
         evictor, warmed = worker_of(llm)._evictor, []
-        pack = evictor._pack
-        monkeypatch.setattr(evictor, "_pack", lambda dummy, *rest: (warmed.append(dummy.policy), pack(dummy, *rest)))
+        weigh = evictor._weigh
+
+        def weighed(dummy: Any, *rest: Any) -> Any:
+            warmed.append(dummy.policy)
+            return weigh(dummy, *rest)
+
+        monkeypatch.setattr(evictor, "_weigh", weighed)
         evictor.warm_up(1024)
     assert warmed == ["snapkv", "halokv", "random"]
 

@@ -110,7 +110,7 @@ def test_steps_and_evictions_never_wait(model: Path, kernels: str, monkeypatch: 
             (CUDARuntime, "begin"),
             (CUDARuntime, "step"),
             (CUDARuntime, "install"),
-            (CUDAEvictor, "evict"),
+            (CUDAEvictor, "run"),
             (CUDAEvictor, "take_report"),
             (Capture, "take"),
             (cuda_backend, "_packed_rows"),

@@ -70,7 +70,7 @@ def engine(model: Path, policy: str | None = None, **arguments: Any) -> Iterator
 
 @contextmanager
 def _asynchronous(engine_args: type) -> Iterator[None]:
-    """The CPU platform turns asynchronous scheduling off; turn it on again once the config is settled."""
+    """The CPU platform turns asynchronous scheduling off; turn it on again once the config is made."""
     original = engine_args.create_engine_config
 
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -68,7 +68,7 @@ def test_rest_of_the_prompt_and_answer_see_what_was_kept(llm: Any, tiny_model: P
             assert not list(audits.glob(f"{answer.request_id}-*"))
             continue
         audit = audit_of(audits, answer.request_id)
-        assert audit.num_tokens == (boundary or length) and audit.policy == policy
+        assert audit.stop == (boundary or length) and audit.policy == policy
         expected = decode_logprobs(reference, prompt, answer.tokens, audit.mask())
         assert float((answer.logprobs - expected).abs().max()) <= FLOAT_NOISE
         full = decode_logprobs(reference, prompt, answer.tokens, None)

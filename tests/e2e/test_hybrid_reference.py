@@ -72,7 +72,7 @@ def test_a_next_turn_hits_the_originals_and_is_evicted_as_a_whole(
     second = generate(llm, turns, 12)
     for prompt, turn, answer in zip(PROMPTS, turns, second, strict=True):
         assert answer.cached_tokens >= (len(prompt) - 1) // 32 * 32
-        assert audit_of(folder, answer.request_id).num_tokens == len(turn)
+        assert audit_of(folder, answer.request_id).stop == len(turn)
     assert_equal_to_masked(reference, folder, turns, second)
 
 
@@ -84,7 +84,7 @@ def test_after_a_boundary_the_rest_of_the_prompt_sees_what_was_kept(
     fields = {"kv_eviction": "layer-defensivekv", "kv_eviction_boundary": boundary, "kv_eviction_keep": 0.4}
     for _ in range(2):
         answers = generate(llm, PROMPTS, 12, [fields] * len(PROMPTS))
-        assert all(audit_of(folder, answer.request_id).num_tokens == boundary for answer in answers)
+        assert all(audit_of(folder, answer.request_id).stop == boundary for answer in answers)
         assert_equal_to_masked(reference, folder, PROMPTS, answers)
 
 
@@ -101,6 +101,6 @@ def test_thrown_out_requests_equal_the_masked_reference(
             preemptions = metrics_of(llm)["vllm:num_preemptions"]
             assert preemptions > before
             before = preemptions
-            assert all(audit_of(tmp_path, answer.request_id).num_tokens == evicted_at for answer in answers)
+            assert all(audit_of(tmp_path, answer.request_id).stop == evicted_at for answer in answers)
             assert_equal_to_masked(reference, tmp_path, prompts, answers)
             assert_all_returned(llm)

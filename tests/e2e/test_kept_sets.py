@@ -22,9 +22,10 @@ from tests.e2e.engines import assert_all_returned, audit_of, engine, generate, r
 from tests.policy import naive
 from tests.reference_model import Layer, ReferenceLlama
 from vllm_defensive.audit import Audit
-from vllm_defensive.plan import Eviction, StepMessage
+from vllm_defensive.plan import StepMessage
 from vllm_defensive.policy import PRESETS, Policy
 from vllm_defensive.worker.cpu import evictor as cpu_evictor
+from vllm_defensive.worker.cpu.evictor import Scored
 
 pytestmark = pytest.mark.e2e
 
@@ -114,20 +115,21 @@ class Found:
 def watch_evictions(evictor: Any) -> dict[str, list[Layer]]:
     """By request, the window's queries, the keys and the values of each layer at the moment of its eviction."""
     seen: dict[str, list[Layer]] = {}
-    carry_out = evictor._evict
+    carry_out = evictor._score
 
-    def evict(eviction: Eviction) -> Any:
-        if not PRESETS[eviction.policy].accumulates:
-            window_LWQD = evictor._runtime.windows._buffers[eviction.request_id].clone()
-            pages_LHB = evictor._view.of_blocks(torch.tensor(eviction.source_blocks))
+    def score_and_note(score: Score) -> Any:
+        if not PRESETS[score.policy].accumulates:
+            window_LWQD = evictor._runtime.windows._buffers[score.request_id].clone()
+            pages_LHB = evictor._view.of_blocks(torch.tensor(score.source_blocks))
+            whole = Scored(score, PRESETS[score.policy], window_LWQD, pages_LHB, first_value=0)
             room = evictor._room(pages_LHB)[0]
-            seen[eviction.request_id.rpartition("-")[0]] = [
-                Layer(query_WQD, *(x[:, : eviction.num_tokens].clone() for x in evictor._read(pages_HB, room)))
-                for query_WQD, pages_HB in zip(window_LWQD, pages_LHB, strict=True)
+            seen[score.request_id.rpartition("-")[0]] = [
+                Layer(query_WQD, *(x[:, : score.region.stop].clone() for x in evictor._read(whole, layer, room)))
+                for layer, query_WQD in enumerate(window_LWQD)
             ]
-        return carry_out(eviction)
+        return carry_out(score)
 
-    evictor._evict = evict
+    evictor._score = score_and_note
     return seen
 
 

@@ -112,7 +112,7 @@ def test_answers_equal_the_masked_reference(run: Run, policy: str) -> None:
 def test_next_turns_equal_the_reference_too(run: Run, policy: str) -> None:
     """They hit the exact originals of the turn before, and are evicted as a whole."""
     for before, after in zip(run.turns["first"], run.turns["second"], strict=True):
-        assert after.audit is None or after.audit.num_tokens == len(after.prompt)
+        assert after.audit is None or after.audit.stop == len(after.prompt)
         if PRESETS.get(after.policy, PRESETS["snapkv"]).accumulates:
             assert after.answer.cached_tokens == 0, "nobody caches queries, and it needs them all"
         else:
@@ -123,7 +123,7 @@ def test_next_turns_equal_the_reference_too(run: Run, policy: str) -> None:
 @pytest.mark.parametrize("policy", ["snapkv", "layer-defensivekv", "h2o"])
 def test_after_a_boundary_the_rest_of_the_prompt_sees_what_was_kept(run: Run, policy: str) -> None:
     evicted = [t for t in run.turns["boundary"] if t.policy == policy]
-    assert all(t.audit is not None and t.audit.num_tokens == 141 < len(t.prompt) for t in evicted)
+    assert all(t.audit is not None and t.audit.stop == 141 < len(t.prompt) for t in evicted)
     assert_as_good_as_unevicted(run, "boundary", policy)
 
 
@@ -146,10 +146,10 @@ def test_ratios_and_windows_are_kept(run: Run) -> None:
         if (audit := turn.audit) is None:
             continue
         assert audit.policy == turn.policy and audit.keep_ratio == KEEP
-        assert audit.token_ids.tolist() == turn.prompt[: audit.num_tokens]
+        assert audit.token_ids.tolist() == turn.prompt[: audit.stop]
         mask_LHT = audit.mask()
         assert mask_LHT[:, :, -audit.window :].all()
-        full, tail = divmod(audit.num_tokens, audit.block_size)
+        full, tail = divmod(audit.stop, audit.block_size)
         kept = audit.shared_blocks * audit.block_size + audit.packed_blocks * audit.block_size + tail
         assert mask_LHT.sum() == kept * mask_LHT.shape[0] * mask_LHT.shape[1]
         assert audit.shared_blocks + audit.packed_blocks < full

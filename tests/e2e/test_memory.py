@@ -180,7 +180,7 @@ def test_counters_say_what_the_audits_say(llm: Any, folder: Path) -> None:
     grown = {k: v - before[k] for k, v in metrics_of(llm).items() if k.startswith("vllm:kv_eviction")}
     audits = [audit_of(folder, a.request_id) for a, p in zip(answers, prompts, strict=True) if len(p) > W]
     assert grown["vllm:kv_eviction_requests"] == len(audits) == 3
-    assert grown["vllm:kv_eviction_prompt_tokens"] == sum(a.num_tokens for a in audits)
+    assert grown["vllm:kv_eviction_prompt_tokens"] == sum(a.stop for a in audits)
     assert grown["vllm:kv_eviction_kept_tokens"] == sum(a.kept_counts.float().mean() for a in audits)
-    assert grown["vllm:kv_eviction_freed_blocks"] == sum(a.num_tokens // N - a.packed_blocks for a in audits)
+    assert grown["vllm:kv_eviction_freed_blocks"] == sum(a.stop // N - a.packed_blocks for a in audits)
     assert 0 < grown["vllm:kv_eviction_seconds"] < 30

@@ -67,7 +67,7 @@ def test_answers_equal_the_masked_reference(smollm2: Path, prompts: list[list[in
     allowed = error(reference, prompts[0], unevicted, None)
     for prompt, answer in zip(prompts, evicted, strict=False):
         audit = audit_of(tmp_path, answer.request_id)
-        assert audit.shared_blocks == 0 and audit.packed_blocks < 0.21 * audit.num_tokens / 32 + 1
+        assert audit.shared_blocks == 0 and audit.packed_blocks < 0.21 * audit.stop / 32 + 1
         masked, full = error(reference, prompt, answer, audit.mask()), error(reference, prompt, answer, None)
         print(f"{len(prompt)} tokens: {masked:.1e}, un-evicted {allowed:.1e}, against full attention {full:.1e}")
         assert masked <= 4 * allowed  # both are noise of float32; maxima of few samples vary

@@ -156,7 +156,7 @@ class EvictionBlockManager(FullAttentionManager):
 
         A hit leaves at least the observation window to be computed (all of the prompt, if the policy accumulates),
         since nobody caches queries, unless there is nothing to evict (all whole blocks are shared, say). That is
-        settled here, because queries that were not computed cannot be had later.
+        fixed here, because queries that were not computed cannot be had later.
         """
         self.lifecycle.waiting.pop(request_id, None)  # it may have grown since the last time
         life = self.life(request_id)

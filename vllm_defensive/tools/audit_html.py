@@ -97,8 +97,8 @@ _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 def render(audit: Audit, tokens: Sequence[str]) -> str:
     """The page, given the text of each of the prompt's `T` tokens. Raises ValueError if they are not `T`."""
-    if len(tokens) != audit.num_tokens:
-        raise ValueError(f"{len(tokens)} token texts for an audit of {audit.num_tokens} tokens")
+    if len(tokens) != audit.stop:
+        raise ValueError(f"{len(tokens)} token texts for an audit of {audit.stop} tokens")
     layers, heads = audit.kept_counts.shape
     # One base-36 digit a token and layer keeps the file small; beyond 35 heads the share is rounded to 35ths.
     levels = min(heads, len(_DIGITS) - 1)
@@ -116,8 +116,8 @@ def render(audit: Audit, tokens: Sequence[str]) -> str:
         "window": audit.window,
     }
     facts = (
-        f"Of {audit.num_tokens} prompt tokens the {layers} x {heads} KV heads (layers x heads) kept {mean:.0f} each on "
-        f"average, {100 * mean / audit.num_tokens:.1f} % (asked for: {100 * audit.keep_ratio:g} %), at least "
+        f"Of {audit.stop} prompt tokens the {layers} x {heads} KV heads (layers x heads) kept {mean:.0f} each on "
+        f"average, {100 * mean / audit.stop:.1f} % (asked for: {100 * audit.keep_ratio:g} %), at least "
         f"{int(counts_LH.min())} and at most {int(counts_LH.max())}. In memory: {audit.packed_blocks} packed blocks of "
         f"{audit.block_size} tokens, {audit.shared_blocks} shared blocks left in place."
     )

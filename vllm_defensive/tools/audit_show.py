@@ -26,8 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.exit(2, f"{parser.prog}: error: {_reason(given.file, error)}\n")
     counts = audit.kept_counts.float()
     print(
-        f"{audit.policy}, keep {audit.keep_ratio:g}: {audit.num_tokens} tokens, mean kept {counts.mean():.0f} "
-        f"({100 * counts.mean() / audit.num_tokens:.1f} %), per head {int(counts.min())} to {int(counts.max())}"
+        f"{audit.policy}, keep {audit.keep_ratio:g}: {audit.stop} tokens, mean kept {counts.mean():.0f} "
+        f"({100 * counts.mean() / audit.stop:.1f} %), per head {int(counts.min())} to {int(counts.max())}"
     )
     if given.html:
         try:
