@@ -108,8 +108,8 @@ def norm(
 
 def copy(source: torch.dtype, target: torch.dtype, page_tokens: int, head_size: int, heads: int = 8) -> None:
     pair = (cache(dtype, heads, page_tokens, head_size) for dtype in (source, target))
-    token, scale = int32(4 * 16 * page_tokens), 1.0 if source == target else 0.5
-    compact(next(pair), int32(64), int32(17), token, next(pair), int32(4), key_scale=scale)
+    token, scale = int32(4 * 2 * heads * page_tokens), 1.0 if source == target else 0.5
+    compact(next(pair), int32(64), int32(2 * heads + 1), token, next(pair), int32(4), key_scale=scale)
 
 
 def listing() -> None:
