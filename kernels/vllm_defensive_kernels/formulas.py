@@ -5,7 +5,7 @@ S prompt tokens, T scored tokens, E evictable tokens, N tokens a page, J pages a
 M hidden size, R rows that are treated alike (heads, layers, or all of them at once).
 
 Scores are float32 whatever the model's dtype: in bf16 only a tenth of them would be distinct. Nothing here reads
-a value back to the host, so on CUDA nothing waits for the device.
+a value back from a device, so on CUDA nothing waits for it.
 """
 
 import torch
@@ -30,9 +30,14 @@ CAKE_SPREAD, CAKE_CHANGE = 1 / 1.6, 1 / 0.6
 PYRAMID_STEEPNESS = 20  # the last layer's budget is the mean divided by this
 
 
+def on_host(tensor: Tensor) -> bool:
+    """Whether one may look at values without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def temporary_elements(tensor: Tensor) -> int:
     """Elements that one temporary may have on `tensor`'s device."""
-    return CACHE_ELEMENTS if tensor.device.type == "cpu" else DEVICE_ELEMENTS
+    return CACHE_ELEMENTS if on_host(tensor) else DEVICE_ELEMENTS
 
 
 # ------------------------------------------------------------------------------------------------ attention and pooling
@@ -268,13 +273,13 @@ def certain_by_mass(attention_RT: Tensor, mass: Tensor | float, cap: int) -> Ten
 
 def rows_at_once(scores_RE: Tensor, *, thrifty: bool) -> int:
     """Rows of such scores that are sorted at a time. thrifty: by somebody who has no memory for `SORT_ROWS`."""
-    least = 1 if thrifty or scores_RE.device.type == "cpu" else SORT_ROWS
+    least = 1 if thrifty or on_host(scores_RE) else SORT_ROWS
     return max(least, SORT_ELEMENTS // scores_RE.shape[-1])
 
 
 def sort_down(scores_RE: Tensor) -> Tensor:
     """Each row's values from the largest to the smallest. Same shape."""
-    if scores_RE.device.type != "cpu":
+    if not on_host(scores_RE):
         return scores_RE.sort(dim=-1, descending=True).values
     # NumPy sorts with vector instructions: on one core 20 times faster than torch, which carries an index along.
     sorted_RE = scores_RE.clone(memory_format=torch.contiguous_format)
@@ -307,7 +312,7 @@ def keep_down_to(scores_RE: Tensor, count_R: Tensor, last_R1: Tensor) -> Tensor:
     A threshold and a running count of the ties need no stable sort and no permutation. On CPU only rows where a tie
     falls on the threshold are counted, which is most of the time and seldom needed.
     """
-    if scores_RE.device.type != "cpu":
+    if not on_host(scores_RE):
         return _first_down_to(scores_RE, count_R, last_R1)
     keep_RE = scores_RE >= last_R1
     over_R = keep_RE.sum(dim=-1, dtype=torch.int32) != count_R
