@@ -15,15 +15,16 @@ import torch
 from vllm.v1.attention import backend as vllm_backend
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from tests.cuda.wheel import cuda_vllm
+from tests.cuda.wheel import fetched
+from tests.releases import RELEASES
 from vllm_defensive.worker.cuda import backend
 from vllm_defensive.worker.cuda.backend import EvictionMetadata, _rest
 
 
 def _sources() -> dict[str, Path]:
-    """Of the vLLM that runs, and of other releases whose Python half is at hand."""
-    fetched = cuda_vllm().parent.glob("vllm-*-cuda/vllm/v1/attention/backend.py")
-    return {"here": Path(vllm_backend.__file__), **{path.parents[3].name: path for path in fetched}}
+    """Of the vLLM that runs, and of the supported releases whose Python half is at hand."""
+    files = {release: fetched(release) / "vllm/v1/attention/backend.py" for release in RELEASES}
+    return {"here": Path(vllm_backend.__file__), **{release: file for release, file in files.items() if file.exists()}}
 
 
 @pytest.mark.parametrize("source", _sources().values(), ids=_sources().keys())

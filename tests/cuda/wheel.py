@@ -13,10 +13,14 @@ import zipfile
 from pathlib import Path
 
 
+def fetched(version: str) -> Path:
+    """Where the release `version` lies once it has been fetched."""
+    return _cache() / f"vllm-{version}-cuda"
+
+
 def cuda_vllm(version: str) -> Path:
     """Folder to put first on PYTHONPATH, of the release `version`. Downloads 340 MB the first time; 90 MB are kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vllm-defensive"
-    folder = cache / f"vllm-{version}-cuda"
+    cache, folder = _cache(), fetched(version)
     if folder.exists():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
@@ -32,6 +36,10 @@ def cuda_vllm(version: str) -> Path:
         except OSError:
             assert folder.exists()  # another process was faster
     return folder
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vllm-defensive"
 
 
 def _find(folder: Path, version: str) -> Path | None:
