@@ -5,7 +5,7 @@ among others. Without parameters it is only there: a class, or something to read
 parameters of our own, or call with all of them; of a method that hands on whatever it gets, the name will do.
 
 Rows hold for all versions of `contract.SUPPORTED`. What only some of them have needs a place in the other files here
-that asks for it, and says until when.
+that asks for it, and says until when. It is one table, and long for that reason alone.
 """
 
 from __future__ import annotations
@@ -192,6 +192,7 @@ WORKER: dict[str, dict[str, str | None]] = {
     },
     "vllm.distributed.communication_op": {"tensor_model_parallel_all_reduce": "input_"},
     "vllm.v1.kv_cache_interface": {
+        "AttentionSpec": None,
         "SlidingWindowSpec": None,
         **_has("KVCacheConfig", "kv_cache_groups"),
         **_has("KVCacheGroupSpec", "kv_cache_spec layer_names"),
