@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vllm_defensive.worker.capabilities import STOCKS, limited
-from vllm_defensive.worker.cpu_backend import EvictionCPUBackend, EvictionCPUImpl, EvictionCPUMetadataBuilder
+from vllm_defensive.worker.cpu.backend import EvictionCPUBackend, EvictionCPUImpl, EvictionCPUMetadataBuilder
 
 # Looked at, and not done by our kernels. What vLLM adds belongs here or into `STOCKS`.
 NOT_OURS = {
@@ -15,7 +15,6 @@ NOT_OURS = {
     "supports_device_cpu_query_lens_mismatch",  # of drafts that are cut on the device
     "supports_kv_cache_update_bypass",  # since 0.33: attention without keys and values, which are in the cache already
     "supports_kv_connector",
-    "supports_mm_prefix",
     "supports_non_causal",
     "supports_non_causal_dcp",
     "supports_pcp",
