@@ -81,7 +81,8 @@ def test_command_prints_draws_and_refuses_in_one_line(tmp_path: Path) -> None:
     audit = make_audit(2)
     names = ("policy", "keep_ratio", "stop", "block_size", "packed_blocks", "shared_blocks", "window")
     tensors = {name: getattr(audit, name) for name in ("kept_counts", "kept_indices", "token_ids")}
-    save_file(tensors, tmp_path / "a.safetensors", metadata={n: str(getattr(audit, n)) for n in names})
+    metadata = {"format_version": "2", **{name: str(getattr(audit, name)) for name in names}}
+    save_file(tensors, tmp_path / "a.safetensors", metadata=metadata)
     done = run(str(tmp_path / "a.safetensors"), "--html", str(tmp_path / "a.html"))
     assert done.returncode == 0 and "6 tokens, mean kept 6 (91.7 %), per head 5 to 6" in done.stdout
     assert data_of((tmp_path / "a.html").read_text())["tokens"][1] == "1 "

@@ -22,7 +22,7 @@ from tests.e2e.engines import assert_all_returned, audit_of, engine, generate, r
 from tests.policy import naive
 from tests.reference_model import Layer, ReferenceLlama
 from vllm_defensive.audit import Audit
-from vllm_defensive.plan import StepMessage
+from vllm_defensive.plan import Score, StepMessage
 from vllm_defensive.policy import PRESETS, Policy
 from vllm_defensive.worker.cpu import evictor as cpu_evictor
 from vllm_defensive.worker.cpu.evictor import Scored

@@ -51,7 +51,7 @@ def test_queries_come_head_by_head(heads: int, lengths: list[int], rows: list[in
 
 def test_a_step_asked_twice_answers_the_same() -> None:
     """An evicted row that grows by a block in it, a window that is cut by chunks, and sums over all queries."""
-    view = PageView(list(torch.zeros(2, 60, 3, 4, 4)))
+    view = PageView.from_layers(list(torch.zeros(2, 60, 3, 4, 4)))
     order_ND = torch.arange(8).view(4, 2)
     sums = Accumulations(view, PageCodec(order_ND, order_ND), [1.0, 1.0])
     runtime = CPURuntime(view, WindowQueries(2, 4, 6, 2, torch.float32), sums, lambda _: ("gone", "seen", "summed"))

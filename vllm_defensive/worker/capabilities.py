@@ -7,9 +7,9 @@ from typing import TypeVar
 _C = TypeVar("_C", bound=type)
 
 # Answered by vLLM's class below ours. It runs the prompts and the layers that slide, and writes the cache; our kernels
-# take what it takes of these, or `limits.check` refuses it (images, within which tokens see those after them, are
-# prompts). Of everything else (sinks, ALiBi, answers that look ahead, scales by head, batch invariance, context
-# parallelism, ...) decode over packed pages does nothing.
+# take what it takes of these, or `limits.check` refuses it; where queries look ahead, within images, is vLLM's part of
+# prompts, for none comes behind a boundary (`checks.check_request`). Of everything else (sinks, ALiBi, other masks that
+# look ahead, scales by head, batch invariance, context parallelism, ...) decode over packed pages does nothing.
 STOCKS = frozenset(
     {
         "supports_attn_type",
