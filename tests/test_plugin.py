@@ -64,7 +64,15 @@ def test_registering_imports_neither_engine_nor_worker_and_the_engine_no_worker(
         "vllm_defensive.compat.sources",
     }
     assert "vllm_defensive.engine.kv_manager" in engine
-    assert not [m for m in engine if m.startswith("vllm_defensive.worker")]
+    assert not [m for m in engine if m.startswith(("vllm_defensive.worker", "vllm_defensive.serving"))]
+
+
+def test_modules_of_the_servers_import_one_way() -> None:
+    """Each at the top of its file, so that a circle could not be imported at all."""
+    for file in (ROOT / "vllm_defensive" / "serving").glob("*.py"):
+        tree = ast.parse(file.read_text())
+        nested = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node not in tree.body]
+        assert not [node.module for node in nested if (node.module or "").startswith("vllm_defensive")], file.name
 
 
 def test_registering_twice_patches_once() -> None:

@@ -227,6 +227,7 @@ def test_policies_that_only_cpus_have_are_refused_on_gpus(settings: dict[str, An
     on_gpu = vllm_config(
         parallel_config__worker_cls=platforms.PLATFORMS["cuda"].worker,
         attention_config=SimpleNamespace(backend=None, backend_per_kind=None),
+        model_config__is_mm_prefix_lm=False,
         use_v2_model_runner=True,
     )
     field = "kv_eviction_policies" if "policies" in settings else "kv_eviction"

@@ -17,7 +17,7 @@ from tests.evictions import eviction
 from vllm_defensive.counts import record_of
 from vllm_defensive.plugin import register
 from vllm_defensive.serving import prometheus as metrics
-from vllm_defensive.serving import status
+from vllm_defensive.serving import recent, status
 from vllm_defensive.settings import engine as config
 
 try:
@@ -30,7 +30,7 @@ except ImportError:  # until 0.32 is dropped
 def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[FastAPI]:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     status.configure({"policy": "snapkv", "keep": 0.2})
-    status.count()
+    recent.count()
     app = FastAPI()
     app.add_middleware(status.StatusMiddleware)
     yield app
@@ -53,7 +53,7 @@ def test_a_record_counts_whole_blocks_and_the_tail() -> None:
 
 def test_it_states_settings_totals_and_the_last_evictions(app: FastAPI) -> None:
     for i in range(status.SHOWN + 5):
-        status.remember(record(f"cmpl-{i}-0-0123abcd"))
+        recent.remember(record(f"cmpl-{i}-0-0123abcd"))
     answer = TestClient(app).get("/kv_eviction").json()
     assert answer["config"] == {"policy": "snapkv", "keep": 0.2}
     assert set(answer["totals"]) == set(metrics.COUNTERS)
@@ -64,8 +64,8 @@ def test_it_states_settings_totals_and_the_last_evictions(app: FastAPI) -> None:
 
 @pytest.mark.parametrize("name", ["mine", "cmpl-mine", "cmpl-mine-0-0123abcd"])
 def test_a_request_is_found_by_any_name_it_has(app: FastAPI, name: str) -> None:
-    status.remember(record("cmpl-mine-0-0123abcd"))
-    status.remember(record("cmpl-mine2-0-0123abcd"))
+    recent.remember(record("cmpl-mine-0-0123abcd"))
+    recent.remember(record("cmpl-mine2-0-0123abcd"))
     (found,) = TestClient(app).get(f"/kv_eviction/requests/{name}").json()["evictions"]
     assert found["request_id"] == "cmpl-mine-0-0123abcd"
     assert TestClient(app).get("/kv_eviction/requests/min").status_code == 404
@@ -90,9 +90,9 @@ NAMES = [
 
 @pytest.mark.parametrize("internal, names", NAMES, ids=[internal for internal, _ in NAMES])
 def test_an_internal_id_answers_to_its_own_names_only(internal: str, names: set[str]) -> None:
-    assert names <= status.names_of(internal)
+    assert names <= recent.names_of(internal)
     others = {"job", "job-1", "job-1-2", "job_1", "cmpl-job", "cmpl-job-1", "chatcmpl-job", "chatcmpl-job-1"} - names
-    assert not others & status.names_of(internal)
+    assert not others & recent.names_of(internal)
 
 
 def test_a_server_that_counts_nothing_says_so(app: FastAPI) -> None:

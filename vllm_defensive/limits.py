@@ -33,7 +33,7 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
         (vllm_config.kv_transfer_config is not None, "kv_transfer_config", "set", "drop it"),
         (getattr(vllm_config, "ec_transfer_config", None) is not None, "ec_transfer_config", "set", "drop it"),
         _switch("VLLM_USE_RUST_FRONTEND", "that server neither checks requests' fields nor has our metrics"),
-        _switch("VLLM_BATCH_INVARIANT", "what is evicted, and how it is summed up, may depend on the batch"),
+        _switch("VLLM_BATCH_INVARIANT", "what is kept, and how decode is split, may depend on the batch"),
         (model.runner_type != "generate", "runner", model.runner_type, "use a model that generates text"),
         (model.is_encoder_decoder, "model", model.model, "use a decoder-only model"),
         (

@@ -64,8 +64,6 @@ def only_on_cpus(policy: str) -> bool:
 
 def refused_on_cuda(vllm_config: Any) -> tuple[Row, ...]:
     """Rows for `limits.check` that only GPUs have."""
-    from vllm import envs
-
     attention, chosen = vllm_config.attention_config, getattr(vllm_config.attention_config.backend, "name", None)
     fp8 = vllm_config.cache_config.cache_dtype.startswith("fp8")
     return (
@@ -83,7 +81,6 @@ def refused_on_cuda(vllm_config: Any) -> tuple[Row, ...]:
             "choose TRITON_ATTN",
         ),
         (attention.backend_per_kind, "attention_config.backend_per_kind", attention.backend_per_kind, "drop it"),
-        (envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT", 1, "unset it: how decode is split depends on the batch"),
     )
 
 

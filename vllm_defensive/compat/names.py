@@ -61,7 +61,6 @@ SERVING: dict[str, dict[str, str | None]] = {
     },
     "vllm.exceptions": {"VLLMValidationError.__init__": "message, parameter, value"},
     "vllm.logger": {"init_logger": "name"},
-    "vllm.envs": {"VLLM_BATCH_INVARIANT": None},
     "vllm.platforms": {"current_platform": None},
     "vllm.platforms.interface": {
         **_has("Platform", "device_name"),
@@ -78,8 +77,10 @@ SERVING: dict[str, dict[str, str | None]] = {
         ),
         **_has(
             "ModelConfig",
-            "runner_type is_encoder_decoder use_mla model dtype max_model_len served_model_name is_mm_prefix_lm",
+            "runner_type is_encoder_decoder use_mla model dtype max_model_len served_model_name is_mm_prefix_lm "
+            "is_diffusion",
         ),
+        "ModelConfig.get_sliding_window": "",
         "ModelConfig.get_total_num_kv_heads": "",
         "ModelConfig.get_head_size": "",
         **_has(
@@ -88,7 +89,10 @@ SERVING: dict[str, dict[str, str | None]] = {
             "prefill_context_parallel_size use_ubatching",
         ),
         **_has("CacheConfig", "cache_dtype block_size kv_cache_dtype_skip_layers kv_cache_memory_bytes"),
-        **_has("SchedulerConfig", "max_num_batched_tokens max_num_seqs async_scheduling"),
+        **_has(
+            "SchedulerConfig",
+            "max_num_batched_tokens max_num_seqs async_scheduling disable_hybrid_kv_cache_manager",
+        ),
         **_has("SpeculativeConfig", "method"),
         **_has("AttentionConfig", "backend backend_per_kind"),
         **_has("KernelConfig", "enable_jit_warmup"),
@@ -170,6 +174,8 @@ ENGINE: dict[str, dict[str, str | None]] = {
             "sliding_window tokens_per_state",
         ),
         "KVCacheSpec": None,
+        "AttentionSpec": None,
+        **_has("SlidingWindowSpec", "sliding_window page_size_padded"),
     },
 }
 

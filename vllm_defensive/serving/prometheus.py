@@ -13,7 +13,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_defensive.compat.channels import take_counts
 from vllm_defensive.counts import DECILES, Increase
-from vllm_defensive.serving import status
+from vllm_defensive.serving import recent
 from vllm_defensive.settings.engine import from_vllm_config
 
 # field of Totals -> (metric, what it counts)
@@ -101,7 +101,7 @@ class EvictionStatLogger(AggregateStatLoggerBase):
         labels = (self._model, engine, record["policy"])
         self._by_policy.labels(*labels).inc()
         self._shares.labels(*labels).observe(record["kept_tokens"] / record["prompt_tokens"])
-        status.remember(record)
+        recent.remember(record)
 
     def log_engine_initialized(self) -> None:
         """Nothing to add to vLLM's own lines."""
@@ -112,7 +112,7 @@ def make_logger(vllm_config: Any, engine_indexes: list[int]) -> EvictionStatLogg
     settings = from_vllm_config(vllm_config)
     if settings is None:
         return None
-    status.count()
+    recent.count()
     return EvictionStatLogger(vllm_config, engine_indexes)
 
 

@@ -8,15 +8,14 @@ the API key, so this one checks it itself.
 from __future__ import annotations
 
 import os
-import re
-from collections import deque
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vllm_defensive.counts import REMEMBERED
+from vllm_defensive.serving import recent
+from vllm_defensive.serving.prometheus import read_totals
 from vllm_defensive.settings.engine import KEY
 
 PATH = "/kv_eviction"
@@ -28,71 +27,24 @@ _COVERS = (
 )
 _UNCOUNTED = "nothing: evictions are not counted with --disable-log-stats"
 
-# What vLLM's APIs call a request that they send to the engine: the kind of API, the id, and this; a random suffix
-# follows. Beam searches send one for each beam and token. A request for n > 1 answers is n of them, a number in front.
-_BEAM = r"-[0-9a-f]{16}-beam-\d+"
-_KINDS = (
-    ("cmpl-", rf"-\d+|{_BEAM}"),  # the prompt's number
-    ("chatcmpl-", rf"|{_BEAM}"),
-    ("chatcmpl-", r"_\d+"),  # the conversation's number, in a batch of them
-    ("generate-tokens-", ""),
-    ("(?:decision|generative-scoring)-", r"-\d+"),
-    ("", r"_\d+"),  # responses: their id says what they are
-)
-_INTERNAL = [re.compile(rf"(?:\d+_)?({kind}(.+?))(?:{after})(?:-[0-9a-f]{{8}})?") for kind, after in _KINDS]
-
 _config: dict[str, Any] = {}
-_counted = False  # whether evictions are reported to this process
-_recent: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
 
 
 def configure(config: dict[str, Any]) -> None:
     """State the settings that this process's engine runs with; forget the evictions of an earlier engine."""
-    global _counted
     _config.clear()
     _config.update(config)
-    _recent.clear()
-    _counted = False
-
-
-def count() -> None:
-    """From now on evictions are counted in this process, and `remember` is called for them."""
-    global _counted
-    _counted = True
-
-
-def remember(record: dict[str, Any]) -> None:
-    _recent.append(record)
-
-
-def find(request_id: str) -> list[dict[str, Any]]:
-    """Evictions of the response or `X-Request-Id` called `request_id`, latest first.
-
-    Several prompts or answers of one request, and a preempted one, have several entries.
-    """
-    return [r for r in reversed(_recent) if request_id in names_of(r["request_id"])]
-
-
-def names_of(internal_id: str) -> set[str]:
-    """By which ids the request that the engine calls `internal_id` can be asked for.
-
-    Only a chat whose own id ends in `_1` cannot be told from the second one of a batch.
-    """
-    found = (pattern.fullmatch(internal_id) for pattern in _INTERNAL)
-    return {internal_id, *(name for match in found if match for name in match.groups())}
+    recent.forget()
 
 
 def summary() -> dict[str, Any]:
     """The answer to `GET /kv_eviction`. Totals are None where nobody counts."""
-    from vllm_defensive.serving.prometheus import read_totals  # which imports vLLM
-
-    last = list(_recent)[: -SHOWN - 1 : -1]
-    totals = read_totals() if _counted else None
-    return {"config": dict(_config), "totals": totals, "last_evictions": last, "covers": _covers()}
+    totals = read_totals() if recent.counted() else None
+    return {"config": dict(_config), "totals": totals, "last_evictions": recent.last(SHOWN), "covers": _covers()}
 
 
 def _covers() -> str:
-    return _COVERS if _counted else _UNCOUNTED
+    return _COVERS if recent.counted() else _UNCOUNTED
 
 
 class StatusMiddleware:
@@ -117,7 +69,7 @@ class StatusMiddleware:
         if path == PATH:
             return JSONResponse(summary())
         request_id = path.removeprefix(_OF_REQUEST)
-        found = find(request_id)
+        found = recent.find(request_id)
         if request_id and found:
             return JSONResponse({"evictions": found})
         return JSONResponse(
