@@ -18,7 +18,7 @@ ALLOWED = {
     "settings": {"packing", "policy"},
     "compat": {"plan", "counts"},
     "platforms": {"settings", "policy"},
-    "limits": {"platforms", "settings", "engine"},  # engine: the spec by which an evictable layer is known
+    "limits": {"platforms", "settings", "audit", "engine"},  # engine: the spec by which an evictable layer is known
     "startup": {"platforms", "settings", "compat", "serving"},
     "serving": {"platforms", "settings", "compat", "counts"},
     "engine": {"settings", "compat", "policy", *_SHARED},
