@@ -24,6 +24,7 @@ def main() -> None:
     part.add_argument("--steps", type=int, default=10_000)
     part.add_argument("--repeats", type=int, default=3)
     part.add_argument("--asynchronous", action="store_true", help="compare the asynchronous schedulers")
+    part.add_argument("--queue", type=int, default=0, help="this many requests wait for memory all the time")
     part = parts.add_parser("overhead", help="our Python in a decode step, by number of evicted rows")
     part.add_argument("--evicted", type=int, nargs="+", default=[0, 1, 16, 64])
     part.add_argument("--steps", type=int, default=100)
@@ -44,7 +45,8 @@ def main() -> None:
             from benchmarks.tiny_model import write_tiny_llama
 
             model = write_tiny_llama(Path(scratch))
-            result = simulate(model, arguments.steps, arguments.repeats, arguments.asynchronous)
+            result = simulate(model, arguments.steps, arguments.repeats, arguments.asynchronous, arguments.queue)
+            name += f"_queue_{arguments.queue}" * bool(arguments.queue)
             name += "_async" * arguments.asynchronous
         elif name == "overhead":
             from benchmarks.steps.overhead import overhead

@@ -32,9 +32,19 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 """Settings of `vllm_defensive.engine_kwargs` by row; the second row shows how much two equal ones differ."""
 
+QUEUE_BLOCKS = 1600  # a pool for some thirty requests, so that the first of a queue is looked at in every step
+QUEUE_ROWS: dict[str, dict[str, Any]] = {
+    "stock": {},
+    "stock again": {},
+    # Little is evicted, so that about as many requests run as in stock's row.
+    "ours, eager": {"policy": "snapkv", "keep": 0.9},
+    "ours, steady": {"policy": "snapkv", "keep": 0.9, "admission": "steady"},
+}
+"""The rows where a queue waits for memory, of requests that share nothing."""
 
-def make_scheduler(model: Path, asynchronous: bool, **settings: Any) -> Any:
-    """A scheduler of vLLM's, or with settings one of ours, over a pool of `POOL_BLOCKS`; nothing runs its steps."""
+
+def make_scheduler(model: Path, asynchronous: bool, blocks: int = POOL_BLOCKS, **settings: Any) -> Any:
+    """A scheduler of vLLM's, or with settings one of ours, over a pool of so many blocks; nothing runs its steps."""
     import torch
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -57,14 +67,14 @@ def make_scheduler(model: Path, asynchronous: bool, **settings: Any) -> Any:
     ).create_engine_config()
     # The CPU platform turns asynchronous scheduling off; a scheduler does not care who runs its steps.
     config.scheduler_config.async_scheduling = asynchronous
-    config.cache_config.num_gpu_blocks = POOL_BLOCKS
+    config.cache_config.num_gpu_blocks = blocks
     spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
     make: Callable[..., Any] = AsyncScheduler if asynchronous else Scheduler
     if (eviction := from_vllm_config(config)) is not None:
         spec, make = as_evictable(spec, eviction), scheduler.make_scheduler
     return make(
         vllm_config=config,
-        kv_cache_config=KVCacheConfig(POOL_BLOCKS, [], [KVCacheGroupSpec(["model.layers.0.self_attn.attn"], spec)]),
+        kv_cache_config=KVCacheConfig(blocks, [], [KVCacheGroupSpec(["model.layers.0.self_attn.attn"], spec)]),
         structured_output_manager=StructuredOutputManager(config),
         block_size=BLOCK_SIZE,
         hash_block_size=BLOCK_SIZE,
@@ -91,15 +101,16 @@ class Block:
 
 
 class Row:
-    """A scheduler and its endless load: of four prompts one is long, two are of a chat with a common start."""
+    """A scheduler and its endless load: of four prompts one is long, two are of a chat with a common start. With a
+    queue, so many requests more are always there, and none shares anything."""
 
-    def __init__(self, scheduler: Any, hasher: Callable[[Any], Any], seed: int) -> None:
+    def __init__(self, scheduler: Any, hasher: Callable[[Any], Any], seed: int, queue: int = 0) -> None:
         self.scheduler = scheduler
         self._asynchronous = scheduler.vllm_config.scheduler_config.async_scheduling
         self._hasher = hasher
         self._random = random.Random(seed)
         self._shared = [self._random.randrange(2, 30000) for _ in range(512)]
-        self._added = 0
+        self._added, self._queue = 0, queue
         self._in_flight: deque[Any] = deque()
 
     def _arrive(self) -> None:
@@ -108,7 +119,8 @@ class Row:
 
         kind, draw = self._added % 4, self._random
         length = draw.randrange(1500, 3000) if kind == 0 else draw.randrange(200, 600)
-        prompt = (self._shared if kind > 1 else []) + [draw.randrange(2, 30000) for _ in range(length)]
+        shares = kind > 1 and not self._queue
+        prompt = (self._shared if shares else []) + [draw.randrange(2, 30000) for _ in range(length)]
         parameters = SamplingParams(max_tokens=draw.randrange(64, 192), ignore_eos=True, temperature=0)
         self.scheduler.add_request(
             Request(f"r{self._added}", prompt, parameters, None, block_hasher=self._hasher, arrival_time=0.0)
@@ -119,7 +131,7 @@ class Row:
         """Schedule and process `steps` steps; what a model would answer is made up in between, untimed."""
         block = Block(steps=steps)
         for _ in range(steps):
-            while len(self.scheduler.requests) < RUNNING:
+            while len(self.scheduler.requests) < RUNNING + self._queue:
                 self._arrive()
             start = time.thread_time()
             output = self.scheduler.schedule()
@@ -145,13 +157,20 @@ class Row:
         return ModelRunnerOutput(ids, {r: i for i, r in enumerate(ids)}, sampled_token_ids=tokens)
 
 
-def simulate(model: Path, steps: int, repeats: int, asynchronous: bool) -> dict[str, Any]:
-    """Run `steps` steps of every row, `repeats` times over with other requests, and compare with the first row."""
+def simulate(model: Path, steps: int, repeats: int, asynchronous: bool, queue: int = 0) -> dict[str, Any]:
+    """Run `steps` steps of every row, `repeats` times over with other requests, and compare with the first row.
+
+    queue: this many requests wait for memory all the time.
+    """
+    kinds, blocks = (QUEUE_ROWS, QUEUE_BLOCKS) if queue else (ROWS, POOL_BLOCKS)
     hasher = block_hasher()
     rounds: list[dict[str, Block]] = []
     evicted = 0
     for seed in range(repeats):
-        rows = {name: Row(make_scheduler(model, asynchronous, **s), hasher, seed) for name, s in ROWS.items()}
+        rows = {
+            name: Row(make_scheduler(model, asynchronous, blocks, **settings), hasher, seed, queue)
+            for name, settings in kinds.items()
+        }
         for row in rows.values():
             row.run(BLOCK_STEPS)  # warms up, and fills the batch
         gc.collect()
@@ -164,9 +183,10 @@ def simulate(model: Path, steps: int, repeats: int, asynchronous: bool) -> dict[
                 total[name].steps += block.steps
                 total[name].running += block.running
         rounds.append(total)
-        evicted += rows["ours, all evicted"].scheduler.eviction_manager.lifecycle.totals.requests
+        evicted += list(rows.values())[-1].scheduler.eviction_manager.lifecycle.totals.requests
         print(f"  round {seed + 1} of {repeats}", flush=True)
-    return {"steps": steps, "repeats": repeats, "asynchronous": asynchronous, "evicted": evicted, **compare(rounds)}
+    about = {"steps": steps, "repeats": repeats, "asynchronous": asynchronous, "queue": queue, "evicted": evicted}
+    return {**about, **compare(rounds)}
 
 
 def compare(rounds: Sequence[dict[str, Block]]) -> dict[str, Any]:

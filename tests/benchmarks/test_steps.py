@@ -32,13 +32,23 @@ def test_all_rows_carry_the_same_load(rows: dict[str, Any]) -> None:
 
 def test_only_the_evicting_row_evicts(rows: dict[str, Any]) -> None:
     evicted = {
-        name: row.scheduler.eviction_manager.totals.requests
+        name: row.scheduler.eviction_manager.lifecycle.totals.requests
         for name, row in rows.items()
         if hasattr(row.scheduler, "eviction_manager")
     }
     assert evicted.pop("ours, nothing evicted") == 0
     assert evicted.pop("ours, all evicted") >= simulate.RUNNING
     assert not evicted
+
+
+def test_with_a_queue_somebody_always_waits_for_memory_and_shares_nothing(tiny_model: Path) -> None:
+    scheduler = simulate.make_scheduler(tiny_model, False, 200, **simulate.QUEUE_ROWS["ours, eager"])
+    row = simulate.Row(scheduler, simulate.block_hasher(), seed=0, queue=50)
+    for _ in range(30):
+        row.run(1)
+        assert len(scheduler.waiting) >= 40
+    families = scheduler.eviction_manager.outlook.relatives._families
+    assert max(map(len, families.values())) == 1 and len(families) == len(scheduler.requests)
 
 
 def test_ratios_are_to_the_first_row_of_the_same_round() -> None:
