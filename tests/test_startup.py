@@ -31,6 +31,7 @@ def vllm_config(**changes: Any) -> Any:
             use_mla=False,
             model="some/model",
             get_total_num_kv_heads=lambda: 6,
+            get_head_size=lambda: 512,
             is_mm_prefix_lm=False,
         ),
         parallel_config=SimpleNamespace(
@@ -53,6 +54,11 @@ def vllm_config(**changes: Any) -> Any:
     return made
 
 
+ON_GPU = {
+    "parallel_config__worker_cls": platforms.PLATFORMS["cuda"].worker,
+    "attention_config": SimpleNamespace(backend=None, backend_per_kind=None),
+    "use_v2_model_runner": True,
+}
 REFUSED = [
     ({"parallel_config__tensor_parallel_size": 4}, "tensor_parallel_size=4", "divisor of the model's 6 KV heads"),
     ({"parallel_config__tensor_parallel_size": 12}, "tensor_parallel_size=12", "divisor of the model's 6 KV heads"),
@@ -224,15 +230,17 @@ def test_policies_that_only_cpus_have_are_refused_on_gpus(settings: dict[str, An
     parsed = config.parse(settings)
     assert parsed is not None
     limits.check(vllm_config(), parsed)
-    on_gpu = vllm_config(
-        parallel_config__worker_cls=platforms.PLATFORMS["cuda"].worker,
-        attention_config=SimpleNamespace(backend=None, backend_per_kind=None),
-        model_config__is_mm_prefix_lm=False,
-        use_v2_model_runner=True,
-    )
     field = "kv_eviction_policies" if "policies" in settings else "kv_eviction"
     with pytest.raises(ValueError, match=f"^{field}=h2o: supported on CPUs only"):
-        limits.check(on_gpu, parsed)
+        limits.check(vllm_config(**ON_GPU), parsed)
+
+
+def test_heads_that_no_kernel_has_tiles_for_are_refused_on_gpus() -> None:
+    limits.check(vllm_config(**ON_GPU), SETTINGS)
+    wide = {"model_config__get_head_size": lambda: 576}
+    limits.check(vllm_config(**wide), SETTINGS)
+    with pytest.raises(ValueError, match=r"^model=some/model \(heads of 576 numbers\): .* at most 512, or .*none"):
+        limits.check(vllm_config(**ON_GPU, **wide), SETTINGS)
 
 
 def test_a_list_of_policies_holds_on_cpus_as_well() -> None:

@@ -64,6 +64,9 @@ def only_on_cpus(policy: str) -> bool:
 
 def refused_on_cuda(vllm_config: Any) -> tuple[Row, ...]:
     """Rows for `limits.check` that only GPUs have."""
+    from vllm_defensive_kernels import MAX_HEAD_SIZE  # a module that imports torch, which a parser need not
+
+    model = vllm_config.model_config
     attention, chosen = vllm_config.attention_config, getattr(vllm_config.attention_config.backend, "name", None)
     fp8 = vllm_config.cache_config.cache_dtype.startswith("fp8")
     return (
@@ -81,6 +84,12 @@ def refused_on_cuda(vllm_config: Any) -> tuple[Row, ...]:
             "choose TRITON_ATTN",
         ),
         (attention.backend_per_kind, "attention_config.backend_per_kind", attention.backend_per_kind, "drop it"),
+        (
+            model.get_head_size() > MAX_HEAD_SIZE,
+            "model",
+            f"{model.model} (heads of {model.get_head_size()} numbers)",
+            f"on GPUs use a model with heads of at most {MAX_HEAD_SIZE}",
+        ),
     )
 
 

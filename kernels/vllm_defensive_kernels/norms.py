@@ -31,7 +31,7 @@ STAGES = 3
 
 
 def tiling(head_size: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Tokens and columns of a tile: at most 164 KB of shared memory, which an A100 has too."""
+    """Tokens and columns of a tile: at most 161 KiB of shared memory."""
     wide = width(head_size)
     if dtype == torch.float32:
         return (max(FP32_BLOCK // wide, 16),) * 2  # 16 is the least that tl.dot takes
