@@ -23,7 +23,16 @@ ALLOWED = {
     "serving": {"platforms", "settings", "compat", "counts"},
     "engine": {"settings", "compat", "policy", *_SHARED},
     "audit": {"compat", "policy", "plan"},
-    "worker": {"settings", "compat", "policy", "audit", "limits", "engine", *_SHARED},  # engine: the spec, again
+    "worker": {
+        "settings",
+        "compat",
+        "policy",
+        "audit",
+        "limits",
+        "platforms",
+        "engine",
+        *_SHARED,
+    },  # engine: the spec, again
     "tools": {"audit", "settings"},
     "planner": {"tools"},
     "doctor": {"compat"},

@@ -13,6 +13,7 @@ __all__ = [
     "random_weights",
     "tiny_tokenizer",
     "write_tiny_gemma3",
+    "write_tiny_gemma4",
     "write_tiny_llama",
 ]
 
@@ -52,6 +53,47 @@ def write_tiny_gemma3(folder: Path, seed: int = 0, global_first: bool = False, h
         for name, weight in model.named_parameters():
             if name.endswith("norm.weight"):  # scales by 1 + weight; of q and k it undoes the gain of `random_weights`
                 weight += 0.2 * torch.randn(weight.shape, generator=generator) + ("q_norm" in name or "k_norm" in name)
+    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_tiny_gemma4(folder: Path, seed: int = 0) -> Path:
+    """Write a random bf16 Gemma 4 of the shape of the large ones: a token takes half as many bytes in its two global
+    layers, of one KV head of size 64, as in the four with a sliding window, of four of size 32. Return it."""
+    import torch
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig, GenerationConfig
+
+    tokenizer = tiny_tokenizer(512)
+    special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = Gemma4TextConfig(
+        num_hidden_layers=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        sliding_window=128,
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        global_head_dim=64,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+        vocab_size=512,
+        vocab_size_per_layer_input=512,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        **special_ids,
+    )
+    model = Gemma4ForCausalLM(config)
+    random_weights(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.model.embed_tokens.weight *= config.hidden_size**-0.5  # Gemma multiplies by the root
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):  # as it is, unlike Gemma 3's
+                weight.copy_(1 + 0.2 * torch.randn(weight.shape, generator=generator))
     model.generation_config = GenerationConfig(do_sample=False, **special_ids)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -116,10 +116,17 @@ def evictable_group(groups: Sequence[Any]) -> int:
     A sliding window has its blocks at their positions, whatever ours hold. Of other kinds (states of Mamba layers,
     chunks, attention that we do not evict) nobody has tried what becomes of them beside packed blocks.
     """
-    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec, UniformTypeKVCacheSpecs
 
     from vllm_defensive.engine.spec import EvictableSpec  # workers know it; servers need not
 
+    mixed = [g.kv_cache_spec for g in groups if isinstance(g.kv_cache_spec, UniformTypeKVCacheSpecs)]
+    for specs in (spec.kv_cache_specs.values() for spec in mixed):
+        if shapes := sorted({f"{s.num_kv_heads}x{s.head_size}" for s in specs if isinstance(s, EvictableSpec)}):
+            raise ValueError(
+                f"kv_eviction: the layers of this model differ in their KV heads (number x size: {', '.join(shapes)}), "
+                f"and one shape is supported; {TURN_OFF}"
+            )
     evictable = [i for i, group in enumerate(groups) if isinstance(group.kv_cache_spec, EvictableSpec)]
     if len(evictable) != 1:
         raise ValueError(

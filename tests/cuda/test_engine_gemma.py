@@ -3,15 +3,17 @@ which queries look ahead."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.cuda.conftest import MODE
 from tests.cuda.engines import engine
-from tests.e2e.engines import assert_all_returned, generate, largest_difference, metrics_of, random_prompts
-from tests.tiny_model import write_tiny_gemma3
+from tests.e2e.engines import assert_all_returned, generate, largest_difference, metrics_of, random_prompts, worker_of
+from tests.tiny_model import write_tiny_gemma3, write_tiny_gemma4
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(MODE != "pretend", reason="written for the attention of pretend.py")]
 
@@ -63,3 +65,27 @@ def test_keep_all_equals_stock_with_images(gemma: Path, kernels: str, request: p
         assert metrics_of(llm)["vllm:kv_eviction_requests"] == 3
         assert_all_returned(llm)
     assert largest_difference(answers, expected) <= 1e-4  # a few hundred float32 roundings of logits up to 16
+
+
+@pytest.mark.parametrize("kernels", ["reference"], indirect=True)
+def test_gemma4_with_pages_of_its_own_length(tmp_path: Path, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM makes the global layers' blocks twice as long, so that all layers' blocks are as many bytes."""
+    # The model imports the compiler, and that the passes, which ask for many more compiled operations by name.
+    passes = SimpleNamespace(PostGradPassManager=object)
+    monkeypatch.setitem(sys.modules, "vllm.compilation.passes.pass_manager", passes)
+    model = write_tiny_gemma4(tmp_path / "tiny-gemma4")
+    arguments = {**ARGUMENTS, "max_num_batched_tokens": 128}
+    with engine(model, **arguments) as llm:
+        expected = generate(llm, PROMPTS, 5)
+    with engine(model, "keep-all", **arguments) as llm:
+        assert (llm.llm_engine.vllm_config.cache_config.block_size, page_tokens(llm)) == (16, 32)
+        answers = generate(llm, PROMPTS, 5)
+        assert metrics_of(llm)["vllm:kv_eviction_requests"] == 3
+        assert_all_returned(llm)
+        reserved = worker_of(llm)._beside_cache(worker_of(llm)._evictor._projections._names)
+        assert reserved.windows % (2 * 4 * 64) == 0  # queries of the global layers, two, and of their heads' size
+    assert largest_difference(answers, expected) <= 1e-4
+
+
+def page_tokens(llm: Any) -> int:
+    return int(worker_of(llm)._runtime.pages.page_tokens)

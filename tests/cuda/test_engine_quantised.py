@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from tests.cuda.conftest import MODE
 from tests.cuda.engines import engine
 from tests.e2e.engines import audit_of, generate, random_prompts, worker_of
+from vllm_defensive.policy import PRESETS
 from vllm_defensive.worker.cuda.evictor import CUDAEvictor
 from vllm_defensive.worker.projections import Projections
 
@@ -122,24 +123,25 @@ def test_one_projection_at_a_time_and_all_memory_set_aside(
 ) -> None:
     """What is kept is what it would be with every layer's projection at hand."""
     arguments = {"dtype": "float32", "max_model_len": 256, "enable_prefix_caching": False, "audit": str(tmp_path)}
-    prompt, fields = random_prompts((250,), seed=5)[0], [{"kv_eviction": policy} for policy in POLICIES]
-    with engine(model, "snapkv", quantization=int8, hf_overrides={}, **arguments) as llm:
+    prompt = random_prompts((250,), seed=5)[0]
+    with engine(model, "snapkv", quantization=int8, **arguments) as llm:
         worker = worker_of(llm)
         evictor, names = worker._evictor, worker._evictor._projections._names
-        reserved, kept = worker._beside_cache(names), []
+        reserved, kept, lasting = worker._beside_cache(names), [], 0
+        passing = evictor._projections.bytes_at_most()[1]  # beside the scores, while projections are made
         for at_hand in (False, True):
             if at_hand:
                 shape = evictor._projections._shape
                 evictor._projections = Projections(worker.model_runner.get_model(), names, *shape, keep=True)
-            for field in fields:
+            for policy in POLICIES:
                 with measured(monkeypatch) as live:
-                    (answer,) = generate(llm, [prompt], 2, extra_args=[field])
+                    (answer,) = generate(llm, [prompt], 2, extra_args=[{"kv_eviction": policy}])
                 kept.append(audit_of(tmp_path, answer.request_id).mask())
                 if not at_hand and MODE == "pretend":
-                    print(field, live, reserved)
-                    assert live.peak <= reserved.scores + reserved.projections
-                    assert live.now <= reserved.projections
-        assert reserved.projections > 0
+                    makes = PRESETS[policy].needs_values
+                    assert live.peak - live.now <= reserved.scores - (0 if makes else passing), policy
+                    lasting += live.now
+        assert MODE != "pretend" or lasting == reserved.projections > 0
     for policy, ours, expected in zip(POLICIES, kept, kept[len(POLICIES) :], strict=False):
         assert torch.equal(ours, expected), policy
     assert not torch.equal(kept[0], kept[3])  # values weigh, so the test can fail

@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheSpec,
     MambaSpec,
     SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
 )
 
 from vllm_defensive.engine.spec import as_evictable
@@ -94,3 +95,13 @@ def test_any_number_but_one_of_groups_to_evict_is_refused(evicted: int) -> None:
 def test_other_caches_beside_the_evicted_group_are_refused_by_name(spec: KVCacheSpec) -> None:
     with pytest.raises(ValueError, match=rf"layers\.7\.attn .* kind {type(spec).__name__}, .*--kv-eviction"):
         evictable_group([group("0", EVICTED), group("1", WINDOW), group("7", spec)])
+
+
+def test_layers_of_several_shapes_are_refused_as_such() -> None:
+    """vLLM puts them into one group, as of one kind; each head page would be of another size."""
+    config = EvictionConfig(policy="snapkv")
+    wide = as_evictable(FullAttentionSpec(**{**SHAPE, "num_kv_heads": 8}), config)
+    mixed = UniformTypeKVCacheSpecs.from_specs({"0": EVICTED, "1": wide})
+    assert mixed is not None
+    with pytest.raises(ValueError, match=r"differ in their KV heads \(number x size: 2x32, 8x32\), .*--kv-eviction"):
+        evictable_group([group("0", mixed)])
