@@ -15,6 +15,7 @@ __all__ = [
     "write_tiny_gemma3",
     "write_tiny_gemma4",
     "write_tiny_llama",
+    "write_tiny_qwen2_vl",
 ]
 
 
@@ -97,4 +98,49 @@ def write_tiny_gemma4(folder: Path, seed: int = 0) -> Path:
     model.generation_config = GenerationConfig(do_sample=False, **special_ids)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_tiny_qwen2_vl(folder: Path, seed: int = 0) -> Path:
+    """Write a random bf16 Qwen2-VL with its processor: 3 layers, 4 query and 2 KV heads of size 32. Return it.
+
+    In a prompt an image is `<|vision_start|><|image_pad|><|vision_end|>`, and takes a token for 28 x 28 pixels.
+    """
+    import torch
+    from transformers import (
+        GenerationConfig,
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    tokenizer = tiny_tokenizer(508)
+    own = {"vision_start": "vision_start", "vision_end": "vision_end", "image": "image_pad", "video": "video_pad"}
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in own.values()]})
+    own_ids = {f"{key}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in own.items()}
+    special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = {
+        "num_hidden_layers": 3,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 4096,
+        "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [4, 6, 6]},
+        **special_ids,
+        **own_ids,
+    }
+    vision = {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 2, "mlp_ratio": 2}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **own_ids)
+    model = Qwen2VLForConditionalGeneration(config)
+    random_weights(model, seed)
+    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor = Qwen2VLProcessor(
+        Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE
+    )
+    processor.save_pretrained(folder)
     return folder
