@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -136,10 +137,15 @@ class _EvictionMixin(Scheduler):
         assert self._answers is not None
         limit = min(request.max_tokens, self.max_model_len - request.num_prompt_tokens)
         rest = self._answers.rest(request.num_output_tokens, limit)
-        lasting, shared = self.eviction_manager.lasting_blocks(request)
-        leading = min(shared, len(blocks))
-        own = lasting - leading + self.eviction_manager.outlook.blocks_beside(request.num_tokens + rest)
-        return Load(rest, own, (blocks[i].block_id for i in range(leading - 1, -1, -1)))
+        lasting, leading = self.eviction_manager.lasting_blocks(request)
+        leading = min(leading, len(blocks))
+        # Those that others hold too, or would, come first: who holds a block holds what precedes it.
+        hit = self._last_hit
+        held = bisect_left(range(leading), True, key=lambda i: blocks[i].ref_cnt < 2)
+        wanted = bisect_left(range(min(leading, len(hit))), True, key=lambda i: blocks[i] is not hit[i])
+        shared = max(held, wanted)
+        own = lasting - shared + self.eviction_manager.outlook.blocks_beside(request.num_tokens + rest)
+        return Load(rest, own, (blocks[i].block_id for i in range(shared - 1, -1, -1)))
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         report = channels.read_report(model_runner_output)
