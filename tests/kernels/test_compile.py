@@ -60,6 +60,7 @@ def test_every_head_size_compiles_for_hopper(head_size: int, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_every_variant_compiles_for_hopper_without_spills(tmp_path: Path) -> None:
     for report in compile_for_hopper(tmp_path, "--all"):
         check(report)
