@@ -12,7 +12,15 @@ import pytest
 
 from tests.cuda.conftest import MODE
 from tests.cuda.engines import engine
-from tests.e2e.engines import assert_all_returned, generate, largest_difference, metrics_of, random_prompts, worker_of
+from tests.e2e.engines import (
+    Answer,
+    assert_all_returned,
+    generate,
+    largest_difference,
+    metrics_of,
+    random_prompts,
+    worker_of,
+)
 from tests.tiny_model import write_tiny_gemma3, write_tiny_gemma4
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(MODE != "pretend", reason="written for the attention of pretend.py")]
@@ -27,41 +35,32 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_gemma3(tmp_path_factory.mktemp("gemma") / "tiny-gemma3", head_size=256)
 
 
-@pytest.fixture
-def images(monkeypatch: pytest.MonkeyPatch) -> None:
+def answers_with_images(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
     """vLLM is told that prompts hold images, which its runner works out of what a vision model was given."""
     from vllm.v1.worker.gpu.model_states import default
-    from vllm.v1.worker.gpu.states import RequestState
 
-    original = default.build_attn_metadata
+    original, lengths = default.build_attn_metadata, worker_of(llm).model_runner.req_states.prompt_len.np
 
     def build_attn_metadata(*args: Any, **kwargs: Any) -> Any:
-        lengths = states[-1].prompt_len.np[kwargs["req_idx"]].tolist()
-        spans = {row: IMAGES.get(length, []) for row, length in enumerate(lengths)}
+        spans = {row: IMAGES.get(length, []) for row, length in enumerate(lengths[kwargs["req_idx"]].tolist())}
         return original(*args, **{**kwargs, "mm_req_doc_ranges": spans})
 
-    def remember(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        states.append(self)
-
-    states: list[Any] = []
-    init = RequestState.__init__
-    monkeypatch.setattr(RequestState, "__init__", remember)
-    monkeypatch.setattr(default, "build_attn_metadata", build_attn_metadata)
+    with monkeypatch.context() as patches:
+        patches.setattr(default, "build_attn_metadata", build_attn_metadata)
+        return generate(llm, PROMPTS, 5)
 
 
 @pytest.mark.parametrize("kernels", ["reference"], indirect=True)
-def test_keep_all_equals_stock_with_images(gemma: Path, kernels: str, request: pytest.FixtureRequest) -> None:
+def test_keep_all_equals_stock_with_images(gemma: Path, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that decode go first, so that those with images are others than the batch says."""
-    with engine(gemma, **ARGUMENTS) as llm:
+    arguments = {**ARGUMENTS, "enable_prefix_caching": False}
+    with engine(gemma, **arguments) as llm:
         plain = generate(llm, PROMPTS, 5)
-    request.getfixturevalue("images")
-    with engine(gemma, **ARGUMENTS) as llm:
-        expected = generate(llm, PROMPTS, 5)
+        expected = answers_with_images(llm, monkeypatch)
     first = [abs(float(a.logprobs[0] - b.logprobs[0])) for a, b in zip(expected, plain, strict=True)]
     assert first[0] <= 1e-4 < 0.01 < min(first[1:])  # images matter where they are, so the test can fail
-    with engine(gemma, "keep-all", **ARGUMENTS) as llm:
-        answers = generate(llm, PROMPTS, 5)
+    with engine(gemma, "keep-all", **arguments) as llm:
+        answers = answers_with_images(llm, monkeypatch)
         assert metrics_of(llm)["vllm:kv_eviction_requests"] == 3
         assert_all_returned(llm)
     assert largest_difference(answers, expected) <= 1e-4  # a few hundred float32 roundings of logits up to 16
