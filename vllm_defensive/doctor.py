@@ -15,9 +15,7 @@ from vllm_defensive.compat.names import BY_SIDE
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m vllm_defensive.doctor", description=__doc__)
-    parser.add_argument(
-        "folder", nargs="?", type=Path, help="a package called vllm, of any version: read, not imported"
-    )
+    parser.add_argument("folder", nargs="?", type=Path, help="a vllm package of any version: read, not imported")
     folder = parser.parse_args().folder
     if folder is not None and not (folder / "__init__.py").exists():
         parser.error(f"folder={folder}: name the folder of a package, such as .../site-packages/vllm")
