@@ -26,7 +26,8 @@ from tests.tiny_model import write_tiny_gemma3, write_tiny_gemma4
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(MODE != "pretend", reason="written for the attention of pretend.py")]
 
 PROMPTS = random_prompts((40, 300, 257))  # the first one is decoding while the others are read
-IMAGES = {300: [(90, 160)], 257: [(30, 60), (200, 250)]}  # first and last token of each, by the prompt's length
+# First and last token of each image, by the prompt's length. A chunk has all of it, as where vLLM schedules images.
+IMAGES = {300: [(160, 230)], 257: [(60, 120), (130, 200)]}
 ARGUMENTS: dict[str, Any] = {"dtype": "float32", "attention_backend": "TRITON_ATTN", "max_num_batched_tokens": 192}
 
 
