@@ -25,9 +25,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
 def test_an_installation_as_it_should_be(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"vllm={vllm.__version__}: all 2") and said.endswith(
-        "names that eviction leans on are as expected\n"
-    )
+    assert said.startswith(f"vllm={vllm.__version__}: all ")
+    assert said.endswith(" names that eviction leans on are as expected\n") and said.count("\n") == 1
 
 
 def test_what_differs_is_listed(

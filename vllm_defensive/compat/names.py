@@ -200,6 +200,7 @@ WORKER: dict[str, dict[str, str | None]] = {
     "vllm.v1.kv_cache_interface": {
         "AttentionSpec": None,
         "SlidingWindowSpec": None,
+        "UniformTypeKVCacheSpecs": None,
         **_has("KVCacheConfig", "kv_cache_groups"),
         **_has("KVCacheGroupSpec", "kv_cache_spec layer_names"),
     },
