@@ -1,7 +1,9 @@
-"""Where a boundary may lie among the images of a prompt: what a request is told before the engine sees it."""
+"""What a request is told before the engine sees it: of a boundary among images, of fields that nobody would read."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,3 +56,49 @@ def test_the_engine_is_asked_about_what_generators_were() -> None:
     features = [SimpleNamespace(modality="image", mm_position=place) for place in PLACES["image"]]
     assert _placeholders(features) == PLACES
     assert _placeholders(None) == {}
+
+
+class Raw:
+    """As much of an HTTP request as is looked at."""
+
+    def __init__(self, body: Any) -> None:
+        self.content, self.parsed = json.dumps(body).encode(), 0
+
+    async def body(self) -> bytes:
+        return self.content
+
+    async def json(self) -> Any:
+        self.parsed += 1
+        return json.loads(self.content)
+
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+
+
+def post(body: dict[str, Any], over_http: bool = True, additional: Any = None) -> Raw:
+    """Through vLLM's own protocol; without HTTP as a line of `vllm run-batch`."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    raw = Raw(body)
+    vllm_config = SimpleNamespace(additional_config={"kv_eviction": {"policy": "snapkv"}, **(additional or {})})
+    request = ChatCompletionRequest(**body)
+    asyncio.run(checks.check_body(vllm_config, request, raw if over_http else None))
+    return raw
+
+
+@pytest.mark.parametrize("over_http", [True, False])
+@pytest.mark.parametrize("name", ["kv_eviction_keep", "kv-eviction-keep", "KV_Eviction"])
+def test_a_field_beside_vllm_xargs_is_refused_and_sent_there(name: str, over_http: bool) -> None:
+    """vLLM takes any name there, and passes over it."""
+    post({**CHAT, "vllm_xargs": {"kv_eviction_keep": 0.5}}, over_http)
+    with pytest.raises(VLLMValidationError, match=rf"^{name}=0.5: has no effect here; put it into vllm_xargs"):
+        post({**CHAT, name: 0.5}, over_http)
+
+
+def test_a_stock_engine_passes_over_such_fields_as_ever() -> None:
+    post({**CHAT, "kv_eviction_keep": 0.5}, additional={"kv_eviction": None})
+
+
+def test_a_body_that_does_not_mention_us_is_not_parsed_again() -> None:
+    assert post(CHAT).parsed == 0
+    assert post({**CHAT, "messages": [{"role": "user", "content": "an eviction notice"}]}).parsed == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,6 +20,8 @@ from vllm_defensive.settings.request import (
     refuse_strays,
     resolve,
 )
+
+_MENTION = re.compile(rb"(?i)eviction")
 
 
 def check_request(vllm_config: Any, prompt: Any, params: Any) -> None:
@@ -60,23 +63,31 @@ def _length(prompt: Any) -> int | None:
     return None
 
 
+async def _body(request: Any, fields: Any, raw_request: Any) -> dict[str, Any]:
+    """What the client sent, as far as it is known; empty where it does not mention us, for it may be long."""
+    if raw_request is None:
+        return {**(getattr(request, "model_extra", None) or {}), "vllm_xargs": fields}
+    if not names_fields(fields) and not _MENTION.search(await raw_request.body()):
+        return {}
+    body = await raw_request.json()
+    return body if isinstance(body, dict) else {}
+
+
 async def check_body(vllm_config: Any, request: Any, raw_request: Any) -> None:
     """Refuse what `check_request` does not see: fields beside `vllm_xargs` and those of a beam search, and booleans,
     which it sees as 0 and 1.
 
     raw_request: None in `vllm run-batch`, where only what vLLM made of the body can be seen.
     """
-    fields, beside = getattr(request, "vllm_xargs", None) or {}, getattr(request, "model_extra", None)
-    if not names_fields(fields) and not names_fields(beside):
-        return
-    settings = from_vllm_config(vllm_config)
+    fields = getattr(request, "vllm_xargs", None) or {}
+    body = await _body(request, fields, raw_request)
+    settings = from_vllm_config(vllm_config) if body else None
     if settings is None:
         return
     try:
-        refuse_strays(beside)
+        refuse_strays(body)
         if getattr(request, "use_beam_search", False):
             refuse_beam_search(fields)
-        body = {"vllm_xargs": fields} if raw_request is None else await raw_request.json()
-        refuse_booleans(settings, body.get("vllm_xargs") if isinstance(body, dict) else None)
+        refuse_booleans(settings, body.get("vllm_xargs"))
     except RequestFieldError as error:
         raise request_error(str(error), error.field, error.value) from None
