@@ -148,3 +148,17 @@ def test_as_many_requests_run_as_planned(tiny_model: Path, policy: str | None, p
     eviction = EvictionConfig.model_validate({"policy": policy, "keep": 0.2}) if policy else None
     planned = plan(Model(1, 0, 0, 1), pool * 73 * 32, 2048, 256, eviction)
     assert planned.at_once <= peak <= 1.25 * planned.at_once_mean
+
+
+@pytest.mark.parametrize(("context", "evicted"), [(3072, True), (3073, False)])
+def test_a_model_of_windows_is_evicted_where_no_request_outgrows_them(
+    folder: Path, capsys: pytest.CaptureFixture[str], context: int, evicted: bool
+) -> None:
+    assert main(arguments(folder, context=context)) == 0
+    full = capsys.readouterr().out
+    (folder / "config.json").write_text(json.dumps({**LLAMA_8B, "sliding_window": 4096}))
+    assert main(arguments(folder, context=context)) == 0
+    out = capsys.readouterr().out
+    note = "choose no more for --max-model-len" if evicted else "--kv-eviction is refused"
+    assert "window of 4096 tokens" in out and note in out
+    assert out.startswith(full) == evicted

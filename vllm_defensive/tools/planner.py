@@ -13,7 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,13 @@ class Model:
         """KV cache of a request that holds `full_tokens` slots in full layers and has seen `seen_tokens` tokens."""
         windowed = min(self.window, seen_tokens) if self.windowed_layers else 0
         return self.token_bytes * (self.full_layers * full_tokens + self.windowed_layers * windowed)
+
+    def served(self, max_tokens: int) -> Model:
+        """The model on a server that takes no longer requests: if all layers have a window that these cannot outgrow,
+        they are full attention there (`engine.spec`)."""
+        if self.full_layers or self.window < max_tokens:
+            return self
+        return replace(self, full_layers=self.windowed_layers, windowed_layers=0)
 
 
 @dataclass(frozen=True)
@@ -197,7 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 1 or more")
         memory = parse_bytes(args.memory)
-        model = read_model(load_config(args.model), args.tp, args.kv_dtype)
+        whole = read_model(load_config(args.model), args.tp, args.kv_dtype)
+        model = whole.served(args.context + args.output)
         # Any policy: they differ in what they keep, not in how much.
         settings = {"policy": "layer-defensivekv", "keep": args.keep, "window": args.window}
         eviction = EvictionConfig.model_validate(settings)
@@ -212,6 +220,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report(before, after))
     if model.positions is not None and args.context + args.output > model.positions:
         print(f"note: prompt and output are longer than this model's {model.positions} positions")
+    if model != whole:
+        print(f"note: all layers have a window of {model.window} tokens; choose no more for --max-model-len")
+    elif not model.full_layers:
+        print(f"note: all layers have a window of {model.window} tokens, which is too short: --kv-eviction is refused")
     if not before.at_once or not after.at_once:
         print("this memory does not hold one such request" + ("" if not before.at_once else " while it is evicted"))
     return 0
