@@ -70,7 +70,7 @@ def test_the_old_model_runner_is_refused(model: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("kernels", ["reference"], indirect=True)
 def test_warm_up_runs_an_eviction_and_changes_nothing(model: Path, kernels: str, kernel_calls: dict[str, int]) -> None:
     prompts = random_prompts((140,), seed=4)
-    with engine(model, "layer-defensivekv", dtype="float32") as llm:
+    with engine(model, "layer-defensivekv", dtype="float32", policies=["none"]) as llm:
         before = generate(llm, prompts, 4)
         kernel_calls.clear()
         worker_of(llm)._evictor.warm_up(1024)
