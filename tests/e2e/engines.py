@@ -54,14 +54,17 @@ def make_llm(model: Path, policy: str | None = None, *, asynchronous: bool = Fal
 
 
 @contextmanager
-def engine(model: Path, policy: str | None = None, **arguments: Any) -> Iterator[Any]:
+def engine(model: Path, policy: str | None = None, *, may_decline: bool = False, **arguments: Any) -> Iterator[Any]:
     """`make_llm`'s engine, which is gone at the end.
 
     vLLM keeps its process groups in globals: an engine that is collected later would take those of the next one.
+    may_decline: a worker may decline evictions; a test that does not expect it would take a fault for a long answer.
     """
     llm = make_llm(model, policy, **arguments)
     try:
         yield llm
+        if policy is not None and not may_decline and hasattr(llm.llm_engine.engine_core, "engine_core"):
+            assert scheduler_of(llm).eviction_manager.lifecycle.totals.cancelled == 0, "see the engine's warnings"
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm

@@ -23,8 +23,11 @@ logger = get_logger("kv_eviction")
 
 
 class Evictor(ABC):
-    """Evictions on one worker. A request that cannot be scored is not packed, which is reported: it goes on over its
-    whole cache, and no other request hears of it."""
+    """Evictions on one worker. A request that cannot be scored or packed is not evicted, which is reported: it goes on
+    over its whole cache, and no other request hears of it.
+
+    With tensor parallelism all ranks must do the same, so that only what they all see alike is a reason there.
+    """
 
     def __init__(
         self,
@@ -41,6 +44,7 @@ class Evictor(ABC):
         self._rank = rank
         self._reduce_heads = reduce_heads
         self._scored: dict[str, Any] = {}  # what `_score` returned, until it is packed
+        self._reasons: tuple[type[Exception], ...] = (IncompleteError,) if rank[1] > 1 else (Exception,)
         self._report = WorkerReport()
 
     @abstractmethod
@@ -84,15 +88,24 @@ class Evictor(ABC):
         """Weigh a request's tokens and keep the result until it is packed or forgotten."""
         try:
             self._scored[score.request_id] = self._score(score)
-        except IncompleteError as error:
-            logger.warning("KV eviction: %s is served whole: %s", score.request_id, error)
-            self._report.cancelled[score.request_id] = str(error)
+        except self._reasons as error:
+            self._cancel(score.request_id, error)
 
     def pack(self, eviction: Eviction) -> list[tuple[Eviction, Selection]]:
         """Pack a request that has been scored, if it could be."""
         if (scored := self._scored.pop(eviction.request_id, None)) is None:
             return []
-        return [(eviction, self._pack(scored, eviction))]
+        try:
+            return [(eviction, self._pack(scored, eviction))]
+        except self._reasons as error:
+            self._cancel(eviction.request_id, error)
+            return []
+
+    def _cancel(self, request_id: str, error: Exception) -> None:
+        """Nothing has been dropped yet: what is packed is read by nobody before `_pack` has come to its end."""
+        unforeseen = not isinstance(error, IncompleteError)
+        logger.warning("KV eviction: %s is served whole: %s", request_id, error, exc_info=unforeseen)
+        self._report.cancelled[request_id] = str(error)
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """These requests have ended, or begin anew."""
