@@ -31,7 +31,11 @@ SERVING: dict[str, dict[str, str | None]] = {
         "InputProcessor.process_inputs": "...",  # P3
         "InputProcessor.vllm_config": None,
     },
-    "vllm.v1.engine": _has("EngineCoreRequest", "prompt_token_ids prompt_embeds sampling_params"),
+    "vllm.v1.engine": _has("EngineCoreRequest", "mm_features prompt_token_ids prompt_embeds sampling_params"),
+    "vllm.multimodal.inputs": {
+        **_has("MultiModalFeatureSpec", "modality mm_position"),
+        **_has("PlaceholderRange", "offset length"),
+    },
     "vllm.sampling_params": _has("SamplingParams", "extra_args"),
     "vllm.v1.metrics.loggers": {
         "StatLoggerManager.__init__": "vllm_config, ...",  # P4
@@ -107,7 +111,8 @@ ENGINE: dict[str, dict[str, str | None]] = {
         **_has(
             "Request",
             "request_id status sampling_params num_prompt_tokens num_tokens num_output_tokens num_computed_tokens "
-            "num_in_flight_tokens max_tokens all_token_ids block_hashes resumable skip_reading_prefix_cache",
+            "num_in_flight_tokens max_tokens mm_features all_token_ids block_hashes resumable "
+            "skip_reading_prefix_cache",
         ),
         **_has("RequestStatus", "FINISHED_STOPPED FINISHED_LENGTH_CAPPED FINISHED_REPETITION"),
         **_has("RequestStatus", "WAITING_FOR_STREAMING_REQ"),
@@ -234,7 +239,7 @@ WORKER: dict[str, dict[str, str | None]] = {
     "vllm.model_executor.layers.linear": {
         "UnquantizedLinearMethod": None,
         **_has("LinearBase", "quant_method"),
-        **_has("RowParallelLinear", "input_size_per_partition"),
+        **_has("RowParallelLinear", "input_size_per_partition output_size_per_partition"),
     },
 }
 
@@ -299,7 +304,7 @@ CUDA: dict[str, dict[str, str | None]] = {
     "vllm.v1.worker.gpu.model_runner": {
         "GPUModelRunner.gather_batch_req_state": "...",  # P5
         "GPUModelRunner.get_model": "",
-        **_has("GPUModelRunner", "attn_groups req_states"),
+        **_has("GPUModelRunner", "attn_groups kv_cache_config req_states"),
     },
     "vllm.v1.worker.gpu.states": _has("RequestState", "index_to_req_id max_num_reqs req_id_to_index"),
     "vllm.v1.outputs": {"ModelRunnerOutput": None},
@@ -307,8 +312,8 @@ CUDA: dict[str, dict[str, str | None]] = {
         **_has("AttentionCGSupport", "UNIFORM_SINGLE_TOKEN_DECODE"),
         **_has(
             "CommonAttentionMetadata",
-            "_num_computed_tokens_cache _token_to_req_indices_cache is_prefilling max_query_len positions "
-            "rswa_prefix_lens seq_lens_cpu_upper_bound slot_mapping",
+            "_num_computed_tokens_cache _token_to_req_indices_cache causal is_prefilling max_query_len "
+            "mm_req_doc_ranges positions rswa_prefix_lens seq_lens_cpu_upper_bound slot_mapping",
         ),
         "AttentionImpl": None,
         "AttentionBackend.validate_configuration": (
