@@ -158,7 +158,6 @@ def check_layers(names: list[str], layers: list[Any], context: Mapping[str, Any]
             (name in readers, f"shares its KV cache with {readers.get(name)}"),
             (layer.num_heads != layers[0].num_heads, "has another number of query heads than the first"),
             # One number for all layers goes into the scores.
-            (impl.scale != layers[0].impl.scale, "scales its logits otherwise than the first"),
         ):
             if wrong:
                 raise ValueError(f"kv_eviction: layer {name} {what}, which is not supported; {TURN_OFF}")

@@ -105,7 +105,7 @@ def test_what_is_kept_depends_on_neither_chunks_nor_company(llm: Any, audits: Pa
     assert_all_returned(llm)
     for ours, theirs, length, whole in zip(together, alone, (400, 652, IMAGE[1]), stock, strict=True):
         a, b = audit_of(audits, ours.request_id), audit_of(audits, theirs.request_id)
-        assert a.num_tokens == length and 0.2 < float(a.mask().float().mean()) < 0.6
+        assert a.stop == length and 0.2 < float(a.mask().float().mean()) < 0.6
         # Scores differ by float noise only, which can swap tokens (and so pages) at the border.
         assert float((a.mask() != b.mask()).float().mean()) <= 0.01
         assert ours.tokens != whole.tokens, "what was dropped tells"

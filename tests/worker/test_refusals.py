@@ -45,7 +45,6 @@ def test_ordinary_layers_pass() -> None:
         ({"sinks": [0.0]}, "uses attention sinks"),
         ({"logits_soft_cap": 50.0}, "caps its logits"),
         ({"num_heads": 4}, "another number of query heads"),
-        ({"scale": 0.25}, "scales its logits otherwise than the first"),
     ],
 )
 def test_each_refusal_names_the_layer_and_the_way_out(different: dict[str, Any], what: str) -> None:

@@ -81,10 +81,10 @@ class EvictionBlockManager(FullAttentionManager):
 
     def _reach_stop(self, life: Life, num_tokens: int) -> None:
         region, count = self.plan(life)
-        if not count:
+        # The scheduler ends a chunk at the stop; of one that ran past it, too much has been seen to be evicted there.
+        if not count or num_tokens != life.stop:
             life.turn(Phase.WHOLE)
             return
-        assert num_tokens == life.stop, "the scheduler ends a chunk where a request is evicted"
         blocks = self.req_to_blocks[life.request.request_id][: cdiv(life.stop, self.block_size)]
         packed = self.block_pool.get_new_blocks(count)
         self.lifecycle.pack(life, region, packed, [block.block_id for block in blocks])
