@@ -238,6 +238,10 @@ class Harness:
             families = self.manager.outlook.relatives._families
             assert {r for family in families.values() for r in family} <= set(self.scheduler.requests)
             assert all(families.values()), "no family without members is kept"
+            assert set(self.manager.outlook._sessions) <= set(self.scheduler.requests)
+            amendments = self.scheduler._amendments
+            assert amendments._silent | amendments._reporting <= set(self.scheduler.requests)
+            assert set(self.manager.lifecycle._reports) <= set(self.scheduler.requests)
             for life in self.manager.lifecycle.lives.values():
                 owners.update(block.block_id for block in life.blocks)
         null = self.pool.null_block.block_id

@@ -32,7 +32,7 @@ def check_integrity(manager: EvictionBlockManager) -> None:
         for block in blocks:
             assert block.is_null or block.block_id not in owned, f"{request_id} holds packed block {block.block_id}"
     by_phase = {phase: [r for r, life in lifecycle.lives.items() if life.phase is phase] for phase in Phase}
-    assert list(lifecycle.packing) == by_phase[Phase.PACKING] or set(lifecycle.packing) == set(by_phase[Phase.PACKING])
+    assert set(lifecycle.packing) == set(by_phase[Phase.PACKING])
     assert not lifecycle._planned, "the message of the step has taken them"
     assert lifecycle._watched <= set(by_phase[Phase.PREFILL])
     assert set(lifecycle.waiting) <= set(manager.requests) - set(lifecycle.lives)

@@ -57,15 +57,19 @@ def test_a_boundary_does_not_hide_what_was_written_to_the_prefix_cache(tiny_mode
     assert not h.scheduler._amendments._silent
 
 
-def test_an_answer_that_ends_while_its_request_is_preempted_has_its_report(tiny_model: Path) -> None:
-    h = Harness(tiny_model, num_blocks=100, keep=0.2)
-    request_id = h.add(text(300, 0), max_tokens=20, extra_args=REPORT)
-    for _ in range(3):
+def test_an_answer_that_ends_while_its_request_is_thrown_out_has_its_report(tiny_model: Path) -> None:
+    """The step of its last token was under way, and is processed when it holds nothing any more."""
+    h = Harness(tiny_model, num_blocks=100, keep=0.2, asynchronous=True)
+    request_id = h.add(text(300, 0), max_tokens=3, extra_args=REPORT)
+    request = h.scheduler.requests[request_id]
+    while request.num_output_tokens + request.num_output_placeholders < 3:
         h.step()
-    lifecycle = h.manager.lifecycle
-    told = lifecycle.report(request_id)
-    assert told is not None and told["policy"] == "snapkv"
-    h.pool.free_blocks(h.manager.pop_blocks_for_free(request_id))  # what a preemption does
-    assert lifecycle.report(request_id) == told
-    lifecycle.forget(request_id)
-    assert lifecycle.report(request_id) is None
+    told = h.manager.lifecycle.report(request_id)
+    assert told is not None and told["policy"] == "snapkv" and request_id in h.live
+    h.scheduler._preempt_request(request, 0.0)
+    h.scheduler.running.remove(request)
+    assert h.manager.lifecycle.lives.get(request_id) is None
+    (*_, last) = outputs_of(h, request_id, 2)
+    assert last.finished and last.kv_transfer_params == {"kv_eviction": told}
+    h.run()
+    h.assert_all_returned()

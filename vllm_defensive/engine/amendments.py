@@ -13,7 +13,7 @@ from vllm_defensive.settings.request import settings_or_none
 
 
 class Amendments:
-    """Few requests need any: for all others a step asks whether two sets are empty.
+    """Few requests need any: while there are none, a step asks whether two sets are empty.
 
     *Reports.* A stop string is found by the server, which answers with what came along with that very output; the
     engine hears of it afterwards. So the report rides on each output of a request that has stop strings.
@@ -22,8 +22,11 @@ class Amendments:
     then. With a boundary its originals have gone back by that time.
     """
 
-    def __init__(self, settings: EvictionConfig, lifecycle: Lifecycle, live: Mapping[str, Request]) -> None:
-        self._settings, self._lifecycle, self._live = settings, lifecycle, live
+    def __init__(
+        self, settings: EvictionConfig, lifecycle: Lifecycle, live: Mapping[str, Request], caching: bool
+    ) -> None:
+        """live: the scheduler's requests. caching: there is a prefix cache."""
+        self._settings, self._lifecycle, self._live, self._caching = settings, lifecycle, live, caching
         self._reporting: set[str] = set()
         self._silent: set[str] = set()  # have a boundary, and have not said anything yet
 
@@ -35,17 +38,24 @@ class Amendments:
         settings = settings_or_none(self._settings, request)
         if settings.report and params.stop:
             self._reporting.add(request.request_id)
-        if settings.boundary is not None:
+        if settings.boundary is not None and self._caching:
             self._silent.add(request.request_id)
 
     def forget(self, request_id: str) -> None:
         self._reporting.discard(request_id)
         self._silent.discard(request_id)
 
-    def hashed_tokens(self) -> dict[str, int]:
-        """Of requests whose first output may come: tokens that were hashed. To be asked before a step is processed."""
-        lives = ((request_id, self._lifecycle.lives.get(request_id)) for request_id in self._silent)
-        return {r: life.packing.region.tokens[1] for r, life in lives if life is not None and life.packing is not None}
+    def hashed_tokens(self, scheduled: Iterable[str]) -> dict[str, int]:
+        """Of the step's requests whose first output may come: tokens that were hashed. To be asked before the step is
+        processed, which may end them."""
+        found: dict[str, int] = {}
+        for request_id in self._silent.intersection(scheduled) if self._silent else ():
+            life = self._lifecycle.lives.get(request_id)
+            if life is not None and life.packing is not None:
+                found[request_id] = life.packing.region.tokens[1]
+            elif life is not None and not life.ahead:
+                self._silent.discard(request_id)  # vLLM counts right
+        return found
 
     def apply(self, outputs: Iterable[Any], hashed_tokens: Mapping[str, int]) -> None:
         """Amend the outputs of one step. hashed_tokens: what `hashed_tokens` said before."""

@@ -18,6 +18,7 @@ from vllm.v1.request import Request
 from vllm_defensive.engine.lifecycle import Life, Lifecycle, Phase
 from vllm_defensive.engine.outlook import Outlook
 from vllm_defensive.packing import Region
+from vllm_defensive.plan import Eviction
 from vllm_defensive.settings.engine import EvictionConfig
 
 
@@ -140,9 +141,9 @@ class EvictionBlockManager(FullAttentionManager):
             region = self.lifecycle.release(life)
             self._remove_blocks_in_range(request_id, region.shared_blocks, region.full_blocks)
 
-    def cancel(self, request_id: str) -> None:
-        """The workers could not pack this request: it goes on over its originals."""
-        self.block_pool.free_blocks(self.lifecycle.cancel(request_id))
+    def cancel(self, eviction: Eviction) -> None:
+        """The workers could not carry this eviction out: the request goes on over its originals."""
+        self.block_pool.free_blocks(self.lifecycle.cancel(eviction))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Everything the request holds: the one way out for finish, abort and preemption."""

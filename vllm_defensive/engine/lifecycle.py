@@ -17,6 +17,7 @@ with others, and whether it fits, may have changed.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -25,7 +26,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
-from vllm_defensive.counts import Totals
+from vllm_defensive.counts import REMEMBERED, Totals
 from vllm_defensive.packing import Packing, Region
 from vllm_defensive.plan import Eviction, Score, StepMessage
 from vllm_defensive.policy import PRESETS
@@ -52,7 +53,7 @@ _NEXT = {
 class Life:
     """stop: `T`, where the request is evicted: its boundary, or the end of its prompt (again, if it was preempted).
     brief: it ends with its prefill. hit_tokens: what the prefix cache served.
-    packing, blocks: what it holds packed, from PACKING on.
+    eviction, blocks: what it holds packed, from PACKING on.
     ready_tokens: up to here the request has slots, and no block is left to hash. cached: the prefix cache has every
         block of it that it may have.
     """
@@ -63,7 +64,7 @@ class Life:
     phase: Phase
     brief: bool = False
     hit_tokens: int = 0
-    packing: Packing | None = None
+    eviction: Eviction | None = None
     blocks: list[KVCacheBlock] = field(default_factory=list)
     ready_tokens: int = 0
     cached: bool = False
@@ -78,13 +79,13 @@ class Life:
         return self.phase is Phase.PREFILL
 
     @property
+    def packing(self) -> Packing | None:
+        return None if self.eviction is None else self.eviction.packing
+
+    @property
     def accumulates(self) -> bool:
         """Whether every query up to its stop must be computed: the request reads nobody's blocks."""
         return self.ahead and PRESETS[self.settings.policy].accumulates
-
-    def evictable(self, shared_blocks: int, block_tokens: int, window: int) -> Region:
-        """What an eviction chooses from that leaves so many leading blocks in place."""
-        return Region(self.stop, shared_blocks, window, block_tokens, page_tokens=block_tokens)
 
 
 class Lifecycle:
@@ -101,6 +102,8 @@ class Lifecycle:
         self.packing: dict[str, Life] = {}  # those of `lives` in that phase: few, and asked for in every step
         self._watched: set[str] = set()  # in `lives`, and their last tokens before the stop are still to be scheduled
         self._planned: dict[str, Eviction] = {}
+        # Since somebody asked; bounded, because nobody does where statistics are off.
+        self._done: deque[Eviction] = deque(maxlen=REMEMBERED)
         self._reports: dict[str, dict[str, Any]] = {}  # of requests that were preempted
 
     def get(self, request_id: str) -> Life | None:
@@ -119,32 +122,38 @@ class Lifecycle:
         """The request's stop is reached by what was allocated just now: it holds packed blocks beside its originals."""
         request_id, settings = life.request.request_id, life.settings
         life.turn(Phase.PACKING)
-        life.packing, life.blocks = Packing(region, tuple(block.block_id for block in blocks)), blocks
-        self.packing[request_id] = life
-        self.packed_blocks += len(blocks)
         token_ids = tuple(life.request.all_token_ids[: life.stop]) if self._with_token_ids else None
         score = Score(request_id, settings.policy, settings.keep, region, tuple(source_blocks))
-        self._planned[request_id] = Eviction(score, life.packing, token_ids)
+        packing = Packing(region, tuple(block.block_id for block in blocks))
+        life.eviction, life.blocks = Eviction(score, packing, token_ids), blocks
+        self._planned[request_id] = life.eviction
+        self.packing[request_id] = life
+        self.packed_blocks += len(blocks)
 
     def release(self, life: Life) -> Region:
         """The step that packed has been processed: the originals of this region are to go back."""
         assert life.packing is not None
         life.turn(Phase.PACKED)
         del self.packing[life.request.request_id]
+        self._count(life)
         self.totals.freed_blocks += life.packing.saved_blocks
         self.saved_blocks += life.packing.saved_blocks
         return life.packing.region
 
-    def cancel(self, request_id: str) -> list[KVCacheBlock]:
-        """The workers could not pack: the request goes on over its originals. Returns blocks that are to go back."""
-        life = self.packing.pop(request_id, None)
-        if life is None:  # it has ended since
+    def cancel(self, eviction: Eviction) -> list[KVCacheBlock]:
+        """The workers could not pack: the request goes on over its originals. Returns blocks that are to go back.
+
+        Nothing happens if the request has ended since, or was preempted and is being evicted anew.
+        """
+        life = self.packing.get(eviction.request_id)
+        if life is None or life.eviction is not eviction:
             return []
+        del self.packing[eviction.request_id]
         life.turn(Phase.WHOLE)
         self.totals.cancelled += 1
         self.packed_blocks -= len(life.blocks)
         life.cached = False  # what is computed from now on may be hashed like any other
-        blocks, life.blocks, life.packing = life.blocks, [], None
+        blocks, life.blocks, life.eviction = life.blocks, [], None
         return blocks
 
     def end(self, request_id: str) -> list[KVCacheBlock]:
@@ -158,6 +167,8 @@ class Lifecycle:
         life = self.lives.pop(request_id, None)
         if life is None:
             return []
+        if life.phase is Phase.PACKING:
+            self._count(life)
         self.packed_blocks -= len(life.blocks)
         if life.phase is Phase.PACKED and life.packing is not None:
             self.saved_blocks -= life.packing.saved_blocks
@@ -173,8 +184,6 @@ class Lifecycle:
         """
         evictions, self._planned = list(self._planned.values()), {}
         message = StepMessage(scores=[eviction.score for eviction in evictions], evictions=evictions)
-        for eviction in evictions:
-            self._count(eviction)
         for request_id in [r for r in self._watched if r in num_scheduled_tokens]:
             life = self.lives[request_id]
             end = life.request.num_computed_tokens
@@ -186,11 +195,20 @@ class Lifecycle:
                 self._watched.discard(request_id)
         return message
 
-    def _count(self, eviction: Eviction) -> None:
+    def _count(self, life: Life) -> None:
+        """An eviction can be declined until its step has been processed; from then on it counts."""
+        assert life.eviction is not None
+        self._done.append(life.eviction)
         self.totals.requests += 1
-        self.totals.prefix_hit_tokens += self.lives[eviction.request_id].hit_tokens
-        self.totals.prompt_tokens += eviction.region.stop
-        self.totals.kept_tokens += eviction.packing.kept_tokens
+        self.totals.prefix_hit_tokens += life.hit_tokens
+        self.totals.prompt_tokens += life.eviction.region.stop
+        self.totals.kept_tokens += life.eviction.packing.kept_tokens
+
+    def take_done(self) -> list[Eviction]:
+        """Evictions that were carried out since the last call."""
+        done = list(self._done)
+        self._done.clear()
+        return done
 
     def cacheable_tokens(self, request_id: str, num_tokens: int) -> int:
         """How many of the first `num_tokens` tokens may be hashed: none of a block filled after the eviction."""

@@ -48,15 +48,18 @@ class Outlook:
         """Whether the pool can hold originals and packed blocks side by side, as they are for one step. If it never
         can, the request is served whole: to refuse it, or to let it wait for ever, would be worse."""
         needed = cdiv(request.num_tokens, self.block_tokens) + packed + self.blocks_beside(request.num_tokens)
-        if needed >= self._pool.num_gpu_blocks:  # one of them is vLLM's null block
-            return False
+        usable = self._pool.num_gpu_blocks - 1  # one is vLLM's null block
+        if needed <= self._pool.get_num_free_blocks() or needed > usable:
+            return needed <= usable
         # A session that waits for its next input gives nothing back, however long that takes.
-        for request_id, session in list(self._sessions.items()):
-            if session.is_finished():
-                del self._sessions[request_id]
         idle = (r for r, s in self._sessions.items() if s.status is RequestStatus.WAITING_FOR_STREAMING_REQ)
         pinned = {block.block_id for request_id in idle for block in blocks_of(request_id) if not block.is_null}
-        return needed < self._pool.num_gpu_blocks - len(pinned)
+        return needed <= usable - len(pinned)
+
+    def forget(self, request_id: str) -> None:
+        """The request will not come again."""
+        self.relatives.remove(request_id)
+        self._sessions.pop(request_id, None)
 
     def blocks_beside(self, num_tokens: int) -> int:
         """Blocks that a request of so many tokens takes in the other KV cache groups."""
@@ -78,5 +81,5 @@ class Outlook:
 
     def _budget(self, life: Life, shared_blocks: int) -> tuple[Region, int]:
         protected = min(cdiv(life.settings.protect, self.block_tokens), life.stop // self.block_tokens)
-        region = life.evictable(max(shared_blocks, protected), self.block_tokens, self.settings.window)
+        region = self.settings.region(life.stop, max(shared_blocks, protected), self.block_tokens)
         return region, self.settings.budget_blocks(region, life.settings.policy, life.settings.keep)

@@ -41,7 +41,9 @@ class _EvictionMixin(Scheduler):
         self._refused: tuple[Any, ...] = ()  # who was not let in, and what was looked at
         self._longest_hit: int | None = None
         manager = self.eviction_manager
-        self._amendments = Amendments(manager.eviction, manager.lifecycle, self.requests)
+        self._amendments = Amendments(
+            manager.eviction, manager.lifecycle, self.requests, caching=manager.enable_caching
+        )
         self._ledger = Ledger(self.vllm_config.parallel_config.tensor_parallel_size)
         self._patch()
 
@@ -79,7 +81,6 @@ class _EvictionMixin(Scheduler):
         self.eviction_manager.release_processed()
         output = super().schedule(*args, **kwargs)
         message = self.eviction_manager.lifecycle.take_message(output.num_scheduled_tokens)
-        self._ledger.note_step(message)
         channels.attach_message(output, message)
         return output
 
@@ -151,9 +152,10 @@ class _EvictionMixin(Scheduler):
         report = channels.read_report(model_runner_output)
         if report is not None:
             self._ledger.note_worker(report)
-            for request_id in report.cancelled:
-                self.eviction_manager.cancel(request_id)
-        hashed_tokens = self._amendments.hashed_tokens() if self.cache_config.enable_prefix_caching else {}
+            for eviction in channels.read_message(scheduler_output).evictions if report.cancelled else ():
+                if eviction.request_id in report.cancelled:
+                    self.eviction_manager.cancel(eviction)
+        hashed_tokens = self._amendments.hashed_tokens(scheduler_output.num_scheduled_tokens)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for of_client in outputs.values():
             self._amendments.apply(of_client.outputs, hashed_tokens)
@@ -168,7 +170,7 @@ class _EvictionMixin(Scheduler):
             self._answers.add(request.num_output_tokens)
         for_response, *others = super()._free_request(request, *args, **kwargs)
         lifecycle.forget(request_id)
-        self.eviction_manager.outlook.relatives.remove(request_id)
+        self.eviction_manager.outlook.forget(request_id)
         self._amendments.forget(request_id)
         return (for_response if report is None else {KEY: report}), *others
 
@@ -178,7 +180,7 @@ class _EvictionMixin(Scheduler):
             lifecycle, pool = self.eviction_manager.lifecycle, self.kv_cache_manager.block_pool
             used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # block 0 is vLLM's null block
             now = Pool(used, lifecycle.packed_blocks, lifecycle.saved_blocks)
-            if (increase := self._ledger.take(lifecycle.totals, now)) is not None:
+            if (increase := self._ledger.take(lifecycle.totals, now, lifecycle.take_done())) is not None:
                 channels.attach_counts(stats, increase)
         return stats
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
-from vllm_defensive.counts import REMEMBERED, Increase, Pool, Totals, WorkerReport, record_of
-from vllm_defensive.plan import StepMessage
+from vllm_defensive.counts import Increase, Pool, Totals, WorkerReport, record_of
+from vllm_defensive.plan import Eviction
 
 
 class Ledger:
@@ -19,25 +18,19 @@ class Ledger:
         self._told = Totals()
         self._pool = Pool()
         self._worker = WorkerReport()
-        # Bounded, because nothing takes them out where statistics are off.
-        self._records: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
-
-    def note_step(self, message: StepMessage) -> None:
-        self._records.extend(record_of(eviction) for eviction in message.evictions)
 
     def note_worker(self, report: WorkerReport) -> None:
         # Each rank packs as many pages as the first.
         self._worker.add(report.microseconds, [pages * self._ranks for pages in report.decile_pages])
 
-    def take(self, totals: Totals, pool: Pool) -> Increase | None:
-        """What is new; None if nothing is. totals, pool: as they are now."""
+    def take(self, totals: Totals, pool: Pool, done: Iterable[Eviction]) -> Increase | None:
+        """What is new; None if nothing is. totals, pool: as they are now. done: evictions since the last call."""
         increase = Increase(
             totals=totals - self._told,
             microseconds=self._worker.microseconds,
             decile_pages=self._worker.decile_pages,
             pool=pool if pool != self._pool else None,
-            records=list(self._records),
+            records=[record_of(eviction) for eviction in done],
         )
         self._told, self._pool, self._worker = replace(totals), pool, WorkerReport()
-        self._records.clear()
         return increase if increase else None
