@@ -1,4 +1,4 @@
-"""Load that tries to break a server: `python -m benchmarks.soak`.
+"""Load that tries to break a server: `python -m benchmarks.soak`. One file, for it is one tool from load to verdict.
 
 Requests of mixed length, policy, ratio, boundary and protected prefix arrive at random over HTTP, in a pool too small
 for them, so that some are preempted. A third of the clients hang up at a random moment; wrong requests are mixed in.

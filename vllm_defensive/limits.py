@@ -157,7 +157,6 @@ def check_layers(names: list[str], layers: list[Any], context: Mapping[str, Any]
             (getattr(impl, "logits_soft_cap", None) not in (None, 0), "caps its logits"),
             (name in readers, f"shares its KV cache with {readers.get(name)}"),
             (layer.num_heads != layers[0].num_heads, "has another number of query heads than the first"),
-            # One number for all layers goes into the scores.
         ):
             if wrong:
                 raise ValueError(f"kv_eviction: layer {name} {what}, which is not supported; {TURN_OFF}")

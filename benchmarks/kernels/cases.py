@@ -1,5 +1,5 @@
 """Inputs of each op at the sizes of a model, with what it moves and computes, its check, and its rivals. The ops are
-called by `worker.cuda.launches`, as in an engine.
+called by `worker.cuda.launches`, as in an engine. One file, for each op is one class beside the others.
 
 Bytes are those that must be moved (every input read once, or once a pass where two passes are inherent; every output
 written once), so that a share of the copy bandwidth below 1 is room for improvement, whatever the kernel really reads.

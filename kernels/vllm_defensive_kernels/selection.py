@@ -1,5 +1,5 @@
 """From a threshold a head to the tokens that it keeps: how many they are, and which is the lowest score among them, is
-decided in torch (`vllm_defensive.policy.select`); the kernel writes them in ascending order without a second sort."""
+found in torch (`vllm_defensive.policy.select`); the kernel writes them in ascending order without a second sort."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.e2e.engines import assert_all_returned, audit_of, engine, generate, random_prompts, worker_of
 from tests.reference_model import ReferenceLlama, decode_logprobs
-from vllm_defensive.worker.projections import output_slices
+from vllm_defensive.worker.projections import Projections
 
 pytestmark = pytest.mark.e2e
 
@@ -62,7 +62,8 @@ def test_a_request_with_an_adapter_keeps_and_answers_as_the_merged_model(tiny_mo
         assert_all_returned(llm)
         model, base = worker_of(llm).model_runner.model, ReferenceLlama(tiny_model)
         for layer in range(base.layers):
-            found = output_slices(model, f"model.layers.{layer}.self_attn.attn", base.query_heads, base.head_size)
+            name = f"model.layers.{layer}.self_attn.attn"
+            found = Projections(model, [name], base.query_heads, base.head_size).slices(0)
             torch.testing.assert_close(found, base.output_projection(layer))
     reference, differs = ReferenceLlama(tmp_path / "merged"), 0.0
     for prompt, ours, theirs, unchanged in zip(PROMPTS, adapted, merged, plain, strict=True):

@@ -92,8 +92,8 @@ def kept_by_rank(
     policy: str, reference: ReferenceLlama, layers: list[Layer], head: int, blocks: int, together: bool
 ) -> Tensor:
     """bool `[L, 1, T]`: the selection over one KV head of each layer; together: by sums over both heads."""
-    num_tokens = layers[0].key_HTD.shape[1]
-    evictable = (0, num_tokens // N * N)
+    stop = layers[0].key_HTD.shape[1]
+    evictable = (0, stop // N * N)
 
     def score(index: int, head: int, reduce_heads: ReduceHeads) -> LayerScores:
         layer, size = layers[index], reference.query_heads // reference.heads
@@ -129,7 +129,7 @@ def kept_by_rank(
         total = sum_of_all(index)
         scores.append(score(index, head, lambda part, total=total: total if together else part))
     chosen = select(PRESETS[policy], scores, page_size=N, packed_blocks=blocks, evictable=evictable)
-    kept = torch.zeros(len(layers), 1, num_tokens, dtype=torch.bool)
+    kept = torch.zeros(len(layers), 1, stop, dtype=torch.bool)
     kept[:, :, evictable[1] :] = True
     counts = (chosen.pages_LH.flatten() * N).tolist()
     for index, tokens in enumerate(chosen.tokens_PN.flatten().long().split(counts)):

@@ -27,9 +27,9 @@ def spans(harness: Harness, steps: int = 200) -> list[tuple[str, int, int]]:
         done = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         done |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        for request_id, num_tokens in message.accumulate.items():
+        for request_id, stop in message.accumulate.items():
             end = done[request_id] + output.num_scheduled_tokens[request_id]
-            assert end <= num_tokens
+            assert end <= stop
             found.append((request_id, done[request_id], end))
     return found
 

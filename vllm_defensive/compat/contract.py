@@ -103,18 +103,11 @@ def _find(sources: Sources, module: str, name: str, wanted: str | None, live: bo
     owner: Any = imported
     for part in name.split("."):
         if not hasattr(owner, part):
-            if wanted is None and isinstance(owner, type) and part in _of_instances(owner):
-                return None
+            if wanted is None and isinstance(owner, type) and sources:  # what methods set
+                return sources.find(module, name)
             raise Absent
         owner = getattr(owner, part)
     return _signature(owner) if wanted is not None else None
-
-
-def _of_instances(cls: type) -> set[str]:
-    """What a class does not have, and its instances may: fields without a default, and what methods set."""
-    functions = (f for below in cls.__mro__ for f in vars(below).values() if inspect.isfunction(f))
-    fields = (name for below in cls.__mro__ for name in vars(below).get("__annotations__", ()))
-    return {name for f in functions for name in inspect.unwrap(f).__code__.co_names} | {*fields}
 
 
 def _anything(wanted: str | None) -> Found:

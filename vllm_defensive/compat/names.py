@@ -19,7 +19,7 @@ def _calls(owner: str, names: str) -> dict[str, str | None]:
     return {f"{owner}.{name}": "..." for name in names.split()}
 
 
-# The process in which the engine's arguments are settled: an API server, or that of `LLM`.
+# The process in which the engine's arguments become its configuration: an API server, or that of `LLM`.
 SERVING: dict[str, dict[str, str | None]] = {
     "vllm.engine.arg_utils": {
         "EngineArgs.add_cli_args": "parser",  # P1
@@ -36,7 +36,7 @@ SERVING: dict[str, dict[str, str | None]] = {
         **_has("MultiModalFeatureSpec", "modality mm_position"),
         **_has("PlaceholderRange", "offset length"),
     },
-    "vllm.sampling_params": _has("SamplingParams", "extra_args"),
+    "vllm.sampling_params": _has("SamplingParams", "extra_args stop"),
     "vllm.v1.metrics.loggers": {
         "StatLoggerManager.__init__": "vllm_config, ...",  # P4
         **_has("StatLoggerManager", "engine_indexes stat_loggers"),
@@ -106,6 +106,8 @@ SERVING: dict[str, dict[str, str | None]] = {
 
 # The scheduler's process.
 ENGINE: dict[str, dict[str, str | None]] = {
+    "vllm.sampling_params": _has("SamplingParams", "extra_args stop"),
+    "vllm.v1.engine": _has("EngineCoreOutput", "request_id prefill_stats kv_transfer_params"),
     "vllm.utils.math_utils": {"cdiv": "a, b"},
     "vllm.v1.request": {
         **_has(
@@ -117,11 +119,12 @@ ENGINE: dict[str, dict[str, str | None]] = {
         **_has("RequestStatus", "FINISHED_STOPPED FINISHED_LENGTH_CAPPED FINISHED_REPETITION"),
         **_has("RequestStatus", "WAITING_FOR_STREAMING_REQ"),
     },
-    "vllm.v1.core.kv_cache_utils": _has("KVCacheBlock", "block_id"),
+    "vllm.v1.core.kv_cache_utils": _has("KVCacheBlock", "block_id is_null ref_cnt"),
     "vllm.v1.core.block_pool": {
         **_has("BlockPool", "num_gpu_blocks hash_block_size"),
         "BlockPool.get_new_blocks": "num_blocks",
         "BlockPool.get_num_free_blocks": "",
+        "BlockPool.free_blocks": "ordered_blocks",
     },
     "vllm.v1.core.single_type_kv_cache_manager": {
         "FullAttentionManager.__init__": "kv_cache_spec, ...",
@@ -165,7 +168,10 @@ ENGINE: dict[str, dict[str, str | None]] = {
     },
     "vllm.v1.core.sched.async_scheduler": {"AsyncScheduler": None},
     "vllm.v1.core.sched.output": _has("SchedulerOutput", "num_scheduled_tokens"),
-    "vllm.v1.metrics.stats": _has("SchedulerStats", "waiting_lora_adapters"),
+    "vllm.v1.metrics.stats": {
+        **_has("SchedulerStats", "waiting_lora_adapters"),
+        "PrefillStats.finalize": "num_cached_tokens",
+    },
     "vllm.v1.kv_cache_spec_registry": {
         "KVCacheSpecRegistry._ensure_registered": "...",
         "KVCacheSpecRegistry.register": "kvcache_spec_cls, manager_class, uniform_type_base_spec",

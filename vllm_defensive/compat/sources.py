@@ -122,9 +122,13 @@ def _members(node: ast.ClassDef) -> dict[str, Found]:
         for method in node.body
         if isinstance(method, _Function)
         for inner in ast.walk(method)
-        if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store)
+        if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store) and _is_self(inner.value)
     }
     return found | {name: _parameters(made) for name, made in _names(_statements(node.body))}
+
+
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
 
 
 def _parameters(node: ast.AST) -> Found:

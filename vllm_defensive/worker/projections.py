@@ -44,11 +44,6 @@ def output_layer(model: nn.Module, attention_name: str, width: int) -> Any:
     return None
 
 
-def output_slices(model: nn.Module, attention_name: str, num_heads: int, head_size: int) -> Tensor | None:
-    """`Wo` of one layer as `[Q, D, M]` in the model's dtype, or None if it cannot be recognised."""
-    return Projections(model, [attention_name], num_heads, head_size).slices(0)
-
-
 def _holds_plain_weight(linear: Any, width: int) -> bool:
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.platforms import current_platform

@@ -166,7 +166,7 @@ class CUDAEvictor(Evictor):
         if not known:
             return [self._score_in_torch(prompt, layer) for layer in layers]
         weighed_L = [prompt.policy.value_weight != "none" and self._projections.found(layer) for layer in layers]
-        # A launch takes one scale of each kind, and layers with value norms are not settled with layers that have none.
+        # A launch takes one scale of each kind, and layers with value norms are not weighed with layers that have none.
         apart = len({(s.key, s.logits) for s in self._scales}) > 1 or len(set(weighed_L)) > 1
         scores = []
         for group in launches.layer_groups(self._pages, prompt.tokens.total, apart=apart):
