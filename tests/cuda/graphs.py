@@ -1,6 +1,6 @@
 """CUDA graphs on paper: what vLLM would capture is remembered, and a replay computes it again.
 
-A replay runs the model with the metadata of the capture, as a graph does: what the host has made up its mind to since is not seen,
+A replay runs the model with the metadata of the capture, as a graph does: what the host learns later is not seen,
 only what it has written into buffers. That is what this can show; not that the operations could be captured.
 """
 
