@@ -9,8 +9,9 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
-# All tests of a file go to one worker, which so builds the file's engine once.
-PARALLEL := -n $(WORKERS) --dist loadfile
+# All tests of a file go to one worker, which so builds the file's engine once. In their order: by number, a file whose one
+# test takes minutes would come last, and the other worker wait for it.
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # The environment of `smoke`.
 SMOKE ?= .smoke
 # Newer than what it depends on: the environment is up to date, and `make setup` has nothing to do.
@@ -36,7 +37,7 @@ demo: $(READY) model  ## see it work on the small model
 test: $(READY) model  ## all tests; the slow ones run a real model and start servers
 	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
-test-fast: $(READY)  ## the tests that need neither
+test-fast: $(READY)  ## the tests of three minutes: arithmetic, policies, kernels interpreted, a few engines
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
 test-release: $(READY)  ## the engine tests on a pretended GPU with one release of vLLM (VLLM_CUDA=0.33.0)

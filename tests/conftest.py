@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,15 @@ for name, value in {
     "VLLM_DEFENSIVE_INTERNAL_POLICIES": "1",  # keep-all and random
 }.items():
     os.environ.setdefault(name, value)
+
+
+@pytest.fixture(autouse=True)
+def no_command_line() -> Iterator[None]:
+    """A parser of vLLM's makes this process a command, which ends where `LLM` would raise: for that test alone."""
+    yield
+    plugin = sys.modules.get("vllm_defensive.plugin")
+    if plugin is not None:
+        plugin._commands.clear()
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,7 @@ def test_the_citation_has_our_version() -> None:
     assert yaml.safe_load(read("CITATION.cff"))["version"] == vllm_defensive.__version__
 
 
+@pytest.mark.slow
 def test_images_can_be_resized() -> None:
     """PyPI's torchvision cannot be imported beside torch's CPU build unless packaging/torchvision_ops is there."""
     code = """import torch

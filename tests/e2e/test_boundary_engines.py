@@ -17,7 +17,7 @@ from tests.e2e.engines import (
 )
 from tests.e2e.test_boundary import CASES, FLOAT_NOISE, PROMPTS, fields
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 
 def test_chunks_and_company_do_not_change_what_is_kept(tiny_model: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.e2e.engines import assert_all_returned, engine, generate, largest_difference, random_prompts, scheduler_of
 from vllm_defensive.policy import Policy, presets
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 SHORT, LONG = 200, 300
 

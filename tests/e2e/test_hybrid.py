@@ -22,7 +22,7 @@ from tests.e2e.engines import (
 )
 from tests.tiny_model import write_tiny_gemma3, write_tiny_llama
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 PROMPTS = random_prompts(MIXED)
 

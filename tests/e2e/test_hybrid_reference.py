@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.engines import Answer, assert_all_returned, audit_of, engine, generate, metrics_of, random_prompts
 from tests.masked_transformer import MaskedTransformer
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 # Beyond the sliding window of 128, within and over one chunk of 512, with and without a tail block.
 PROMPTS = random_prompts((300, 601, 160, 1000), seed=6)

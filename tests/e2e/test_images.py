@@ -21,7 +21,7 @@ from tests.e2e.engines import (
 )
 from tests.tiny_model import write_tiny_qwen2_vl
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 SIZES = ((224, 168), (280, 140))  # pixels: 8 x 6 and 10 x 5 tokens
 BEFORE, BETWEEN = random_prompts((200, 150), seed=3)

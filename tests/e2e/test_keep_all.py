@@ -63,7 +63,8 @@ def test_keep_all_equals_stock(tiny_model: Path, stock: Any, block_size: int, as
         assert_all_returned(llm)
 
 
-@pytest.mark.parametrize("asynchronous", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sync", "async"])
+@pytest.mark.slow
+@MODES
 def test_keep_all_equals_stock_when_requests_are_thrown_out(tiny_model: Path, asynchronous: bool) -> None:
     """In float32: in bf16, stock vLLM itself answers differently once it has computed an answer's tokens anew."""
     with engine(tiny_model, dtype="float32") as llm:

@@ -15,7 +15,7 @@ from tests.e2e.engines import assert_all_returned, audit_of, engine, generate, r
 from tests.reference_model import ReferenceLlama, decode_logprobs
 from vllm_defensive.worker.projections import Projections
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 PROMPTS = random_prompts((700, 601, 400), seed=7)
 # The output projection has no adapter here: values are weighed by the base layer's, so that what is kept is the same.

@@ -68,7 +68,7 @@ def ask(llm: Any, folder: Path, prompts: list[tuple[str, list[int]]], **fields: 
     ]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def run(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("audit")
     prompts = [

@@ -14,7 +14,7 @@ from tests.reference_model import ReferenceLlama, decode_logprobs
 from tests.tiny_model import random_weights, tiny_tokenizer
 from vllm_defensive.worker import projections
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 FLOAT_NOISE = 3e-4  # a few hundred float32 roundings of logits up to 16
 

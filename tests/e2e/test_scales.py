@@ -9,7 +9,7 @@ import torch
 
 from tests.e2e.engines import audit_of, engine, generate, random_prompts, worker_of
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "halokv", "h2o"])

@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.engines import assert_all_returned, engine, metrics_of, random_prompts
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 LENGTHS = (700, 333, 90, 260)
 PROMPTS = random_prompts(LENGTHS, seed=12)

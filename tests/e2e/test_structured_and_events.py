@@ -14,7 +14,7 @@ import zmq
 
 from tests.e2e.engines import assert_all_returned, audit_of, engine, pool_of, random_prompts
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 BLOCK = 32
 

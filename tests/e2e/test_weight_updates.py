@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.e2e.engines import assert_all_returned, audit_of, engine, generate, random_prompts
 from tests.tiny_model import write_tiny_llama
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 PROMPTS = random_prompts((700, 333, 417), seed=13)
 # Values weighed by the projection itself, and by a factor of it.

@@ -58,7 +58,7 @@ def walk(h: Harness, seed: int, steps: int, *, max_len: int, abort: float) -> di
     return happened
 
 
-@pytest.mark.parametrize("scheduling", ["fcfs", "priority"])
+@pytest.mark.parametrize("scheduling", ["fcfs", pytest.param("priority", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("asynchronous, drafts", [(False, 0), (True, 0), (False, 4)], ids=["sync", "async", "drafts"])
 @pytest.mark.parametrize(
     "num_blocks, shared, policy, keep, caching",

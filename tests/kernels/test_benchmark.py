@@ -36,6 +36,7 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
     assert "no CUDA GPU here; --smoke runs" in result.stderr
 
 
+@pytest.mark.slow
 def test_smoke_checks_every_op_and_writes_both_reports(tmp_path: Path) -> None:
     result = run("--smoke", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr

@@ -43,6 +43,7 @@ def check(report: dict[str, Any]) -> None:
         assert report["hmma"] + report["hgmma"] > 0, f"no tensor cores: {label}"
 
 
+@pytest.mark.slow
 def test_five_ops_compile_for_hopper_without_spills(tmp_path: Path) -> None:
     reports = compile_for_hopper(tmp_path)
     assert {report["kernel"] for report in reports} >= READS_PAGES | {"list_kept_kernel", "merge_kernel"}

@@ -34,6 +34,7 @@ def test_an_installed_package_adds_its_policy() -> None:
     assert not done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "reason"),
     [

@@ -73,6 +73,7 @@ def test_token_texts_must_match_the_prompt() -> None:
         render(make_audit(1), ["a", "b", "c"])
 
 
+@pytest.mark.slow
 def test_command_prints_draws_and_refuses_in_one_line(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "vllm_defensive.audit", "show", *arguments]

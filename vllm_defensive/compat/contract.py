@@ -103,9 +103,9 @@ def _find(sources: Sources, module: str, name: str, wanted: str | None, live: bo
     owner: Any = imported
     for part in name.split("."):
         if not hasattr(owner, part):
-            if wanted is None and isinstance(owner, type) and sources:  # what methods set
-                return sources.find(module, name)
-            raise Absent
+            if wanted is not None or not isinstance(owner, type):
+                raise Absent
+            return sources.find(module, name) if sources else None  # what methods set, if it can be read
         owner = getattr(owner, part)
     return _signature(owner) if wanted is not None else None
 
