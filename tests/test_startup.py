@@ -47,6 +47,7 @@ print("vllm.entrypoints.openai.responses.serving" in sys.modules)
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("args, imported", [("EngineArgs", "False"), ("AsyncEngineArgs", "True")])
 def test_servers_are_imported_for_servers_only(args: str, imported: str, tiny_model: Path) -> None:
     assert run_python(MADE.format(args=args, model=str(tiny_model))).splitlines()[-1] == imported

@@ -80,6 +80,7 @@ show(kv_eviction={"policy": "snapkv"})
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_settings_raise_and_without_them_the_config_is_stock_vllms(renamed: Path, tiny_model: Path) -> None:
     done = run(renamed, ENGINE, str(tiny_model))
     assert done.stdout.splitlines()[-1] == "True", done.stderr[-2000:]
@@ -88,6 +89,7 @@ def test_settings_raise_and_without_them_the_config_is_stock_vllms(renamed: Path
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_where_even_the_parser_is_another_nothing_is_installed_and_one_line_says_so(tmp_path: Path) -> None:
     path = stub(tmp_path, "engine/arg_utils.py", "def add_cli_args(", "def add_arguments(")
     code = (

@@ -32,6 +32,7 @@ def test_installed_vllm_keeps_it_as_imported_and_as_written() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_nothing_is_imported_for_it() -> None:
     """In a process that has only read vLLM's arguments, as a server's has when eviction is switched on."""
     code = (

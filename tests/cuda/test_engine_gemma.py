@@ -23,7 +23,11 @@ from tests.e2e.engines import (
 )
 from tests.tiny_model import write_tiny_gemma3, write_tiny_gemma4
 
-pytestmark = [pytest.mark.e2e, pytest.mark.skipif(MODE != "pretend", reason="written for the attention of pretend.py")]
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.e2e,
+    pytest.mark.skipif(MODE != "pretend", reason="written for the attention of pretend.py"),
+]
 
 PROMPTS = random_prompts((40, 300, 257))  # the first one is decoding while the others are read
 # First and last token of each image, by the prompt's length. A chunk has all of it, as where vLLM schedules images.

@@ -117,6 +117,7 @@ def int8() -> str:
     return "tiny-int8"
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 def test_one_projection_at_a_time_and_all_memory_set_aside(
     model: Path, int8: str, tmp_path: Path, kernels: str, monkeypatch: pytest.MonkeyPatch

@@ -18,18 +18,19 @@ from tests.releases import RELEASES
 
 FOLDER = Path(__file__).parent
 ONE = "test_engine_keep_all.py"
+ALL = "all"
 
 
 def runs() -> list[object]:
-    """(release, what pytest is given of this folder; "" is all of it), with a mark on what can wait for the night."""
+    """(release, what pytest is given of this folder; "" is all that need not wait for the night, ALL is all)."""
     if chosen := os.environ.get("VLLM_CUDA"):
         assert chosen in RELEASES, f"VLLM_CUDA={chosen}: choose one of {', '.join(RELEASES)}"
-        return [pytest.param(chosen, "", id=chosen)]
+        return [pytest.param(chosen, ALL, id=chosen)]
     *others, newest = RELEASES
     return [
         pytest.param(newest, "", id=newest),
         *(pytest.param(release, ONE, id=f"{release}-keep-all") for release in others),
-        *(pytest.param(release, "", id=release, marks=pytest.mark.nightly) for release in others),
+        *(pytest.param(release, ALL, id=f"{release}-all", marks=pytest.mark.nightly) for release in RELEASES),
     ]
 
 
@@ -46,7 +47,8 @@ def test_engine_on_a_pretended_gpu(release: str, part: str, tmp_path: Path) -> N
         "TRITON_CACHE_DIR": str(tmp_path / "triton"),
         "TRITON_INTERPRET": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider", str(FOLDER / part)]
+    what = ["-m", "nightly or not nightly", str(FOLDER)] if part == ALL else [str(FOLDER / part)]
+    command = [sys.executable, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider", *what]
     run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     print(run.stdout[-4000:])
     assert run.returncode == 0, run.stdout[-20000:] + run.stderr[-5000:]

@@ -15,7 +15,7 @@ import vllm_defensive
 from tests.e2e.engines import audit_of, random_prompts
 from tests.reference_model import ReferenceLlama, decode_logprobs
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.e2e]
 
 PROMPTS = random_prompts((700, 333, 40), seed=21)
 TOKENS = 60

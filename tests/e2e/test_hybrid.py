@@ -57,7 +57,7 @@ def test_a_global_layer_may_come_first(tmp_path: Path) -> None:
         assert metrics_of(llm)["vllm:kv_eviction_freed_blocks"] == 31 - 8
 
 
-@pytest.mark.parametrize("window", [2048, 3072])
+@pytest.mark.parametrize("window", [2048, pytest.param(3072, marks=pytest.mark.nightly)])
 def test_a_window_that_no_request_outgrows_is_full_attention(tmp_path: Path, window: int) -> None:
     """All layers of such a model are evicted: keep-all equals stock, and what a policy drops goes back to the pool."""
     model = with_window(write_tiny_llama(tmp_path / "model"), window)

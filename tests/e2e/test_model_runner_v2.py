@@ -9,7 +9,7 @@ import pytest
 
 from tests.processes import run_python
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.e2e]
 
 # Longer than a chunk, and with a boundary. The noise is of float32: see test_memory.py.
 CODE = """

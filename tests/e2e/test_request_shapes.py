@@ -134,6 +134,29 @@ def test_anthropic_messages_take_and_refuse_fields(server: Server, stream: bool)
     assert evicted(server) == before + 1
 
 
+def test_what_is_written_to_the_prefix_cache_is_told_with_a_boundary_too(server: Server) -> None:
+    """In blocks of 32 tokens: all up to the boundary, less what was there already."""
+    words = "a keeper writes the weather of every night into a book " * 20
+    body = {"messages": [{"role": "user", "content": words}], "max_tokens": 4}
+    fields = {**OURS, "kv_eviction_boundary": 200}
+    first, again = (
+        post(server, "/v1/messages", **body, vllm_xargs=fields).raise_for_status().json()["usage"] for _ in range(2)
+    )
+    assert (first["cache_creation_input_tokens"], first["cache_read_input_tokens"]) == (192, 0)
+    read = again["cache_read_input_tokens"]
+    assert 128 <= read < 192 and again["cache_creation_input_tokens"] == 192 - read
+
+
+def test_a_stop_string_does_not_cost_the_report(server: Server) -> None:
+    body = {"prompt": PROMPTS[0], "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+    text = post(server, "/v1/completions", **body, vllm_xargs=OURS).json()["choices"][0]["text"]
+    reply = post(server, "/v1/completions", **body, stop=[text[20:24]], vllm_xargs={**OURS, "kv_eviction_report": 1})
+    answer = reply.raise_for_status().json()
+    assert answer["choices"][0]["finish_reason"] == "stop" and answer["choices"][0]["stop_reason"] == text[20:24]
+    told = answer["kv_transfer_params"]["kv_eviction"]
+    assert (told["policy"], told["prompt_tokens"]) == ("layer-defensivekv", 700) and 175 <= told["kept_tokens"] < 240
+
+
 @STREAMS
 def test_tokens_in_tokens_out_takes_and_refuses_fields(server: Server, stream: bool) -> None:
     def ask(**fields: Any) -> httpx.Response:

@@ -12,7 +12,7 @@ from tests.e2e.engines import audit_of, engine, generate, random_prompts, worker
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 
-@pytest.mark.parametrize("policy", ["snapkv", "halokv", "h2o"])
+@pytest.mark.parametrize("policy", ["halokv", "h2o"])
 def test_a_layers_own_scale_decides_what_it_keeps(tiny_model: Path, policy: str, tmp_path: Path) -> None:
     """Only the layer whose scale changes keeps other tokens, where layers do not compete; halokv's do."""
     prompts = random_prompts([500], seed=5)

@@ -23,8 +23,9 @@ def test_public_names_are_frozen() -> None:
         "layer-defensivekv",
         "halokv",
     )
-    assert public_names() == names
-    assert set(PRESETS) - set(names) == {"keep-all", "random"}
+    # A benchmark in this process may have added variants, which are called after the policy that they vary.
+    assert tuple(name for name in public_names() if "@" not in name) == names
+    assert {name for name in PRESETS if "@" not in name} - set(names) == {"keep-all", "random"}
 
 
 @pytest.mark.parametrize("policy", PRESETS.values(), ids=PRESETS.keys())
