@@ -19,6 +19,7 @@ FLAGS = (
     "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048",
     "--kv-eviction", "none", "--kv-eviction-per-request", "--kv-eviction-min-tokens", "100",
     "--enable-scale-out",  # /inference/v1/generate
+    "--enable-prompt-tokens-details",  # what was read from the prefix cache, and written to it
 )  # fmt: skip
 OURS: dict[str, Any] = {"kv_eviction": "layer-defensivekv", "kv_eviction_keep": 0.25}
 LENGTHS = (700, 40, 1333, 96, 640)  # two of them below min_tokens
