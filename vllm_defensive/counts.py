@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from vllm_defensive.plan import Eviction
@@ -57,28 +57,31 @@ class Pool:
     saved_blocks: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Increase:
-    """What is new since the last statistics; as JSON it rides on vLLM's own. records: `record_of` each eviction. pool:
-    None if it is as it was. The others as in `WorkerReport`."""
+    """What is new since the last statistics; as JSON it rides on vLLM's own after nearly every step: what is not new is
+    left out. records: `record_of` each eviction. pool: None if it is as it was. The others as in `WorkerReport`."""
 
-    totals: Totals = field(default_factory=Totals)
+    totals: Totals | None = None
     microseconds: int = 0
-    decile_pages: list[int] = field(default_factory=lambda: [0] * DECILES)
+    decile_pages: list[int] = field(default_factory=list)
     pool: Pool | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return self != Increase()
+        return any(vars(self).values())
 
     def dumps(self) -> str:
-        return json.dumps(asdict(self))
+        parts = {name: part for name, part in vars(self).items() if part}
+        return json.dumps(parts, default=vars)
 
     @classmethod
     def loads(cls, text: str) -> Increase:
         read = json.loads(text)
-        pool = None if read["pool"] is None else Pool(**read["pool"])
-        return cls(**{**read, "totals": Totals(**read["totals"]), "pool": pool})
+        for name, kind in (("totals", Totals), ("pool", Pool)):
+            if name in read:
+                read[name] = kind(**read[name])
+        return cls(**read)
 
 
 def record_of(eviction: Eviction) -> dict[str, Any]:

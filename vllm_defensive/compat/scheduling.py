@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 
 def register_spec(spec_cls: type, manager_cls: type, base: type) -> None:
@@ -17,15 +17,27 @@ def register_spec(spec_cls: type, manager_cls: type, base: type) -> None:
     KVCacheSpecRegistry.register(spec_cls, manager_cls, uniform_type_base_spec=base)
 
 
+class Noted(Protocol):
+    """What is known of a request that has blocks; these few lines run for each request of each step."""
+
+    ready_tokens: int
+    """Up to here it has slots, and no block is left to hash."""
+    cached: bool
+    """The prefix cache has every block of it that it may have."""
+
+
 def bound_prefix_cache(
-    coordinator: Any, longest_hit: Callable[[], int | None], cacheable_tokens: Callable[[Any, int], int]
+    coordinator: Any,
+    longest_hit: Callable[[], int | None],
+    noted: Mapping[str, Noted],
+    cacheable_tokens: Callable[[str, int], int],
 ) -> None:
     """P8, on one scheduler's coordinator. Why: what the prefix cache hands out and takes in has to be limited for all
     KV cache groups alike, and vLLM chooses the coordinator among several classes. How: two of its methods are replaced
     on the one object. Until: vLLM asks block managers for such limits.
 
-    longest_hit: tokens that the present look-up may find, None for no limit. cacheable_tokens: of a request and its
-    computed tokens, how many may be hashed; 0 if there is nothing to do.
+    longest_hit: tokens that the present look-up may find, None for no limit. noted: by request id. cacheable_tokens: of
+    a request and its computed tokens, how many may be hashed.
     """
     find, cache = coordinator.find_longest_cache_hit, coordinator.cache_blocks
 
@@ -35,8 +47,12 @@ def bound_prefix_cache(
         return find(block_hashes, longest, *args, **kwargs)
 
     def cache_blocks(request: Any, num_computed_tokens: int, *args: Any, **kwargs: Any) -> None:
-        if tokens := cacheable_tokens(request, num_computed_tokens):
-            cache(request, tokens, *args, **kwargs)
+        note = noted.get(request.request_id)
+        if note is not None:
+            if note.cached or num_computed_tokens <= note.ready_tokens:
+                return
+            num_computed_tokens = cacheable_tokens(request.request_id, num_computed_tokens)
+        cache(request, num_computed_tokens, *args, **kwargs)
 
     coordinator.find_longest_cache_hit = find_longest_cache_hit
     coordinator.cache_blocks = cache_blocks
@@ -44,9 +60,9 @@ def bound_prefix_cache(
 
 def bound_allocations(
     kv_cache: Any,
-    ready_tokens: Callable[[Any], int],
+    noted: Mapping[str, Noted],
     admits: Callable[[Any], bool],
-    note_ready: Callable[[Any], None],
+    note_ready: Callable[[str], None],
 ) -> None:
     """P9, on one scheduler's cache manager. Why: most decode steps write into a block that is there already, and vLLM
     walks through its block managers all the same, which takes a quarter of its time for such a step; and nobody asks us
@@ -54,20 +70,22 @@ def bound_allocations(
     which vLLM takes that the pool has no room, which is what is meant, and lets nobody else in during the step. Until:
     vLLM skips such requests itself, and has a hook for admission.
 
-    ready_tokens: of a request, up to where there is nothing to do. admits: whether it may have blocks, if it is new.
-    note_ready: is told of each allocation.
+    noted: by request id. admits: whether a request may have blocks, if it is new. note_ready: is told of each
+    allocation, and of whose.
     """
     allocate, nothing = kv_cache.allocate_slots, kv_cache.empty_kv_cache_blocks
 
     def allocate_slots(
         request: Any, num_new_tokens: int, *args: Any, num_lookahead_tokens: int = 0, **kwargs: Any
     ) -> Any:
-        if request.num_computed_tokens + num_new_tokens + num_lookahead_tokens <= ready_tokens(request):
+        note = noted.get(request.request_id)
+        end = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
+        if note is not None and end <= note.ready_tokens:
             return nothing
         if not admits(request):
             return None
         blocks = allocate(request, num_new_tokens, *args, num_lookahead_tokens=num_lookahead_tokens, **kwargs)
-        note_ready(request)
+        note_ready(request.request_id)
         return blocks
 
     kv_cache.allocate_slots = allocate_slots

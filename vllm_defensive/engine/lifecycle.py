@@ -41,6 +41,8 @@ class Phase(Enum):
     WHOLE = "nothing of it will be evicted"
 
 
+PREFILL = Phase.PREFILL  # a name by itself: members of an enumeration are slow to find, and this is asked all the time
+
 _NEXT = {
     Phase.PREFILL: (Phase.PACKING, Phase.WHOLE),
     Phase.PACKING: (Phase.PACKED, Phase.WHOLE),
@@ -69,6 +71,10 @@ class Life:
     ready_tokens: int = 0
     cached: bool = False
 
+    def __post_init__(self) -> None:
+        # Looked up once: asked of each relative of a request that is planned for.
+        self.sums_attention = PRESETS[self.settings.policy].accumulates if self.settings.policy != NONE else False
+
     def turn(self, phase: Phase) -> None:
         assert phase in _NEXT[self.phase], f"{self.request.request_id}: {self.phase.name} to {phase.name}"
         self.phase = phase
@@ -76,7 +82,7 @@ class Life:
     @property
     def ahead(self) -> bool:
         """Whether its stop is still to be reached."""
-        return self.phase is Phase.PREFILL
+        return self.phase is PREFILL
 
     @property
     def packing(self) -> Packing | None:
@@ -85,7 +91,7 @@ class Life:
     @property
     def accumulates(self) -> bool:
         """Whether every query up to its stop must be computed: the request reads nobody's blocks."""
-        return self.ahead and PRESETS[self.settings.policy].accumulates
+        return self.sums_attention and self.phase is PREFILL
 
 
 class Lifecycle:
@@ -187,7 +193,7 @@ class Lifecycle:
         for request_id in [r for r in self._watched if r in num_scheduled_tokens]:
             life = self.lives[request_id]
             end = life.request.num_computed_tokens
-            if PRESETS[life.settings.policy].accumulates:
+            if life.sums_attention:
                 message.accumulate[request_id] = life.stop
             elif end > life.stop - self._window:
                 message.observe[request_id] = (life.stop - self._window, life.stop)

@@ -17,6 +17,7 @@ from vllm_defensive.counts import Pool
 from vllm_defensive.engine.admission import ExpectedLength, Load, fits
 from vllm_defensive.engine.amendments import Amendments
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
+from vllm_defensive.engine.lifecycle import PREFILL
 from vllm_defensive.engine.stats import Ledger
 from vllm_defensive.settings.engine import KEY, from_vllm_config
 
@@ -49,26 +50,20 @@ class _EvictionMixin(Scheduler):
 
     def _patch(self) -> None:
         """Install what vLLM's objects of this scheduler have no hooks for."""
-        manager, lives = self.eviction_manager, self.eviction_manager.lifecycle.lives
+        manager = self.eviction_manager
+        lives = self._lives = manager.lifecycle.lives
 
-        def ready_tokens(request: Request) -> int:
-            life = lives.get(request.request_id)
-            return 0 if life is None else life.ready_tokens
-
-        def cacheable_tokens(request: Request, num_computed_tokens: int) -> int:
-            life = lives.get(request.request_id)
-            if life is None:
-                return num_computed_tokens
-            if life.cached or num_computed_tokens <= life.ready_tokens:
-                return 0
-            return manager.lifecycle.cacheable_tokens(request.request_id, num_computed_tokens)
-
-        scheduling.bound_prefix_cache(self.kv_cache_manager.coordinator, lambda: self._longest_hit, cacheable_tokens)
+        scheduling.bound_prefix_cache(
+            self.kv_cache_manager.coordinator,
+            lambda: self._longest_hit,
+            lives,
+            manager.lifecycle.cacheable_tokens,
+        )
         scheduling.bound_allocations(
             self.kv_cache_manager,
-            ready_tokens,
+            lives,
             lambda request: not self._answers or self._admits(request),
-            lambda request: manager.note_ready(request.request_id),
+            manager.note_ready,
         )
 
     def add_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -109,6 +104,9 @@ class _EvictionMixin(Scheduler):
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM's last word on the length of a chunk; ours is that it ends where the request is evicted."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        life = self._lives.get(request.request_id)
+        if life is not None and life.phase is not PREFILL:  # nearly all, in every step
+            return num_new_tokens
         stop = self.eviction_manager.next_stop(request.request_id)
         return min(num_new_tokens, stop - num_computed_tokens) if stop else num_new_tokens
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm.v1.request import Request
 
-from vllm_defensive.engine.lifecycle import Life
+from vllm_defensive.engine.lifecycle import PREFILL, Life
 
 # Of a thousand requests that wait for one document, this many are compared: the scheduler's step is not the place for
 # all of them, and what they share is seldom more than what the first of them do.
@@ -67,13 +67,14 @@ def worth_sharing(
         if other.skip_reading_prefix_cache:
             continue
         theirs = life_of(other)
-        if theirs.accumulates or theirs.brief:
+        ahead = theirs.phase is PREFILL
+        if theirs.brief or (ahead and theirs.sums_attention):
             continue  # reads nobody's blocks, or not for long
         limit = min(full_blocks, len(hashes), len(other.block_hashes))
-        if theirs.packing is not None:
-            limit = min(limit, theirs.packing.region.shared_blocks)
+        if theirs.eviction is not None:
+            limit = min(limit, theirs.eviction.region.shared_blocks)
         common = _common_prefix(hashes, other.block_hashes, limit)
-        if theirs.ahead:
+        if ahead:
             could_pack.append(min(common, theirs.stop // block_tokens))
         else:  # evicted down to what it shares, or never to be evicted
             pinned = max(pinned, common)

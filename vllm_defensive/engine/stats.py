@@ -25,12 +25,12 @@ class Ledger:
 
     def take(self, totals: Totals, pool: Pool, done: Iterable[Eviction]) -> Increase | None:
         """What is new; None if nothing is. totals, pool: as they are now. done: evictions since the last call."""
-        increase = Increase(
-            totals=totals - self._told,
-            microseconds=self._worker.microseconds,
-            decile_pages=self._worker.decile_pages,
-            pool=pool if pool != self._pool else None,
-            records=[record_of(eviction) for eviction in done],
-        )
-        self._told, self._pool, self._worker = replace(totals), pool, WorkerReport()
+        increase, worker = Increase(records=[record_of(eviction) for eviction in done]), self._worker
+        if totals != self._told:
+            increase.totals, self._told = totals - self._told, replace(totals)
+        if pool != self._pool:
+            increase.pool = self._pool = pool
+        if worker:
+            increase.microseconds, increase.decile_pages = worker.microseconds, worker.decile_pages
+            self._worker = WorkerReport()
         return increase if increase else None

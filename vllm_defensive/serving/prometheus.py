@@ -85,8 +85,9 @@ class EvictionStatLogger(AggregateStatLoggerBase):
             self._add(increase, engine_idx)
 
     def _add(self, increase: Increase, engine: int) -> None:
-        for name, counter in self._counters[engine].items():
-            counter.inc(getattr(increase.totals, name))
+        if increase.totals is not None:
+            for name, counter in self._counters[engine].items():
+                counter.inc(getattr(increase.totals, name))
         if increase.microseconds:
             self._seconds[engine].observe(increase.microseconds * 1e-6)
         for decile, pages in enumerate(increase.decile_pages):
