@@ -73,7 +73,10 @@ class Increase:
 
     def dumps(self) -> str:
         parts = {name: part for name, part in vars(self).items() if part}
-        return json.dumps(parts, default=vars)
+        for name in ("totals", "pool"):
+            if name in parts:
+                parts[name] = vars(parts[name])
+        return json.dumps(parts)
 
     @classmethod
     def loads(cls, text: str) -> Increase:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 
 from vllm_defensive.counts import Increase, Pool, Totals, WorkerReport, record_of
@@ -23,9 +23,12 @@ class Ledger:
         # Each rank packs as many pages as the first.
         self._worker.add(report.microseconds, [pages * self._ranks for pages in report.decile_pages])
 
-    def take(self, totals: Totals, pool: Pool, done: Iterable[Eviction]) -> Increase | None:
+    def take(self, totals: Totals, pool: Pool, done: Sequence[Eviction]) -> Increase | None:
         """What is new; None if nothing is. totals, pool: as they are now. done: evictions since the last call."""
-        increase, worker = Increase(records=[record_of(eviction) for eviction in done]), self._worker
+        worker = self._worker
+        if not done and not worker and pool == self._pool and totals == self._told:
+            return None
+        increase = Increase(records=[record_of(eviction) for eviction in done])
         if totals != self._told:
             increase.totals, self._told = totals - self._told, replace(totals)
         if pool != self._pool:
@@ -33,4 +36,4 @@ class Ledger:
         if worker:
             increase.microseconds, increase.decile_pages = worker.microseconds, worker.decile_pages
             self._worker = WorkerReport()
-        return increase if increase else None
+        return increase
