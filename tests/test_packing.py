@@ -98,7 +98,7 @@ def test_a_region_is_counted_token_by_token(region: Region) -> None:
     if full is not None:
         assert (region.full_blocks, region.tail) == (len(full), region.stop - len(full) * region.block_tokens)
     assert last - first == region.blocks * region.block_tokens
-    observed = range(*region.observed)
+    observed = range(max(0, region.stop - region.window), region.stop)
     assert region.forced_tokens == sum(t in observed for t in range(first, last))
 
 

@@ -66,11 +66,6 @@ class Region:
         return self.block_tokens // self.page_tokens
 
     @property
-    def observed(self) -> tuple[int, int]:
-        """Positions `[first, last)` of the observation window."""
-        return max(0, self.stop - self.window), self.stop
-
-    @property
     def forced_tokens(self) -> int:
         """Tokens that are chosen from but belong to the window, and are therefore kept."""
         first, last = self.tokens

@@ -58,6 +58,7 @@ class Life:
     eviction, blocks: what it holds packed, from PACKING on.
     ready_tokens: up to here the request has slots, and no block is left to hash. cached: the prefix cache has every
         block of it that it may have.
+    sums_attention: of its policy; looked up once, for it is asked of each relative of a request that is planned for.
     """
 
     request: Request
@@ -70,10 +71,11 @@ class Life:
     blocks: list[KVCacheBlock] = field(default_factory=list)
     ready_tokens: int = 0
     cached: bool = False
+    sums_attention: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        # Looked up once: asked of each relative of a request that is planned for.
-        self.sums_attention = PRESETS[self.settings.policy].accumulates if self.settings.policy != NONE else False
+        policy = PRESETS.get(self.settings.policy)  # there is none called "none"
+        self.sums_attention = policy is not None and policy.accumulates
 
     def turn(self, phase: Phase) -> None:
         assert phase in _NEXT[self.phase], f"{self.request.request_id}: {self.phase.name} to {phase.name}"
@@ -91,7 +93,7 @@ class Life:
     @property
     def accumulates(self) -> bool:
         """Whether every query up to its stop must be computed: the request reads nobody's blocks."""
-        return self.sums_attention and self.phase is PREFILL
+        return self.sums_attention and self.ahead
 
 
 class Lifecycle:

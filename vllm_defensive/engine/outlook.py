@@ -48,9 +48,11 @@ class Outlook:
         """Whether the pool can hold originals and packed blocks side by side, as they are for one step. If it never
         can, the request is served whole: to refuse it, or to let it wait for ever, would be worse."""
         needed = cdiv(request.num_tokens, self.block_tokens) + packed + self.blocks_beside(request.num_tokens)
+        if needed <= self._pool.get_num_free_blocks():
+            return True
         usable = self._pool.num_gpu_blocks - 1  # one is vLLM's null block
-        if needed <= self._pool.get_num_free_blocks() or needed > usable:
-            return needed <= usable
+        if needed > usable:
+            return False
         # A session that waits for its next input gives nothing back, however long that takes.
         idle = (r for r, s in self._sessions.items() if s.status is RequestStatus.WAITING_FOR_STREAMING_REQ)
         pinned = {block.block_id for request_id in idle for block in blocks_of(request_id) if not block.is_null}

@@ -31,37 +31,29 @@ class _EvictionMixin(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        ours = [manager for manager in managers if isinstance(manager, EvictionBlockManager)]
-        (self.eviction_manager,) = ours  # the workers have refused any other number
-        self.eviction_manager.beside([manager for manager in managers if manager is not ours[0]])
-        self.eviction_manager.requests = self.requests
+        (manager,) = (m for m in managers if isinstance(m, EvictionBlockManager))  # workers refuse any other number
+        manager.beside([other for other in managers if other is not manager])
+        manager.requests = self.requests
+        self.eviction_manager, self._lives = manager, manager.lifecycle.lives
         # Set where admission is steady, and the blocks of the last hit in the prefix cache are then remembered.
-        steady = self.eviction_manager.eviction.admission == "steady"
-        self._answers = ExpectedLength(self.eviction_manager.block_size) if steady else None
+        steady = manager.eviction.admission == "steady"
+        self._answers = ExpectedLength(manager.block_size) if steady else None
         self._last_hit: Sequence[KVCacheBlock] = ()
         self._refused: tuple[Any, ...] = ()  # who was not let in, and what was looked at
         self._longest_hit: int | None = None
-        manager = self.eviction_manager
         self._amendments = Amendments(
             manager.eviction, manager.lifecycle, self.requests, caching=manager.enable_caching
         )
         self._ledger = Ledger(self.vllm_config.parallel_config.tensor_parallel_size)
-        self._patch()
-
-    def _patch(self) -> None:
-        """Install what vLLM's objects of this scheduler have no hooks for."""
-        manager = self.eviction_manager
-        lives = self._lives = manager.lifecycle.lives
-
         scheduling.bound_prefix_cache(
             self.kv_cache_manager.coordinator,
             lambda: self._longest_hit,
-            lives,
+            self._lives,
             manager.lifecycle.cacheable_tokens,
         )
         scheduling.bound_allocations(
             self.kv_cache_manager,
-            lives,
+            self._lives,
             lambda request: not self._answers or self._admits(request),
             manager.note_ready,
         )

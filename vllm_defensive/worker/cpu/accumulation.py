@@ -57,7 +57,7 @@ class Accumulations:
             self._seen[request_id] = [0] * self._view.num_layers
         if request_id not in self._masses or end > stop:
             return None
-        blocks = -(-end // self._view.page_tokens)
+        blocks = -(-end // self._view.block_tokens)
         pages_LHB = self._view.of_blocks(blocks_B[:blocks].long())
         tokens = slice(row_start, row_start + end - begin)
         return Accumulation(self._masses[request_id], self._seen[request_id], pages_LHB, tokens, end)
