@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from vllm_defensive.policy import PRESETS, public_names
 from vllm_defensive.settings.engine import NONE, TURN_OFF, EvictionConfig, option_name
+from vllm_defensive_kernels import MAX_HEAD_SIZE
 
 
 class Platform(NamedTuple):
@@ -64,8 +65,6 @@ def only_on_cpus(policy: str) -> bool:
 
 def refused_on_cuda(vllm_config: Any) -> tuple[Row, ...]:
     """Rows for `limits.check` that only GPUs have."""
-    from vllm_defensive_kernels import MAX_HEAD_SIZE  # a module that imports torch, which a parser need not
-
     model = vllm_config.model_config
     attention, chosen = vllm_config.attention_config, getattr(vllm_config.attention_config.backend, "name", None)
     fp8 = vllm_config.cache_config.cache_dtype.startswith("fp8")

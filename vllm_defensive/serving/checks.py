@@ -31,13 +31,12 @@ def check_request(vllm_config: Any, prompt: Any, params: Any) -> None:
     """
     extra_args = getattr(params, "extra_args", None) or {}
     settings = from_vllm_config(vllm_config) if extra_args else None
-    num_tokens = _length(prompt)
     if settings is None:
         return
     try:
         if _is_session(prompt):
-            refuse_session(extra_args or {})
-        if num_tokens is None:
+            refuse_session(extra_args)
+        if (num_tokens := _length(prompt)) is None:
             return
         placeholders = prompt.get("mm_placeholders") or {}
         items = items_of((kind, place) for kind, places in placeholders.items() for place in places)
