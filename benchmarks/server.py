@@ -65,6 +65,12 @@ class Server:
     ) -> None:
         self._stop()
 
+    @property
+    def pid(self) -> int:
+        """Of the process that was started; API servers and engines may be its children."""
+        assert self._process is not None
+        return self._process.pid
+
     def _wait(self) -> None:
         assert self._process is not None
         deadline = time.monotonic() + self._seconds
