@@ -42,6 +42,7 @@ class Totals:
     prefix_hit_tokens: int = 0
     freed_blocks: int = 0
     cancelled: int = 0
+    echo_tokens: int = 0
 
     def __sub__(self, other: Totals) -> Totals:
         return Totals(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))

@@ -24,6 +24,25 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+ECHO_TOKENS = 2048
+"""Tokens of a prompt that one echo repeats (KVzip's chunk)."""
+ECHO_OVERHEAD = 64
+"""Room for what else an echo takes: an instruction, a few tokens that say which part is meant, one to be sampled."""
+_LEAST_ECHO_TOKENS = 64
+
+
+def echo_tokens(stop: int, max_model_len: int) -> int:
+    """Tokens of a prompt that one echo repeats: fewer than `ECHO_TOKENS` where positions run out; 0 if hardly any is
+    left."""
+    room = min(ECHO_TOKENS, max_model_len - stop - ECHO_OVERHEAD)
+    return room if room >= min(_LEAST_ECHO_TOKENS, stop) else 0
+
+
+def echo_blocks(stop: int, max_model_len: int, block_tokens: int) -> int:
+    """Blocks that an echo takes beside those of the request that it serves, at most."""
+    tokens = min(stop, echo_tokens(stop, max_model_len))
+    return 0 if not tokens else math.ceil((tokens + ECHO_OVERHEAD) / block_tokens)
+
 
 @dataclass(frozen=True)
 class Region:

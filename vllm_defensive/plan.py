@@ -26,6 +26,27 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Reconstruction:
+    """Score a request's tokens by the queries of an echo, a request of our own that repeats some of them.
+
+    request_id: whose tokens. stop: how many they are; the echo's own come after them. part: positions that it repeats.
+    end: tokens of the echo in all, those of the request included: then its last query has passed.
+    normalisation: see `Policy.reconstruction`.
+    """
+
+    request_id: str
+    stop: int
+    part: tuple[int, int]
+    end: int
+    normalisation: str
+
+    @property
+    def scored(self) -> tuple[int, int]:
+        """Positions that the echo's queries score: by the plain softmax all of them."""
+        return self.part if self.normalisation == "chunk" else (0, self.stop)
+
+
+@dataclass(frozen=True)
 class Eviction:
     """Pack what `score` has weighed into the blocks of `packing`, and attend to that from the next step on.
 
@@ -57,13 +78,17 @@ class StepMessage:
         of this step overlap it; the worker keeps their queries.
     accumulate: request id -> stop, for each scheduled request up to there whose policy sums the attention of all
         queries.
+    reconstruct: echo's id -> what its tokens of this step are looked at for.
+    held: requests that reached their stop in this step and are scored in a later one.
     scores, evictions: to be carried out in this order right after this step's forward pass.
     """
 
     observe: dict[str, tuple[int, int]] = field(default_factory=dict)
     accumulate: dict[str, int] = field(default_factory=dict)
+    reconstruct: dict[str, Reconstruction] = field(default_factory=dict)
+    held: list[str] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
     evictions: list[Eviction] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.observe or self.accumulate or self.scores or self.evictions)
+        return any((self.observe, self.accumulate, self.reconstruct, self.held, self.scores, self.evictions))

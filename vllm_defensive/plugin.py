@@ -76,10 +76,11 @@ def _before_engine_config(engine_args: Any) -> Any:
 
 
 def _after_engine_config(vllm_config: Any, settings: Any) -> None:
-    from vllm_defensive import limits
+    from vllm_defensive import limits, startup
 
     with _one_line_for_commands():
         limits.check(vllm_config, settings)
+    startup.add_echo_slot(vllm_config, settings)
 
 
 @contextlib.contextmanager

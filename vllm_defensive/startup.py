@@ -55,6 +55,15 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
     return settings
 
 
+def add_echo_slot(vllm_config: Any, settings: EvictionConfig | None) -> None:
+    """Give an echo a place in the workers' batches beside the requests', if a policy that may be chosen needs one: it
+    must not wait for those that wait for it. As many requests run at once as before."""
+    if settings is not None and settings.reconstructs:
+        scheduler = vllm_config.scheduler_config
+        scheduler.max_num_active_seqs = scheduler.max_num_active_seqs or scheduler.max_num_seqs
+        scheduler.max_num_seqs += 1
+
+
 def _make_stat_logger(vllm_config: Any, engine_indexes: list[int]) -> Any:
     from vllm_defensive.serving.prometheus import make_logger
 

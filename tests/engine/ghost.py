@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vllm_defensive.compat import channels
-from vllm_defensive.plan import Eviction
+from vllm_defensive.plan import Eviction, Reconstruction
 from vllm_defensive.policy import PRESETS
 
 _EVICTED = 0x5BD1E995  # mixed into what is computed from an evicted context
@@ -30,6 +30,8 @@ class _Row:
     table: list[int] = field(default_factory=list)
     seen_window: set[int] = field(default_factory=set)
     accumulated: int = 0
+    repeated: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Part of it -> the position up to which an echo of that part has come; -1 once it was at its end."""
     eviction: Eviction | None = None
     stamp: int = 0
 
@@ -68,6 +70,8 @@ class GhostWorker:
                 row, start = self._rows[request_id], computed[request_id]
                 assert row.accumulated == start, f"{request_id}: {row.accumulated} of {start} queries"
                 row.accumulated += count
+            if request_id in message.reconstruct:
+                self._repeat(request_id, message.reconstruct[request_id], computed[request_id], count)
         for request_id, count in output.num_scheduled_tokens.items():
             self._read(request_id, computed[request_id] + count - rejected.get(request_id, 0))
         assert [e.score for e in message.evictions] == message.scores, "scored and packed in one step"
@@ -75,6 +79,16 @@ class GhostWorker:
         for eviction in message.evictions:
             if eviction.request_id not in self.cancelled:
                 self._evict(eviction, set(written))
+
+    def _repeat(self, echo: str, wanted: Reconstruction, start: int, count: int) -> None:
+        """An echo's tokens pass, for the request that it serves, which must not move meanwhile."""
+        first, stop = wanted.part
+        served, said = self._tokens_of[wanted.request_id], self._tokens_of[echo]
+        assert said[: wanted.stop] == served[: wanted.stop] and wanted.end == len(said) - 1
+        assert said[wanted.end - (stop - first) : wanted.end] == served[first:stop], "it says something else"
+        parts = self._rows[wanted.request_id].repeated
+        assert start in (wanted.stop, parts.get(wanted.part)), f"{echo} goes on at {start}"
+        parts[wanted.part] = -1 if start + count == wanted.end else start + count
 
     def _update_tables(self, output: Any) -> dict[str, int]:
         computed = {}
@@ -139,9 +153,15 @@ class GhostWorker:
     def _evict(self, eviction: Eviction, written: set[int]) -> None:
         row, size = self._rows[eviction.request_id], self._block_size
         assert row.eviction is None, f"{eviction.request_id} is evicted twice"
-        if PRESETS[eviction.policy].accumulates:
+        policy = PRESETS[eviction.policy]
+        if policy.reconstructs:
+            parts, region = sorted(row.repeated), eviction.region
+            assert set(row.repeated.values()) == {-1}, f"{eviction.request_id}: a part was not repeated to its end"
+            assert [first for first, _ in parts[1:]] + [region.stop] == [stop for _, stop in parts]
+            assert parts[0][0] == region.tokens[0]
+        if policy.accumulates:
             assert row.accumulated == eviction.region.stop, f"{eviction.request_id}: {row.accumulated} queries"
-        else:
+        elif policy.needs_queries or not policy.reconstructs:
             assert len(row.seen_window) == self._window, f"{eviction.request_id}: {len(row.seen_window)} window queries"
         table = row.table[: -(-eviction.region.stop // size)]
         assert list(eviction.score.source_blocks) == table, "the plan's source blocks are not the request's"

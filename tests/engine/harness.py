@@ -98,6 +98,7 @@ class Harness:
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.num_blocks, self.block_size, self.asynchronous = num_blocks, block_size, asynchronous
         self._tokens_of: dict[str, list[int]] = {}
+        self._asked: set[str] = set()
         window = self.eviction.window if self.eviction is not None else 0
         self.ghost = GhostWorker(num_blocks + 1, block_size, window, self._tokens_of)
         self._in_flight: deque[Any] = deque()
@@ -138,6 +139,7 @@ class Harness:
         )
         drawn = [(len(self._tokens_of) * 131 + i * 17) % 500 + 2 for i in range(max_tokens)]
         self._tokens_of[request_id] = prompt + drawn
+        self._asked.add(request_id)
         self.scheduler.add_request(request)
         return request_id
 
@@ -151,6 +153,8 @@ class Harness:
         output = self.scheduler.schedule()
         for new in output.scheduled_new_reqs:
             self.hits.setdefault(new.req_id, new.num_computed_tokens)
+            if new.req_id not in self._tokens_of:  # one of the scheduler's own, whose answer nobody reads
+                self._tokens_of[new.req_id] = [*new.prompt_token_ids, 0]
         accepted = {r: self._count_right(r, drafts) for r, drafts in output.scheduled_spec_decode_tokens.items()}
         self.accepted.update(accepted.values())
         rejected = {r: len(output.scheduled_spec_decode_tokens[r]) - count for r, count in accepted.items()}
@@ -158,6 +162,8 @@ class Harness:
         self._in_flight.append((output, self._draw(output, rejected)))
         while len(self._in_flight) > (1 if self.asynchronous and output.total_num_scheduled_tokens else 0):
             outputs = self.scheduler.update_from_output(*self._in_flight.popleft())
+            told = {o.request_id for of_client in outputs.values() for o in of_client.outputs}
+            assert told <= self._asked, f"nobody has asked {told - self._asked}"
             self.stats += [o.scheduler_stats for o in outputs.values() if o.scheduler_stats is not None]
         if self._max_drafts:
             self._guess(output)

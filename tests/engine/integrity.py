@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
 from vllm_defensive.engine.lifecycle import Life, Phase
+from vllm_defensive.settings.engine import NONE
 
 
 def held_blocks(manager: EvictionBlockManager, request_id: str) -> int:
@@ -33,6 +34,8 @@ def check_integrity(manager: EvictionBlockManager) -> None:
             assert block.is_null or block.block_id not in owned, f"{request_id} holds packed block {block.block_id}"
     by_phase = {phase: [r for r, life in lifecycle.lives.items() if life.phase is phase] for phase in Phase}
     assert set(lifecycle.packing) == set(by_phase[Phase.PACKING])
+    assert set(lifecycle.echoing) == set(by_phase[Phase.ECHOING])
+    assert not lifecycle._held and not lifecycle._reconstruct
     assert not lifecycle._planned, "the message of the step has taken them"
     assert lifecycle._watched <= set(by_phase[Phase.PREFILL])
     assert set(lifecycle.waiting) <= set(manager.requests) - set(lifecycle.lives)
@@ -44,7 +47,7 @@ def check_integrity(manager: EvictionBlockManager) -> None:
 def check_life(manager: EvictionBlockManager, life: Life) -> None:
     """One request: its packed blocks, its originals and its notes are those of its phase."""
     blocks = manager.req_to_blocks[life.request.request_id]
-    evicted = life.phase in (Phase.PACKING, Phase.PACKED)
+    evicted = life.phase in (Phase.ECHOING, Phase.PACKING, Phase.PACKED)
     assert (life.packing is not None) == bool(life.blocks) == evicted
     for block in life.blocks:
         assert block.ref_cnt == 1 and block.block_hash is None and not block.is_null, block
@@ -56,4 +59,4 @@ def check_life(manager: EvictionBlockManager, life: Life) -> None:
         assert all(block.is_null == (life.phase is Phase.PACKED) for block in originals)
     assert life.ready_tokens <= len(blocks) * manager.block_size
     assert not life.ready_tokens or life.phase in (Phase.PACKED, Phase.WHOLE)
-    assert not life.cached or evicted
+    assert not life.cached or evicted or life.settings.policy == NONE, "of echoes nothing is ever hashed"

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from tests.engine.harness import Harness, text
+from vllm_defensive.policy import PRESETS
 
 
 def own_settings(rng: random.Random, num_tokens: int) -> dict[str, Any] | None:
     """Fields of a request of so many prompt tokens: every second one has none, the others any of them at once."""
     fields = {
-        "kv_eviction": rng.choice(["none", "streamingllm", "layer-defensivekv", "h2o", "keep-all"]),
+        "kv_eviction": rng.choice(["none", "streamingllm", "echokv", "h2o", "kvzip", "keep-all"]),
         "kv_eviction_keep": rng.choice([0.05, 0.3, 0.6]),
         "kv_eviction_boundary": rng.randint(num_tokens // 2 + 1, num_tokens),
         "kv_eviction_protect": min(rng.choice([1, 64, 100]), num_tokens),
@@ -54,6 +55,7 @@ def walk(h: Harness, seed: int, steps: int, *, max_len: int, abort: float) -> di
     h.run()
     h.assert_all_returned()
     happened["boundaries"] = sum(e.region.stop < lengths[e.request_id] for e in h.evictions)
+    happened["echoes"] = sum(PRESETS[e.policy].reconstructs for e in h.evictions)
     happened["policies"] = len({e.policy for e in h.evictions})
     return happened
 
@@ -123,3 +125,4 @@ def test_a_long_random_walk(tiny_model: Path, asynchronous: bool, seed: int) -> 
     )
     happened = walk(h, seed, steps=3000, max_len=640, abort=0.03)
     assert len(h.evictions) > 60 and happened["boundaries"] > 10 and happened["policies"] > 3
+    assert happened["echoes"]

@@ -113,7 +113,7 @@ class EvictionBlockManager(FullAttentionManager):
     def note_ready(self, request_id: str) -> None:
         """Note, after an allocation, up to where the request's next ones have nothing to do."""
         life = self.lifecycle.lives.get(request_id)
-        if self.outlook.other_managers or life is None or life.phase in (Phase.PREFILL, Phase.PACKING):
+        if self.outlook.other_managers or life is None or life.phase not in (Phase.PACKED, Phase.WHOLE):
             return
         tokens = len(self.req_to_blocks[request_id]) * self.block_size
         if self.enable_caching and not life.cached:
@@ -137,7 +137,7 @@ class EvictionBlockManager(FullAttentionManager):
 
     def _release(self, request_id: str, processed_tokens: int) -> None:
         life = self.lifecycle.packing[request_id]
-        if processed_tokens >= life.stop:
+        if processed_tokens >= life.stop and self.lifecycle.processed >= life.fence:
             region = self.lifecycle.release(life)
             self._remove_blocks_in_range(request_id, region.shared_blocks, region.full_blocks)
 

@@ -2,14 +2,16 @@
 
     phase     how it is left                           positional blocks of the request      packed blocks
     PREFILL   the allocation that reaches its stop     all `ceil(tokens / N)`                none
+    ECHOING   the step that ends its last echo         all, and its echo holds them too      `K` fresh ones, empty
     PACKING   the step that packs has been processed   all                                   `K` fresh ones
     PACKED                                             `[0, s)` and from `g` on; null        `K`
                                                        blocks keep the other positions
     WHOLE                                              all                                   none
 
-A request is WHOLE if nothing is to be gained by its eviction, or if a worker could not carry it out. From every phase a
-request may be finished, aborted or preempted, which gives all its blocks back and ends its life; one that is resumed
-begins anew, and passes the same stop again.
+ECHOING are those whose policy looks at the document again (`echo.py`); all others go on to PACKING at once. A request
+is WHOLE if nothing is to be gained by its eviction, or if it could not be carried out. From every phase a request may
+be finished, aborted or preempted, which gives all its blocks back and ends its life; one that is resumed begins anew,
+and passes the same stop again.
 
 A request that waits has a life as well, an outlook: it is thrown away at the next look, for what the request shares
 with others, and whether it fits, may have changed.
@@ -28,7 +30,7 @@ from vllm.v1.request import Request
 
 from vllm_defensive.counts import REMEMBERED, Totals
 from vllm_defensive.packing import Packing, Region
-from vllm_defensive.plan import Eviction, Score, StepMessage
+from vllm_defensive.plan import Eviction, Reconstruction, Score, StepMessage
 from vllm_defensive.policy import PRESETS
 from vllm_defensive.settings.engine import NONE
 from vllm_defensive.settings.request import RequestSettings
@@ -36,15 +38,18 @@ from vllm_defensive.settings.request import RequestSettings
 
 class Phase(Enum):
     PREFILL = "its stop lies ahead"
+    ECHOING = "its stop was reached, and it stands still: others repeat its prompt for it"
     PACKING = "its stop was reached: originals and packed blocks are there side by side"
     PACKED = "its originals have gone back"
     WHOLE = "nothing of it will be evicted"
 
 
-PREFILL = Phase.PREFILL  # a name by itself: members of an enumeration are slow to find, and this is asked all the time
+# Names by themselves: members of an enumeration are slow to find, and these are asked for all the time.
+PREFILL, ECHOING = Phase.PREFILL, Phase.ECHOING
 
 _NEXT = {
-    Phase.PREFILL: (Phase.PACKING, Phase.WHOLE),
+    Phase.PREFILL: (Phase.ECHOING, Phase.PACKING, Phase.WHOLE),
+    Phase.ECHOING: (Phase.PACKING, Phase.WHOLE),
     Phase.PACKING: (Phase.PACKED, Phase.WHOLE),
     Phase.PACKED: (),
     Phase.WHOLE: (),
@@ -55,9 +60,12 @@ _NEXT = {
 class Life:
     """stop: `T`, where the request is evicted: its boundary, or the end of its prompt (again, if it was preempted).
     brief: it ends with its prefill. hit_tokens: what the prefix cache served.
-    eviction, blocks: what it holds packed, from PACKING on.
+    eviction, blocks: what it holds packed, from ECHOING or PACKING on.
+    echoed: positions before this one have been repeated. fence: the step that packs; 0 where that is the step that
+        reached the stop.
     ready_tokens: up to here the request has slots, and no block is left to hash. cached: the prefix cache has every
         block of it that it may have.
+    echo_tokens: how many tokens of its prompt one echo repeats; 0: its policy takes no second look.
     sums_attention: of its policy; looked up once, for it is asked of each relative of a request that is planned for.
     """
 
@@ -67,8 +75,11 @@ class Life:
     phase: Phase
     brief: bool = False
     hit_tokens: int = 0
+    echo_tokens: int = 0
     eviction: Eviction | None = None
     blocks: list[KVCacheBlock] = field(default_factory=list)
+    echoed: int = 0
+    fence: int = 0
     ready_tokens: int = 0
     cached: bool = False
     sums_attention: bool = field(init=False)
@@ -95,6 +106,13 @@ class Life:
         """Whether every query up to its stop must be computed: the request reads nobody's blocks."""
         return self.sums_attention and self.ahead
 
+    @property
+    def next_part(self) -> tuple[int, int]:
+        """Positions that its next echo repeats."""
+        assert self.eviction is not None
+        first = max(self.echoed, self.eviction.region.tokens[0])
+        return first, min(first + self.echo_tokens, self.stop)
+
 
 class Lifecycle:
     """The lives of one scheduler's requests, and what happened to them since it was last asked."""
@@ -107,7 +125,12 @@ class Lifecycle:
         self.packed_blocks = 0  # sum over all live requests
         self.lives: dict[str, Life] = {}
         self.waiting: dict[str, Life] = {}  # of requests without an allocation, since the last look at them
-        self.packing: dict[str, Life] = {}  # those of `lives` in that phase: few, and asked for in every step
+        # Those of `lives` in these phases: few, and asked for in every step.
+        self.echoing: dict[str, Life] = {}
+        self.packing: dict[str, Life] = {}
+        self.scheduled = self.processed = 0  # steps
+        self._held: list[str] = []  # began to echo since the workers were last told
+        self._reconstruct: dict[str, Reconstruction] = {}
         self._watched: set[str] = set()  # in `lives`, and their last tokens before the stop are still to be scheduled
         self._planned: dict[str, Eviction] = {}
         # Since somebody asked; bounded, because nobody does where statistics are off.
@@ -129,14 +152,50 @@ class Lifecycle:
     def pack(self, life: Life, region: Region, blocks: list[KVCacheBlock], source_blocks: Sequence[int]) -> None:
         """The request's stop is reached by what was allocated just now: it holds packed blocks beside its originals."""
         request_id, settings = life.request.request_id, life.settings
-        life.turn(Phase.PACKING)
         token_ids = tuple(life.request.all_token_ids[: life.stop]) if self._with_token_ids else None
         score = Score(request_id, settings.policy, settings.keep, region, tuple(source_blocks))
         packing = Packing(region, tuple(block.block_id for block in blocks))
         life.eviction, life.blocks = Eviction(score, packing, token_ids), blocks
-        self._planned[request_id] = life.eviction
-        self.packing[request_id] = life
         self.packed_blocks += len(blocks)
+        if not life.echo_tokens:
+            self._plan(life)
+            return
+        life.turn(Phase.ECHOING)
+        self.echoing[request_id] = life
+        self._held.append(request_id)
+
+    def _plan(self, life: Life) -> None:
+        """The step that was scheduled, or is being scheduled, packs this request."""
+        assert life.eviction is not None
+        life.turn(Phase.PACKING)
+        self._planned[life.request.request_id] = life.eviction
+        self.packing[life.request.request_id] = life
+
+    def serve(self, echo: Request) -> None:
+        """An echo begins, over the blocks of the request that it serves: it is never evicted itself, nor hashed."""
+        settings = RequestSettings.model_construct(policy=NONE, keep=1.0)
+        self.lives[echo.request_id] = Life(echo, settings, echo.num_prompt_tokens, Phase.WHOLE, cached=True)
+
+    def reconstruct(self, life: Life, echo_id: str, part: Reconstruction, *, last: bool) -> None:
+        """The step that was scheduled runs tokens of an echo. last: and none is to come, for this request."""
+        self._reconstruct[echo_id] = part
+        if last:
+            del self.echoing[life.request.request_id]
+            self._plan(life)
+            life.fence = self.scheduled + 1
+
+    def give_up(self, life: Life) -> list[KVCacheBlock]:
+        """There is no room for echoes: the request goes on over its originals. Returns blocks that are to go back."""
+        del self.echoing[life.request.request_id]
+        return self._leave_whole(life)
+
+    def _leave_whole(self, life: Life) -> list[KVCacheBlock]:
+        life.turn(Phase.WHOLE)
+        self.totals.cancelled += 1
+        self.packed_blocks -= len(life.blocks)
+        life.cached = False  # what is computed from now on may be hashed like any other
+        blocks, life.blocks, life.eviction = life.blocks, [], None
+        return blocks
 
     def release(self, life: Life) -> Region:
         """The step that packed has been processed: the originals of this region are to go back."""
@@ -157,12 +216,7 @@ class Lifecycle:
         if life is None or life.eviction is not eviction:
             return []
         del self.packing[eviction.request_id]
-        life.turn(Phase.WHOLE)
-        self.totals.cancelled += 1
-        self.packed_blocks -= len(life.blocks)
-        life.cached = False  # what is computed from now on may be hashed like any other
-        blocks, life.blocks, life.eviction = life.blocks, [], None
-        return blocks
+        return self._leave_whole(life)
 
     def end(self, request_id: str) -> list[KVCacheBlock]:
         """Finish, abort or preemption. Returns the packed blocks, which are to go back like all others."""
@@ -172,6 +226,7 @@ class Lifecycle:
         self._planned.pop(request_id, None)
         self._watched.discard(request_id)
         self.packing.pop(request_id, None)
+        self.echoing.pop(request_id, None)
         life = self.lives.pop(request_id, None)
         if life is None:
             return []
@@ -190,8 +245,11 @@ class Lifecycle:
         num_scheduled_tokens: tokens of each request in the step; `request.num_computed_tokens` includes them already.
         Evictions planned for a request that was preempted later in the same pass are gone by now.
         """
+        self.scheduled += 1
         evictions, self._planned = list(self._planned.values()), {}
         message = StepMessage(scores=[eviction.score for eviction in evictions], evictions=evictions)
+        message.reconstruct, self._reconstruct = self._reconstruct, {}
+        message.held, self._held = [r for r in self._held if r in self.echoing], []
         for request_id in [r for r in self._watched if r in num_scheduled_tokens]:
             life = self.lives[request_id]
             end = life.request.num_computed_tokens

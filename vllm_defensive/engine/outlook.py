@@ -12,7 +12,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_defensive.engine.lifecycle import Life, Phase
 from vllm_defensive.engine.sharing import Relatives, worth_sharing
-from vllm_defensive.packing import Region
+from vllm_defensive.packing import Region, echo_blocks, echo_tokens
+from vllm_defensive.policy import PRESETS
 from vllm_defensive.settings.engine import EvictionConfig
 from vllm_defensive.settings.request import settings_or_none
 
@@ -26,6 +27,7 @@ class Outlook:
         self.relatives = Relatives()
         # Block managers of the model's other KV cache groups: they take from the same pool.
         self.other_managers: Sequence[SingleTypeKVCacheManager] = ()
+        self.max_model_len = 0  # the scheduler's, set by it
         self._pool, self._can_share = pool, can_share
         self._sessions: dict[str, Request] = {}  # that stream their input, by id
 
@@ -35,19 +37,31 @@ class Outlook:
         if request.resumable:
             self._sessions[request.request_id] = request
         stop = request.num_prompt_tokens if settings.boundary is None else settings.boundary
+        repeats = self._echo_tokens(request, settings.policy, stop)
+        if not repeats and settings.policy in PRESETS and (other := PRESETS[settings.policy].fallback):
+            settings = settings.model_copy(update={"policy": other})
         # A prefill yields the answer's first token: if no other is asked for (a classifier, a beam search step),
         # nobody reads what is kept, unless an audit shows it.
         brief = request.max_tokens == 1 and request.num_prompt_tokens == stop and not request.resumable
-        life = Life(request, settings, stop, Phase.PREFILL, brief)
+        life = Life(request, settings, stop, Phase.PREFILL, brief, echo_tokens=repeats)
         count = 0 if brief and self.settings.audit is None else self._budget(life, 0)[1]
-        if not count or not self._fits(request, count, blocks_of):
+        beside = count + echo_blocks(stop, self.max_model_len, self.block_tokens) if repeats else count
+        if not count or not self._fits(request, beside, blocks_of):
             life.turn(Phase.WHOLE)
         return life
 
-    def _fits(self, request: Request, packed: int, blocks_of: Callable[[str], Iterable[KVCacheBlock]]) -> bool:
-        """Whether the pool can hold originals and packed blocks side by side, as they are for one step. If it never
-        can, the request is served whole: to refuse it, or to let it wait for ever, would be worse."""
-        needed = cdiv(request.num_tokens, self.block_tokens) + packed + self.blocks_beside(request.num_tokens)
+    def _echo_tokens(self, request: Request, policy: str, stop: int) -> int:
+        """How many tokens of its prompt one echo of this request repeats; 0: none, or there is no room, or its prompt
+        cannot be repeated as tokens."""
+        wanted = policy in PRESETS and PRESETS[policy].reconstructs
+        if not wanted or request.mm_features or request.prompt_token_ids is None:
+            return 0
+        return echo_tokens(stop, self.max_model_len)
+
+    def _fits(self, request: Request, beside: int, blocks_of: Callable[[str], Iterable[KVCacheBlock]]) -> bool:
+        """Whether the pool can hold originals and these blocks side by side, as they are for a step or more. If it
+        never can, the request is served whole: to refuse it, or to let it wait for ever, would be worse."""
+        needed = cdiv(request.num_tokens, self.block_tokens) + beside + self.blocks_beside(request.num_tokens)
         if needed <= self._pool.get_num_free_blocks():
             return True
         usable = self._pool.num_gpu_blocks - 1  # one is vLLM's null block

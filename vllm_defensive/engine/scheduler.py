@@ -14,10 +14,12 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_defensive.compat import channels, contract, scheduling
 from vllm_defensive.counts import Pool
+from vllm_defensive.engine import echo
 from vllm_defensive.engine.admission import ExpectedLength, Load, fits
 from vllm_defensive.engine.amendments import Amendments
+from vllm_defensive.engine.echo import Echoes
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
-from vllm_defensive.engine.lifecycle import PREFILL
+from vllm_defensive.engine.lifecycle import ECHOING, PREFILL
 from vllm_defensive.engine.stats import Ledger
 from vllm_defensive.settings.engine import KEY, from_vllm_config
 
@@ -44,6 +46,8 @@ class _EvictionMixin(Scheduler):
         self._amendments = Amendments(
             manager.eviction, manager.lifecycle, self.requests, caching=manager.enable_caching
         )
+        manager.outlook.max_model_len = self.max_model_len
+        self._echoes = Echoes(self, manager.lifecycle, echo.instruction_ids(self._tokenizer()))
         self._ledger = Ledger(self.vllm_config.parallel_config.tensor_parallel_size)
         scheduling.bound_prefix_cache(
             self.kv_cache_manager.coordinator,
@@ -64,9 +68,15 @@ class _EvictionMixin(Scheduler):
             self.eviction_manager.outlook.relatives.add(request)
             self._amendments.expect(request)
 
+    def _tokenizer(self) -> Any:
+        """vLLM's own, which it has in this process for structured output; None if it runs without."""
+        return getattr(self.structured_output_manager, "tokenizer", None)
+
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.eviction_manager.release_processed()
+        self._echoes.begin()
         output = super().schedule(*args, **kwargs)
+        self._echoes.scheduled(output.num_scheduled_tokens)
         message = self.eviction_manager.lifecycle.take_message(output.num_scheduled_tokens)
         channels.attach_message(output, message)
         return output
@@ -98,7 +108,7 @@ class _EvictionMixin(Scheduler):
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         life = self._lives.get(request.request_id)
         if life is not None and life.phase is not PREFILL:  # nearly all, in every step
-            return num_new_tokens
+            return num_new_tokens if life.phase is not ECHOING else 0
         stop = self.eviction_manager.next_stop(request.request_id)
         return min(num_new_tokens, stop - num_computed_tokens) if stop else num_new_tokens
 
@@ -147,9 +157,15 @@ class _EvictionMixin(Scheduler):
                     self.eviction_manager.cancel(eviction)
         hashed_tokens = self._amendments.hashed_tokens(scheduler_output.num_scheduled_tokens)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self.eviction_manager.lifecycle.processed += 1
+        self._echoes.processed(outputs.values())
         for of_client in outputs.values():
             self._amendments.apply(of_client.outputs, hashed_tokens)
         return outputs
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        self._echoes.preempted(request)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """vLLM's end of a request. A report that it asked for leaves with its last output, in the place for what a KV
@@ -162,6 +178,7 @@ class _EvictionMixin(Scheduler):
         lifecycle.forget(request_id)
         self.eviction_manager.outlook.forget(request_id)
         self._amendments.forget(request_id)
+        self._echoes.freed(request)
         return (for_response if report is None else {KEY: report}), *others
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:

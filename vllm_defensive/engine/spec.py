@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from vllm_defensive.compat.scheduling import register_spec
+from vllm_defensive.packing import ECHO_OVERHEAD
+from vllm_defensive.policy import PRESETS
 from vllm_defensive.settings.engine import EvictionConfig
 
 
@@ -34,6 +37,9 @@ class EvictableSpec(FullAttentionSpec):
         lengths = range(max(1, max_tokens - self.block_size), max_tokens + 1)
         eviction = self.eviction
         packed = max(eviction.budget_blocks(eviction.region(length, 0, self.block_size)) for length in lengths)
+        if eviction.policy in PRESETS and PRESETS[eviction.policy].reconstructs:
+            # An echo's positions end where the model's do: it and the prompt are no longer than the longest prompt.
+            packed += cdiv(ECHO_OVERHEAD, self.block_size)
         return super().max_memory_usage_bytes(vllm_config) + packed * self.page_size_bytes
 
     @classmethod

@@ -8,7 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
-Aggregate = Literal["recency", "mean", "cake", "defensive", "accumulated", "custom", "uniform", "random"]
+Aggregate = Literal["recency", "mean", "cake", "defensive", "accumulated", "echo", "custom", "uniform", "random"]
+Reconstruction = Literal["none", "chunk", "all"]
 ValueWeight = Literal["none", "l1", "l2-gram"]
 Scope = Literal["head", "layer", "model"]
 LayerBudget = Literal["even", "linear", "preference"]
@@ -25,7 +26,8 @@ class Policy:
     source: str
     """URL of the paper, or the document of this repository that defines the policy."""
     aggregate: Aggregate
-    """How the attention of window and group, or of the whole prompt ("accumulated"), becomes one number a token."""
+    """How the attention of window and group, or of the whole prompt ("accumulated"), becomes one number a token; "echo"
+    reads no attention but that of `reconstruction`."""
     scope: Scope
     """Who shares a budget: each head has its own, the heads of a layer, or all heads of all layers."""
     value_weight: ValueWeight = "none"
@@ -45,6 +47,14 @@ class Policy:
     """Mass that stage 1 takes off its threshold: that of the W keys before the window, or of the window itself."""
     guard: float = 0.0
     """Share of an even budget that no head may lose."""
+    reconstruction: Reconstruction = "none"
+    """A second look: the model repeats the prompt, and a token's score is the largest attention that any query of that
+    pass pays it, if that is larger than its score from elsewhere. Normalised over the chunk that is being repeated
+    (with the first tokens and the repetition so far, as in KVzip), or over all that a query sees."""
+    fallback: str | None = None
+    """Of policies with a second look: the one that serves a request which cannot be repeated."""
+    keeps_window: bool = True
+    """Whether the window is kept whatever its scores."""
     score: Callable[..., Tensor] | None = None
     """Of "custom": called for each layer with query_WQD, key_HSD, value_HSD, output_QDM and scale as keywords (see
     `score_layer`); returns fp32 [H, T], T the tokens before the window, larger is kept."""
@@ -57,6 +67,11 @@ class Policy:
     def needs_queries(self) -> bool:
         """Whether scores read the window's queries and the keys."""
         return self.aggregate in ("mean", "cake", "defensive", "custom")
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether scores read the attention of a second pass over the prompt."""
+        return self.reconstruction != "none"
 
     @property
     def accumulates(self) -> bool:
@@ -174,6 +189,29 @@ _ROWS = (
         halo_weight=0.2,
     ),
     Policy(
+        name="kvzip",
+        summary="what the model attends to when it repeats the prompt: for later questions, at a second prefill",
+        source="https://arxiv.org/abs/2505.23416",
+        aggregate="echo",
+        scope="model",
+        pool_kernel=1,
+        reconstruction="chunk",
+        fallback="halokv",
+        keeps_window=False,
+    ),
+    Policy(
+        name="echokv",
+        summary="halokv's scores, or those of a repeated prompt where they are larger: for questions now and later",
+        source="docs/quality.md",
+        aggregate="defensive",
+        scope="model",
+        value_weight="l2-gram",
+        halo_tokens=8,
+        halo_weight=0.2,
+        reconstruction="all",
+        fallback="halokv",
+    ),
+    Policy(
         name="keep-all",
         summary="keeps every token, packed as any policy packs: its output must equal stock vLLM's",
         source="tests",
@@ -209,6 +247,8 @@ def register(policy: Policy) -> None:
         raise ValueError(f"KV eviction policy {policy.name!r}: aggregate='accumulated' goes without value_weight")
     if policy.layer_budget != "even" and policy.scope != "head":
         raise ValueError(f"KV eviction policy {policy.name!r}: layer_budget={policy.layer_budget!r} needs scope='head'")
+    if policy.aggregate == "echo" and not policy.reconstructs:
+        raise ValueError(f"KV eviction policy {policy.name!r}: aggregate='echo' needs a reconstruction")
     _TABLE[policy.name] = policy
 
 

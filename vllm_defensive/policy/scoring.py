@@ -57,6 +57,7 @@ def score_layer(
     reduce_heads: ReduceHeads | None = None,
     window: int | None = None,
     mass_HS: Tensor | None = None,
+    echo_HS: Tensor | None = None,
 ) -> LayerScores:
     """Score the tokens in `evictable` = [start, stop) of one layer, in float32.
 
@@ -70,10 +71,13 @@ def score_layer(
     scale: of the logits. keep_ratio: bounds stage 1 of "mass".
     reduce_heads: sums a tensor over the ranks that share this layer's heads; None on one rank.
     mass_HS: fp32, of policies that accumulate: `formulas.accumulate_attention` over every query of the prompt.
+    echo_HS: fp32, of policies that reconstruct: the largest attention that a query of the second pass pays.
     """
     tokens = key_HSD.shape[1]
     if window is None:
         window = 0 if query_WQD is None else query_WQD.shape[0]
+    if not policy.keeps_window:
+        window = 0
     start, stop = evictable
     assert 0 <= start < stop <= tokens, f"evictable range {evictable} of a prompt of {tokens} tokens"
     scored = tokens - window
@@ -98,8 +102,12 @@ def score_layer(
             keep_ratio=keep_ratio,
             evictable=evictable,
             reduce_heads=reduce_heads,
+            echo_HT=None if echo_HS is None else echo_HS[:, :scored],
         )
-    if policy.accumulates:
+    if policy.aggregate == "echo":
+        assert echo_HS is not None and echo_HS.shape == key_HSD.shape[:2], f"{policy.name} needs a second pass"
+        scores_HT = echo_HS[:, :scored]
+    elif policy.accumulates:
         assert mass_HS is not None and mass_HS.shape == key_HSD.shape[:2], f"{policy.name} needs accumulated attention"
         scores_HT = formulas.pool_tokens(mass_HS[:, :scored], policy.pool_kernel)
     else:
@@ -137,6 +145,7 @@ def settle(
     keep_ratio: float,
     evictable: tuple[int, int],
     reduce_heads: ReduceHeads | None = None,
+    echo_HT: Tensor | None = None,
 ) -> LayerScores:
     """The second half of `score_layer`, for attention and value norms that a kernel has computed.
 
@@ -146,6 +155,9 @@ def settle(
     scores_HT, rank_HT = attention.scores_HT, None
     if policy.halo_tokens:
         scores_HT = formulas.halo(scores_HT, policy.halo_tokens, policy.halo_weight)
+    if echo_HT is not None:
+        # As it is: clamped, or with a halo of its own, it would be worse (docs/quality.md).
+        scores_HT = torch.maximum(scores_HT, echo_HT)
     if norm_HT is not None and (skipped := scores_HT.shape[-1] - norm_HT.shape[-1]):
         assert not policy.needs_all_values, f"{policy.name} needs the values of all tokens"
         scores_HT = scores_HT[..., skipped:]

@@ -29,7 +29,8 @@ COUNTERS = {
         "Prompt tokens of evicted requests that came from the prefix cache.",
     ),
     "freed_blocks": ("vllm:kv_eviction_freed_blocks", "KV cache blocks given back, net of packed ones."),
-    "cancelled": ("vllm:kv_eviction_cancelled", "Evictions that a worker could not carry out; nothing was dropped."),
+    "cancelled": ("vllm:kv_eviction_cancelled", "Evictions that could not be carried out; nothing was dropped."),
+    "echo_tokens": ("vllm:kv_eviction_echo_tokens", "Tokens computed to look at a prompt again, for its scores."),
 }
 # Seconds are a histogram: `LLM.get_metrics()` cuts counters down to whole numbers.
 SECONDS = ("vllm:kv_eviction_seconds", "Seconds that a step spent on scoring and packing.")

@@ -70,6 +70,11 @@ class EvictionConfig(BaseModel):
         known = [name for name in allowed_policies() if name in chosen]
         return known + sorted(chosen.difference(known))
 
+    @property
+    def reconstructs(self) -> bool:
+        """Whether a policy that requests may have takes a second look at their prompts."""
+        return any(PRESETS[name].reconstructs for name in self.choices if name != NONE)
+
     def allows(self, policy: str) -> bool:
         """Whether a request may name this policy, one that `known_policy` knows."""
         return self.policies is None or policy in (NONE, self.policy, *self.policies)

@@ -16,12 +16,14 @@ class Runtime(ABC):
     def __init__(self, windows: WindowQueries) -> None:
         self.windows = windows
         self._message: StepMessage | None = None
+        self._held: set[str] = set()  # past their stop, and not scored yet
 
     def begin(self, message: StepMessage, gone: Iterable[str]) -> None:
         """A real step starts. gone: requests that ended, were preempted, or enter the batch (anew): whatever we knew of
         them is void."""
         for request_id in gone:
             self.forget(request_id)
+        self._held.update(message.held)
         self._message = message
 
     @abstractmethod
@@ -35,10 +37,11 @@ class Runtime(ABC):
 
     def forget(self, request_id: str) -> None:
         self.windows.drop(request_id)
+        self._held.discard(request_id)
 
     def drop_untaken(self) -> None:
-        """The step's evictions are over: what was kept for one, and none took, is forgotten."""
-        self.windows.drop_complete()
+        """The step's evictions are over: what was kept for one, and none took, is forgotten, unless one is to come."""
+        self.windows.drop_complete(self._held)
 
     @property
     def observing(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
@@ -77,9 +78,10 @@ class WindowQueries:
             raise IncompleteError(f"{marks.bit_count()} of {self._shape[1]} window queries were seen")
         return window_LWQD
 
-    def drop_complete(self) -> None:
-        """Forget windows that no eviction took: the scheduler found nothing to gain when the request got there."""
-        for request_id in [r for r, marks in self._marks.items() if marks == self._all_marks]:
+    def drop_complete(self, held: Container[str] = ()) -> None:
+        """Forget windows that no eviction took: the scheduler found nothing to gain when the request got there. held:
+        requests that are still to be evicted."""
+        for request_id in [r for r, marks in self._marks.items() if marks == self._all_marks and r not in held]:
             self.drop(request_id)
 
     def drop(self, request_id: str) -> None:

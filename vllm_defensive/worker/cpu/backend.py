@@ -25,6 +25,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm_defensive.worker.capabilities import limited
 from vllm_defensive.worker.cpu.accumulation import Accumulation
 from vllm_defensive.worker.cpu.pages import PageCodec
+from vllm_defensive.worker.cpu.reconstruction import EchoRow
 from vllm_defensive.worker.cpu.runtime import CPURuntime, EvictedRows
 from vllm_defensive.worker.window import Capture
 
@@ -44,11 +45,13 @@ class EvictionCPUBackend(CPUAttentionBackend):
 
 @dataclass
 class EvictionCPUMetadata(CPUAttentionMetadata):
-    """captures: window queries to keep in this step. accumulations: rows whose attention is summed.
+    """captures: window queries to keep in this step. accumulations: rows whose attention is summed. echoes: rows whose
+    attention scores the tokens before them.
     evicted: rows that attend over packed pages. stock: any others."""
 
     captures: tuple[Capture, ...] = ()
     accumulations: tuple[Accumulation, ...] = ()
+    echoes: tuple[EchoRow, ...] = ()
     evicted: EvictedRows | None = None
     stock: bool = True
 
@@ -75,6 +78,7 @@ class EvictionCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             **{f.name: getattr(base, f.name) for f in fields(base)},
             captures=step.captures,
             accumulations=step.accumulations,
+            echoes=step.echoes,
             evicted=evicted,
             stock=evicted is None or evicted.rows_E.numel() < common.num_reqs,
         )
@@ -107,10 +111,12 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
             capture.take(self.layer_index, query)
         if attn_metadata.stock:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
-        if attn_metadata.accumulations:
+        if attn_metadata.accumulations or attn_metadata.echoes:
             assert self.runtime is not None
             for part in attn_metadata.accumulations:
                 self.runtime.accumulations.add(part, self.layer_index, query)
+            for row in attn_metadata.echoes:
+                self.runtime.reconstructions.add(row, self.layer_index, query)
         if attn_metadata.evicted is not None:
             real = slice(0, attn_metadata.num_actual_tokens)  # the rest is padding
             self._attend_packed(layer, query[real], attn_metadata.evicted, output[real])

@@ -31,7 +31,8 @@ Tokens = tuple[Tensor, Tensor]  # K `[H, T, D]`, and V of the last of these toke
 
 @dataclass(eq=False)
 class Scored:
-    """A request between `score` and `pack`. seen_L: of each layer the window's queries, or accumulated attention.
+    """A request between `score` and `pack`. seen_L: of each layer the window's queries, or accumulated attention; None
+    if neither is read. echo_L: of each layer, what a second look saw; None without one.
     pages_LHB: int64, where its tokens are. first_value: values of blocks before this one are not read.
 
     layers: scores, of a policy whose layers share a budget; layers apart are scored as they are packed, so that one
@@ -40,7 +41,8 @@ class Scored:
 
     score: Score
     policy: Policy
-    seen_L: Tensor
+    seen_L: Tensor | None
+    echo_L: Tensor | None
     pages_LHB: Tensor
     first_value: int
     layers: list[LayerScores] = field(default_factory=list)
@@ -79,9 +81,10 @@ class CPUEvictor(Evictor):
     def _score(self, score: Score) -> Scored:
         policy = PRESETS[score.policy]
         seen = self._runtime.accumulations if policy.accumulates else self._runtime.windows
-        seen_L = seen.pop(score.request_id)
+        seen_L = seen.pop(score.request_id) if policy.aggregate != "echo" else None
+        echo_L = self._runtime.reconstructions.pop(score.request_id, score.region) if policy.reconstructs else None
         pages_LHB = self._view.of_blocks(torch.tensor(score.source_blocks))
-        scored = Scored(score, policy, seen_L, pages_LHB, policy.first_value(score.region.shared_blocks))
+        scored = Scored(score, policy, seen_L, echo_L, pages_LHB, policy.first_value(score.region.shared_blocks))
         if not policy.layers_apart:
             self._score_all(scored)
         return scored
@@ -102,11 +105,13 @@ class CPUEvictor(Evictor):
         policy, region = scored.policy, scored.score.region
         skipped = key_HTD.shape[1] - value_HTD.shape[1]
         gram = policy.value_weight == "l2-gram"
+        seen = None if scored.seen_L is None else scored.seen_L[layer]
         return score_layer(
             policy,
             layer=layer,
-            query_WQD=None if policy.accumulates else scored.seen_L[layer],
-            mass_HS=scored.seen_L[layer] if policy.accumulates else None,
+            query_WQD=None if policy.accumulates else seen,
+            mass_HS=seen if policy.accumulates else None,
+            echo_HS=None if scored.echo_L is None else scored.echo_L[layer],
             window=region.window,
             key_HSD=key_HTD[:, : region.stop],
             value_HSD=value_HTD[:, : region.stop - skipped],

@@ -12,6 +12,7 @@ from torch import Tensor
 from vllm_defensive.plan import Eviction
 from vllm_defensive.worker.cpu.accumulation import Accumulation, Accumulations
 from vllm_defensive.worker.cpu.pages import PageView
+from vllm_defensive.worker.cpu.reconstruction import EchoRow, Reconstructions
 from vllm_defensive.worker.cpu.tables import BatchTable, RequestTable
 from vllm_defensive.worker.runtime import Runtime
 from vllm_defensive.worker.window import Capture, WindowQueries
@@ -40,6 +41,7 @@ class EvictedRows:
 class Step:
     captures: tuple[Capture, ...]
     accumulations: tuple[Accumulation, ...]
+    echoes: tuple[EchoRow, ...]
     evicted: EvictedRows | None
 
 
@@ -51,12 +53,14 @@ class CPURuntime(Runtime):
         view: PageView,
         windows: WindowQueries,
         accumulations: Accumulations,
+        reconstructions: Reconstructions,
         request_ids: Callable[[Any], Sequence[str]],
     ) -> None:
         """request_ids: from vLLM's common attention metadata to the request id of each batch row."""
         super().__init__(windows)
         self.attention_view = view.attention_view()
         self.accumulations = accumulations
+        self.reconstructions = reconstructions
         self.tables: dict[str, RequestTable] = {}
         self._view = view
         self._request_ids = request_ids
@@ -66,6 +70,7 @@ class CPURuntime(Runtime):
         super().forget(request_id)
         self.tables.pop(request_id, None)
         self.accumulations.drop(request_id)
+        self.reconstructions.drop(request_id)
 
     def install(self, eviction: Eviction, pages_LH: Tensor) -> None:
         """Make an eviction known to the steps that come. pages_LH: int, packed pages of each head."""
@@ -79,15 +84,16 @@ class CPURuntime(Runtime):
     def step(self, common: Any) -> Step | None:
         """What is special about this batch, or None: nothing is. common: vLLM's `CommonAttentionMetadata`."""
         message = self._message
-        if message is None or not (self.tables or message.observe or message.accumulate):
+        if message is None or not (self.tables or message.observe or message.accumulate or message.reconstruct):
             return None
         ids = self._request_ids(common)
         rows = [row for row, request_id in enumerate(ids) if request_id in self.tables]
         captures = self._captures(ids, common) if message.observe else ()
         accumulations = self._accumulations(ids, common) if message.accumulate else ()
-        if not rows and not captures and not accumulations:
+        echoes = self._echoes(ids, common) if message.reconstruct else ()
+        if not rows and not captures and not accumulations and not echoes:
             return None
-        return Step(captures, accumulations, self._evicted(ids, rows, common) if rows else None)
+        return Step(captures, accumulations, echoes, self._evicted(ids, rows, common) if rows else None)
 
     def _captures(self, ids: Sequence[str], common: Any) -> tuple[Capture, ...]:
         assert self._message is not None
@@ -111,6 +117,15 @@ class CPURuntime(Runtime):
             if request_id in wanted
         )
         return tuple(part for part in parts if part is not None)
+
+    def _echoes(self, ids: Sequence[str], common: Any) -> tuple[EchoRow, ...]:
+        assert self._message is not None
+        wanted = self._message.reconstruct
+        return tuple(
+            self.reconstructions.plan(wanted[request_id], *_chunk(common, row), common.block_table_tensor[row])
+            for row, request_id in enumerate(ids)
+            if request_id in wanted
+        )
 
     def _evicted(self, ids: Sequence[str], rows: list[int], common: Any) -> EvictedRows:
         tables = [self.tables[ids[row]] for row in rows]

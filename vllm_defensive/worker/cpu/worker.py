@@ -12,6 +12,7 @@ from vllm_defensive.worker.cpu.backend import EvictionCPUBackend, EvictionCPUImp
 from vllm_defensive.worker.cpu.evictor import CPUEvictor
 from vllm_defensive.worker.cpu.generators import without_discarded
 from vllm_defensive.worker.cpu.pages import PageView
+from vllm_defensive.worker.cpu.reconstruction import Reconstructions
 from vllm_defensive.worker.cpu.runtime import CPURuntime
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.window import WindowQueries
@@ -38,7 +39,8 @@ class EvictionCPUWorker(EvictionWorker, CPUWorker):
         windows = WindowQueries(len(layers), self.eviction.window, first.num_heads, first.head_size, dtype)
         scales = [layer.impl.scale for layer in layers]
         accumulations = Accumulations(view, codec, scales)
-        runtime = CPURuntime(view, windows, accumulations, compat.request_ids_of(self.model_runner))
+        reconstructions = Reconstructions(view, codec, scales)
+        runtime = CPURuntime(view, windows, accumulations, reconstructions, compat.request_ids_of(self.model_runner))
         for index, layer in enumerate(layers):
             assert isinstance(layer.impl, EvictionCPUImpl)
             layer.impl.runtime, layer.impl.layer_index = runtime, index
