@@ -148,7 +148,7 @@ def test_ratios_and_windows_are_kept(run: Run) -> None:
         assert audit.policy == turn.policy and audit.keep_ratio == KEEP
         assert audit.token_ids.tolist() == turn.prompt[: audit.stop]
         mask_LHT = audit.mask()
-        assert mask_LHT[:, :, -audit.window :].all()
+        assert mask_LHT[:, :, -audit.window :].all() or not PRESETS[turn.policy].keeps_window
         full, tail = divmod(audit.stop, audit.block_size)
         kept = audit.shared_blocks * audit.block_size + audit.packed_blocks * audit.block_size + tail
         assert mask_LHT.sum() == kept * mask_LHT.shape[0] * mask_LHT.shape[1]

@@ -24,6 +24,7 @@ class Runtime(ABC):
         for request_id in gone:
             self.forget(request_id)
         self._held.update(message.held)
+        self._held.difference_update(score.request_id for score in message.scores)
         self._message = message
 
     @abstractmethod

@@ -42,9 +42,9 @@ class Scored:
     score: Score
     policy: Policy
     seen_L: Tensor | None
-    echo_L: Tensor | None
     pages_LHB: Tensor
     first_value: int
+    echo_L: Tensor | None = None
     layers: list[LayerScores] = field(default_factory=list)
     read: list[Tokens] = field(default_factory=list)
 
@@ -84,7 +84,7 @@ class CPUEvictor(Evictor):
         seen_L = seen.pop(score.request_id) if policy.aggregate != "echo" else None
         echo_L = self._runtime.reconstructions.pop(score.request_id, score.region) if policy.reconstructs else None
         pages_LHB = self._view.of_blocks(torch.tensor(score.source_blocks))
-        scored = Scored(score, policy, seen_L, echo_L, pages_LHB, policy.first_value(score.region.shared_blocks))
+        scored = Scored(score, policy, seen_L, pages_LHB, policy.first_value(score.region.shared_blocks), echo_L)
         if not policy.layers_apart:
             self._score_all(scored)
         return scored
