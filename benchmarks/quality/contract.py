@@ -148,15 +148,23 @@ def write(rows: Sequence[Row], contract: Contract, folder: Path) -> str:
 
 
 def markdown(found: Sequence[Row], contract: Contract) -> str:
-    """A table a count. Slots without a pair of crosses, and crosses left out, are named."""
+    """What each slot exchanges, which crosses are left out, and a table a count."""
     lines = [f"# {contract.second}'s choices against {contract.first}'s, on the same answers\n"]
-    lines += [f"{slot}: the same in both." for slot in SLOTS if slot not in contract.slots]
-    lines += [f"{slot}: no two crosses differ in it alone." for slot in contract.slots if not contract.pairs(slot)]
-    lines += [f"Left out: {reason}." for reason in contract.left_out.values()]  # which name the cross
+    lines += [f"- {slot}: {_choices(contract, slot)}." for slot in SLOTS]
+    lines += [f"- Left out: {reason}." for reason in contract.left_out.values()]  # which name the cross
     for count in COUNTS:
         if some := [row for row in found if row["count"] == count]:
             lines += ["", f"## {paired.COUNT_NAMES[count]}\n", *_table(some, contract)]
     return "\n".join(lines) + "\n"
+
+
+def _choices(contract: Contract, slot: str) -> str:
+    if slot not in contract.slots:
+        return "the same in both"
+    first, second = get_policy(contract.first), get_policy(contract.second)
+    options = [(option, getattr(first, option), getattr(second, option)) for option in SLOTS[slot]]
+    text = ", ".join(f"{option} {theirs} for {ours}" for option, ours, theirs in options if ours != theirs)
+    return text if contract.pairs(slot) else f"{text}; no two crosses differ in it alone"
 
 
 def _table(found: Sequence[Row], contract: Contract) -> list[str]:

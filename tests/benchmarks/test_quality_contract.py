@@ -77,7 +77,8 @@ def test_a_slot_without_a_pair_is_named() -> None:
     lame = replace(one, crosses={(False, False): "halokv", (True, True): "layer-defensivekv"})
     assert lame.pairs("value") == [] and lame.pairs(contract.WHOLE) == [("halokv", "layer-defensivekv")]
     text = contract.markdown([], lame)
-    assert "value: no two crosses differ in it alone." in text and "budget: the same in both." in text
+    assert "- value: value_weight l1 for l2-gram; no two crosses differ in it alone." in text
+    assert "- score: stages mass for none; " in text and "- budget: the same in both." in text
 
 
 @pytest.mark.parametrize("names", [("snapkv", "snapkv"), ("snapkv", "snapkv@pool_kernel=5")], ids=str)
