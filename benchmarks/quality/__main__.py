@@ -36,16 +36,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     add = parser.add_argument
     add("--model", type=Path, help="model folder; default: SmolLM2-135M-Instruct, made if it is missing")
-    add(
+    what = parser.add_mutually_exclusive_group().add_argument
+    what(
         "--policies",
         type=_names,
-        default=None,
         help="default: all that users can choose; also NAME@OPTION=VALUE+OPTION=VALUE, and fp8 (stock vLLM, fp8 cache)",
     )
+    what("--contract", nargs=2, metavar=("A", "B"), help="two policies to take apart: all crosses of them are measured")
     add("--keep", type=_floats, default=[0.5, 0.2, 0.1], help="nominal ratios; default: 0.5,0.2,0.1")
     add("--contexts", type=_ints, default=[1024, 2048, 4096], help="prompt sizes in tokens; default: 1024,2048,4096")
     add("--samples", type=_ints, default=[10, 10, 3], help="documents for each context; one number holds for all")
-    add("--contract", nargs=2, metavar=("A", "B"), help="take two policies apart, in place of --policies")
     add("--data", type=Path, metavar="DIR", help=f"a folder with {' and '.join(FILES.values())}, plain, .gz or .xz")
     add(
         "--suites",

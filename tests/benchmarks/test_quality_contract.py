@@ -173,6 +173,12 @@ def test_both_counts_are_written(tmp_path: Path) -> None:
     assert "## With the first token" not in contract.write(old, terms, tmp_path), "of the old count there is one"
 
 
+def test_a_contract_stands_in_place_of_policies(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--contract", "halokv", "snapkv", "--policies", "adakv"])
+    assert "--policies: not allowed with argument --contract" in capsys.readouterr().err
+
+
 def test_a_contract_has_its_own_suites_and_folder() -> None:
     chosen = parse(["--contract", "halokv", "snapkv"])
     assert chosen.contract == ["halokv", "snapkv"] and chosen.suites == list(plan.CONTRACT_SUITES)
