@@ -7,7 +7,6 @@ never become Python objects.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,39 +14,9 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from benchmarks.quality.metrics import divergence
+from benchmarks.quality.answers import Forced
 
 ARGUMENT = "forced_answer"
-
-
-@dataclass
-class Forced:
-    """One forced answer of A tokens. full_AV: log-probabilities with the full cache, kept if `keep`, compared with if
-    given. kl, nll, right: per token, filled in while the engine runs."""
-
-    tokens: list[int]
-    full_AV: Tensor | None = None
-    keep: bool = False
-    kl: list[float] = field(default_factory=list)
-    nll: list[float] = field(default_factory=list)
-    right: list[bool] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        size = len(self.tokens)
-        self.kl, self.nll, self.right = [0.0] * size, [0.0] * size, [False] * size
-        self._kept: list[Tensor | None] = [None] * size
-
-    def record(self, position: int, logprobs_V: Tensor) -> None:
-        token = self.tokens[position]
-        self.nll[position] = -float(logprobs_V[token])
-        self.right[position] = int(logprobs_V.argmax()) == token
-        if self.keep:
-            self._kept[position] = logprobs_V.clone()
-        if self.full_AV is not None:
-            self.kl[position] = float(divergence(self.full_AV[position], logprobs_V))
-
-    def reference(self) -> Tensor:
-        return torch.stack([row for row in self._kept if row is not None])
 
 
 PENDING: dict[int, Forced] = {}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.quality.ruler import Document, Question
+from benchmarks.quality.questions import Document, Question
 
 _MARK = "\x00"
+MOST_GOLD = 128
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Prompts:
         return len(self.encode(text))
 
     def ask(self, document: Document, question: Question) -> Prompt:
-        """The two parts are encoded apart, so that all questions share the document's tokens."""
+        """The two parts are encoded apart, so that all questions share the document's tokens. Of a long answer the
+        first tokens are the right ones to force."""
         head = self.encode(f"{self._before}{document.text}\n\n")
-        return Prompt(
-            head + self.encode(f"{question.text}{self._after}{question.prefix}"), len(head), self.encode(question.gold)
-        )
+        gold = self.encode(question.gold)[:MOST_GOLD]
+        return Prompt(head + self.encode(f"{question.text}{self._after}{question.prefix}"), len(head), gold)
 
     def ask_again(self, first: Prompt, answer: list[int], question: Question) -> Prompt:
         """A second turn after the first one's answer."""

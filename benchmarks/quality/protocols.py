@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.quality import metrics, ruler, texts
+from benchmarks.quality import ruler, texts
+from benchmarks.quality.answers import Forced
 from benchmarks.quality.engine import FP8, NONE, Engine, Setting
+from benchmarks.quality.files import Files
 from benchmarks.quality.plan import AFTER, NEXT_TOKENS, NO_PREFIX_CACHE, WINDOW, YARDSTICK, Item
 from benchmarks.quality.prompts import Prompt, Prompts
+from benchmarks.quality.questions import Document, Question, score
 
 TEMPLATE_TOKENS = 90  # what template, question and begun answer may take of a context
 FREE_TOKENS = 16  # a free answer may be this much longer than the gold one
@@ -34,9 +37,9 @@ FULL = Choice(NONE, 1.0, WINDOW)
 class Runner:
     """Runs items on one engine. Each result is a dict that JSON can hold."""
 
-    def __init__(self, engine: Engine, fp8_engine: Engine | None = None) -> None:
-        """fp8_engine: runs the choices whose policy is "fp8"."""
-        self._engine, self._fp8_engine = engine, fp8_engine
+    def __init__(self, engine: Engine, fp8_engine: Engine | None = None, files: Files | None = None) -> None:
+        """fp8_engine: runs the choices whose policy is "fp8". files: has the documents of the suites of files."""
+        self._engine, self._fp8_engine, self._files = engine, fp8_engine, files
         self._prompts = Prompts(engine.tokenizer)
 
     def run(self, item: Item, choices: Sequence[Choice]) -> list[dict[str, Any]]:
@@ -59,14 +62,13 @@ class Runner:
                 )
         return rows
 
-    def _probes(self, item: Item) -> Iterator[tuple[Prompt, ruler.Question | None]]:
+    def _probes(self, item: Item) -> Iterator[tuple[Prompt, Question | None]]:
         if item.suite == "text":
             text = texts.running_text(random.Random(f"text/{item.seed}"), 8 * (item.context + NEXT_TOKENS))
             tokens = self._prompts.encode(text)[: item.context]
             yield Prompt(tokens[:-NEXT_TOKENS], len(tokens) - NEXT_TOKENS, tokens[-NEXT_TOKENS:]), None
             return
-        task = YARDSTICK if item.suite == "turns" else item.task
-        document = ruler.generate(task, item.context - TEMPLATE_TOKENS, item.seed, self._prompts.count)
+        document = self._document(item)
         prompts = [self._prompts.ask(document, question) for question in document.questions]
         if item.suite == "turns":
             second = self._prompts.ask_again(prompts[0], prompts[0].gold, document.questions[1])
@@ -76,11 +78,15 @@ class Runner:
         else:
             yield from zip(prompts, document.questions, strict=True)
 
-    def _forced(
-        self, prompt: Prompt, question: ruler.Question | None, choices: Sequence[Choice]
-    ) -> Iterator[tuple[Choice, dict[str, Any]]]:
-        from benchmarks.quality.forced import Forced
+    def _document(self, item: Item) -> Document:
+        if self._files and (found := self._files.document(item.suite, item.task, item.context, item.seed)):
+            return found
+        task = YARDSTICK if item.suite == "turns" else item.task
+        return ruler.generate(task, item.context - TEMPLATE_TOKENS, item.seed, self._prompts.count)
 
+    def _forced(
+        self, prompt: Prompt, question: Question | None, choices: Sequence[Choice]
+    ) -> Iterator[tuple[Choice, dict[str, Any]]]:
         full = Forced(prompt.gold, keep=True)
         self._engine.forced([(prompt.tokens, full, Setting())])
         jobs = [(c, Forced(prompt.gold, full_AV=full.reference())) for c in choices]
@@ -94,22 +100,14 @@ class Runner:
                 skip_prefix_cache=skip_prefix_cache,
             )
         for choice, forced in [(FULL, full), *jobs]:
-            # In one of the two protocols the first token is read off the full cache: it is left out in both.
-            yield (
-                choice,
-                {
-                    "kl": metrics.mean(forced.kl[1:]),
-                    "nll": metrics.mean(forced.nll[1:]),
-                    "exact": float(all(forced.right)),
-                },
-            )
+            yield choice, forced.counts(first_counts=choice.protocol == AFTER)
 
     def _free(
-        self, prompt: Prompt, question: ruler.Question | None, choices: Sequence[Choice]
+        self, prompt: Prompt, question: Question | None, choices: Sequence[Choice]
     ) -> Iterator[tuple[Choice, dict[str, Any]]]:
         assert question is not None
         most = len(prompt.gold) + FREE_TOKENS
         for some in ([FULL], choices):
             outputs = self._engine.free([(prompt.tokens, most, choice.setting(prompt)) for choice in some])
             for choice, output in zip(some, outputs, strict=True):
-                yield choice, {"score": ruler.score(question, output.outputs[0].text)}
+                yield choice, {"score": score(question, output.outputs[0].text)}

@@ -12,7 +12,8 @@ from benchmarks.quality.engine import FP8
 from benchmarks.quality.plan import AFTER, NO_PREFIX_CACHE, WINDOW
 
 Row = dict[str, Any]
-_VALUES = ("kl", "nll", "exact", "score")
+_VALUES = ("kl", "kl_with_first", "nll", "exact", "score")
+OLD_COUNT = "Measured by the old count, which leaves the first token of an answer out here too.\n"
 _PROTOCOLS = {WINDOW: "question in the window", AFTER: "question after the eviction", NO_PREFIX_CACHE: NO_PREFIX_CACHE}
 
 
@@ -67,7 +68,9 @@ def _cell(key: tuple[Any, ...], members: list[Row]) -> Row:
         values = [m[name] for m in members if name in m]
         if values:
             cell[name] = metrics.mean(values)
-            cell[f"{name}_interval"] = metrics.interval(values, [m["item"] for m in members])
+            cell[f"{name}_interval"] = metrics.interval(values, [m["item"] for m in members if name in m])
+            if len(values) < len(members):  # some were measured by the old count
+                cell[f"{name}_answers"] = len(values)
             if name in ("kl", "nll"):
                 cell[f"{name}_worst"] = metrics.worst(values)
     return cell
@@ -81,7 +84,8 @@ def markdown(table: list[Row]) -> str:
     parts = [
         "# Quality: measured through the engine\n",
         "Cells are means over questions; in brackets the 95 % bootstrap interval over documents. KL is "
-        "KL(full || evicted) in nats a token, on the tokens of the right answer, the first one left out. `kept` is "
+        "KL(full || evicted) in nats a token, on the tokens of the right answer, the first one left out; `with first`: "
+        "that one too, where the question comes after the eviction and what was kept decides it. `kept` is "
         "what is really held of the prompt's KV cache, whole pages and the tail included.\n",
     ]
     for suite, task, context in sorted({(c["suite"], c["task"], c["context"]) for c in table}):
@@ -108,15 +112,22 @@ def _forced_table(suite: str, task: str, context: int, cells: list[Row]) -> str:
         here = [c for c in cells if c["protocol"] == protocol and c["policy"] != "none"]
         kept = {k: metrics.mean([c["retention"] for c in here if c["keep"] == k]) for k in keeps}
         lines.append(f"### {_PROTOCOLS[protocol]}\n")
+        extra = keeps if any("kl_with_first" in c for c in here) else []
+        if protocol == AFTER and not extra:
+            lines.append(OLD_COUNT)
         lines.append(
-            "| policy | " + " | ".join(f"KL, keep {k:g} (kept {kept[k]:.3f})" for k in keeps) + " | worst 5 % | exact |"
+            "| policy | "
+            + " | ".join(f"KL, keep {k:g} (kept {kept[k]:.3f})" for k in keeps)
+            + "".join(f" | with first, {k:g}" for k in extra)
+            + " | worst 5 % | exact |"
         )
-        lines.append("| --- |" + " ---: |" * (len(keeps) + 2))
+        lines.append("| --- |" + " ---: |" * (len(keeps) + len(extra) + 2))
         for policy in dict.fromkeys(c["policy"] for c in here):
             by_keep = {c["keep"]: c for c in here if c["policy"] == policy}
             lines.append(
                 f"| {policy} | "
                 + " | ".join(_with_interval(by_keep.get(k), "kl") for k in keeps)
+                + "".join(f" | {_with_interval(by_keep.get(k), 'kl_with_first')}" for k in extra)
                 + " | "
                 + " / ".join(f"{by_keep[k]['kl_worst']:.2f}" if k in by_keep else "-" for k in keeps)
                 + " | "
@@ -147,11 +158,12 @@ def _ruler_table(context: int, cells: list[Row]) -> str:
 
 
 def _with_interval(cell: Row | None, name: str) -> str:
-    if cell is None:
+    if cell is None or name not in cell:
         return "-"
     low, high = cell[f"{name}_interval"]
     digits = 3 if cell[name] < 0.1 else 2
-    return f"{cell[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    some = f" ({cell[f'{name}_answers']} answers)" if f"{name}_answers" in cell else ""
+    return f"{cell[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]{some}"
 
 
 def _costs(runs: list[Row]) -> str:

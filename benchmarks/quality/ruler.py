@@ -1,46 +1,16 @@
 """Thirteen tasks with RULER's definitions (arXiv 2404.06654), generated here, word for word our own.
 
-A `Document` is a text and the questions that can be asked about it. Sizes are in tokens of the model at hand.
+Two more are ours, see `NOT_RULERS`. Sizes are in tokens of the model at hand.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
 
-from benchmarks.quality import texts
-
-Match = Literal["all", "any"]
-CountTokens = Callable[[str], int]
-
-
-@dataclass(frozen=True)
-class Question:
-    """text: asked after the document. prefix: how the answer begins, given to the model. gold: how a right answer
-    goes on. answers: strings that the answer must contain (all of them, or any)."""
-
-    text: str
-    prefix: str
-    gold: str
-    answers: tuple[str, ...]
-    match: Match = "all"
-
-
-@dataclass(frozen=True)
-class Document:
-    task: str
-    seed: int
-    text: str
-    questions: tuple[Question, ...]
-
-
-def score(question: Question, output: str) -> float:
-    """RULER's string match: the share of the answers that occur in the output, or whether any does."""
-    found = [answer.lower() in output.lower() for answer in question.answers]
-    return sum(found) / len(found) if question.match == "all" else float(any(found))
+from benchmarks.quality import needles, texts
+from benchmarks.quality.questions import CountTokens, Document, Made, Question, fit, largest, repeat
 
 
 def generate(task: str, tokens: int, seed: int, count: CountTokens) -> Document:
@@ -52,96 +22,17 @@ def generate(task: str, tokens: int, seed: int, count: CountTokens) -> Document:
     return Document(task, seed, text, tuple(questions))
 
 
-_Made = tuple[str, Sequence[Question]]
-
-
-# -- needles ----------------------------------------------------------------------------------------------------------
-
-
-def _needle(rng: random.Random, tokens: int, count: CountTokens, **kind: object) -> _Made:
-    """Needles in a haystack: see `_NEEDLES` for the kinds."""
-    haystack, value_kind = kind["haystack"], kind["value"]
-    num_keys, num_values, ask_all = kind.get("keys", 1), kind.get("values", 1), kind.get("ask_all", False)
-    make_value = texts.uuid if value_kind == "uuid" else texts.number
-    noun = "code" if value_kind == "uuid" else "number"
-    intro = f"The text below hides some secret {noun}s. Read it with care: you will be asked about them.\n\n"
-
-    def line(key: str, value: str) -> str:
-        return f"The secret {noun} of {key} is {value}."
-
-    if haystack == "needles":
-        make_key = texts.uuid if kind.get("key") == "uuid" else None
-        names = [make_key(rng) for _ in range(400)] if make_key else texts.keys(rng, 400)
-        pairs = [(name, (make_value(rng),)) for name in names]
-        sentences = [line(name, values[0]) for name, values in pairs]
-        kept = _fit(sentences, tokens - count(intro), count)
-        text, asked = " ".join(sentences[:kept]), rng.sample(pairs[:kept], min(4, kept))
-    else:
-        pairs = [
-            (name, tuple(make_value(rng) for _ in range(int(str(num_values)))))
-            for name in texts.keys(rng, int(str(num_keys)))
-        ]
-        needles = [line(name, value) for name, values in pairs for value in values]
-        hay = texts.essay(rng) if haystack == "essay" else _repeat(texts.NOISE, tokens)
-        room = tokens - count(intro) - sum(count(" " + needle) for needle in needles)
-        text, asked = _hide(rng, needles, hay[: _fit(hay, room, count)]), pairs
-    if ask_all:
-        names = ", ".join(name for name, _ in asked[:-1]) + f" and {asked[-1][0]}"
-        gold = ", ".join(values[0] for _, values in asked)
-        question = Question(
-            f"What are the secret {noun}s of {names} that the text above mentions?",
-            f"The secret {noun}s of {names} that the text above mentions are",
-            f" {gold}",
-            tuple(values[0] for _, values in asked),
-        )
-        return intro + text, [question]
-    plural = f"{noun}s" if int(str(num_values)) > 1 else noun
-    verb, ask = ("are", "What are all") if int(str(num_values)) > 1 else ("is", "What is")
-    return intro + text, [
-        Question(
-            f"{ask} the secret {plural} of {name} that the text above mentions?",
-            f"The secret {plural} of {name} that the text above mentions {verb}",
-            f" {', '.join(values)}",
-            values,
-        )
-        for name, values in asked
-    ]
-
-
-def _hide(rng: random.Random, needles: Sequence[str], hay: Sequence[str]) -> str:
-    """Put the needles, in random order, at different random places between sentences."""
-    places = sorted(rng.sample(range(len(hay) + 1), len(needles)), reverse=True)
-    sentences = list(hay)
-    for place, needle in zip(places, rng.sample(list(needles), len(needles)), strict=True):
-        sentences.insert(place, needle)
-    return " ".join(sentences)
-
-
-def _repeat(sentences: Sequence[str], tokens: int) -> list[str]:
-    return list(sentences) * (tokens // len(sentences))
-
-
-def _fit(sentences: Sequence[str], tokens: int, count: CountTokens) -> int:
-    """How many leading sentences fit into `tokens` tokens."""
-    used = 0
-    for index, sentence in enumerate(sentences):
-        used += count(" " + sentence)
-        if used > tokens:
-            return index
-    return len(sentences)
-
-
 # -- tracing, counting ------------------------------------------------------------------------------------------------
 
 
-def _variable_tracking(rng: random.Random, tokens: int, count: CountTokens) -> _Made:
+def _variable_tracking(rng: random.Random, tokens: int, count: CountTokens) -> Made:
     """A chain of assignments hidden in noise; every variable with the first one's value is to be found."""
     names = ["".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=5)) for _ in range(5)]
     value = str(rng.randrange(10_000, 100_000))
     chain = [f"VAR {names[0]} = {value}."] + [f"VAR {b} = VAR {a}." for a, b in itertools.pairwise(names)]
     intro = "Follow the variable assignments that are hidden in the text below.\n\n"
-    hay = _repeat(texts.NOISE, tokens)
-    hay = hay[: _fit(hay, tokens - count(intro) - sum(count(" " + link) for link in chain), count)]
+    hay = repeat(texts.NOISE, tokens)
+    hay = hay[: fit(hay, tokens - count(intro) - sum(count(" " + link) for link in chain), count)]
     places = sorted(rng.sample(range(len(hay) + 1), len(chain)), reverse=True)
     for place, link in zip(places, reversed(chain), strict=True):  # the chain stays in its order
         hay.insert(place, link)
@@ -154,7 +45,7 @@ def _variable_tracking(rng: random.Random, tokens: int, count: CountTokens) -> _
     return intro + " ".join(hay), [question]
 
 
-def _common_words(rng: random.Random, tokens: int, count: CountTokens) -> _Made:
+def _common_words(rng: random.Random, tokens: int, count: CountTokens) -> Made:
     """A numbered list in which ten words occur often and all others rarely."""
     words = texts.keys(rng, 1500)
     often, rare = (30, 3) if tokens >= 4096 else (10, 1)
@@ -166,7 +57,7 @@ def _common_words(rng: random.Random, tokens: int, count: CountTokens) -> _Made:
         random.Random(f"{tokens}/{common[0]}").shuffle(chosen)
         return " ".join(f"{index}. {word}" for index, word in enumerate(chosen, 1))
 
-    most = _largest(lambda n: count(intro + listing(n)) <= tokens, len(others))
+    most = largest(lambda n: count(intro + listing(n)) <= tokens, len(others))
     question = Question(
         "Which 10 words occur most often in the list?",
         "The 10 most common words are:",
@@ -176,7 +67,7 @@ def _common_words(rng: random.Random, tokens: int, count: CountTokens) -> _Made:
     return intro + listing(most), [question]
 
 
-def _frequent_words(rng: random.Random, tokens: int, count: CountTokens) -> _Made:
+def _frequent_words(rng: random.Random, tokens: int, count: CountTokens) -> Made:
     """Coded words whose frequencies follow a zeta distribution with exponent 2; the three most frequent are asked."""
     coded = list(dict.fromkeys("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(200)))
     intro = "Read the coded text below and keep track of how often each coded word occurs.\n\n"
@@ -187,7 +78,7 @@ def _frequent_words(rng: random.Random, tokens: int, count: CountTokens) -> _Mad
         random.Random(f"{tokens}/{coded[0]}").shuffle(chosen)
         return " ".join(chosen)
 
-    most = _largest(lambda n: count(intro + text(n)) <= tokens, tokens)
+    most = largest(lambda n: count(intro + text(n)) <= tokens, tokens)
     question = Question(
         "Which three words occur most often in the coded text?",
         "The three most frequent words are:",
@@ -195,15 +86,6 @@ def _frequent_words(rng: random.Random, tokens: int, count: CountTokens) -> _Mad
         tuple(coded[:3]),
     )
     return intro + text(most), [question]
-
-
-def _largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest n in [0, limit] that fits, where fitting is monotone."""
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
 
 
 # -- questions about passages -----------------------------------------------------------------------------------------
@@ -219,7 +101,7 @@ _TRADES = "baker carpenter doctor engineer farmer gardener lawyer musician paint
 _PETS = "cat dog goat hawk horse lizard owl pony rabbit raven sheep tortoise"
 
 
-def _passages(rng: random.Random, tokens: int, count: CountTokens, *, hops: int) -> _Made:
+def _passages(rng: random.Random, tokens: int, count: CountTokens, *, hops: int) -> Made:
     """Short lives of invented people. One hop: a fact about a person. Two: a fact about that person's neighbour."""
     names = [f"{first} {last}" for first in _FIRST.split() for last in _LAST.split()]
     rng.shuffle(names)
@@ -236,7 +118,7 @@ def _passages(rng: random.Random, tokens: int, count: CountTokens, *, hops: int)
         )
 
     people = [passage(i) for i in range(len(names))]
-    kept = _fit(people, tokens - count(intro), count) // 2 * 2
+    kept = fit(people, tokens - count(intro), count) // 2 * 2
     order = rng.sample(range(kept), kept)
     questions = []
     for i in rng.sample(range(kept), min(4, kept)):
@@ -255,11 +137,11 @@ def _passages(rng: random.Random, tokens: int, count: CountTokens, *, hops: int)
     return intro + "".join(people[i] for i in order).rstrip(), questions
 
 
-def _copy(rng: random.Random, tokens: int, count: CountTokens) -> _Made:
-    """Not one of RULER's: repeat a sentence of the text word for word, given its first words."""
+def _copy(rng: random.Random, tokens: int, count: CountTokens) -> Made:
+    """Repeat a sentence of the text word for word, given its first words."""
     intro = "Read the text below. You will be asked to repeat parts of it word for word.\n\n"
     hay = texts.essay(rng)
-    hay = hay[: _fit(hay, tokens - count(intro), count)]
+    hay = hay[: fit(hay, tokens - count(intro), count)]
     long = [sentence for sentence in hay if 18 <= len(sentence.split()) <= 30]
     questions = []
     for sentence in rng.sample(long, min(2, len(long))):
@@ -271,25 +153,28 @@ def _copy(rng: random.Random, tokens: int, count: CountTokens) -> _Made:
     return intro + " ".join(hay), questions
 
 
-def _task(make: Callable[..., _Made], **kind: object) -> Callable[[random.Random, int, CountTokens], _Made]:
+def _task(make: Callable[..., Made], **kind: object) -> Callable[[random.Random, int, CountTokens], Made]:
     return lambda rng, tokens, count: make(rng, tokens, count, **kind)
 
 
-TASKS: dict[str, Callable[[random.Random, int, CountTokens], _Made]] = {
-    "niah_single_1": _task(_needle, haystack="noise", value="number"),
-    "niah_single_2": _task(_needle, haystack="essay", value="number"),
-    "niah_single_3": _task(_needle, haystack="essay", value="uuid"),
-    "niah_multikey_1": _task(_needle, haystack="essay", value="number", keys=4),
-    "niah_multikey_2": _task(_needle, haystack="needles", value="number"),
-    "niah_multikey_3": _task(_needle, haystack="needles", value="uuid", key="uuid"),
-    "niah_multivalue": _task(_needle, haystack="essay", value="number", values=4),
-    "niah_multiquery": _task(_needle, haystack="essay", value="number", keys=4, ask_all=True),
+TASKS: dict[str, Callable[[random.Random, int, CountTokens], Made]] = {
+    "niah_single_1": _task(needles.alike, haystack="noise", value="number"),
+    "niah_single_2": _task(needles.alike, haystack="essay", value="number"),
+    "niah_single_3": _task(needles.alike, haystack="essay", value="uuid"),
+    "niah_multikey_1": _task(needles.alike, haystack="essay", value="number", keys=4),
+    "niah_multikey_2": _task(needles.alike, haystack="needles", value="number"),
+    "niah_multikey_3": _task(needles.alike, haystack="needles", value="uuid", key="uuid"),
+    "niah_multivalue": _task(needles.alike, haystack="essay", value="number", values=4),
+    "niah_multiquery": _task(needles.alike, haystack="essay", value="number", keys=4, ask_all=True),
     "vt": _task(_variable_tracking),
     "cwe": _task(_common_words),
     "fwe": _task(_frequent_words),
     "qa_1": _task(_passages, hops=1),
     "qa_2": _task(_passages, hops=2),
+    "niah_worded": _task(needles.worded),
     "copy": _task(_copy),
 }
+NOT_RULERS = ("niah_worded", "copy")
+"""Tasks of our own: their answers are forced, and no free answers are scored beside RULER's."""
 JUDGE_NOTHING = ("vt", "cwe", "fwe")
 """Tasks beyond a model of 135M parameters: reported, but no policy is judged by them."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import random
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.quality import metrics, paired, plan, report, ruler, texts
+from benchmarks.quality import metrics, needles, paired, plan, questions, report, ruler, texts
 from benchmarks.quality.__main__ import parse
+from benchmarks.quality.answers import Forced
 from benchmarks.quality.protocols import Choice
 from benchmarks.quality.records import Records, choices_for
 
@@ -25,8 +30,8 @@ def test_documents_fit_their_size_and_hold_their_answers(task: str) -> None:
     assert 0.6 * 700 < count_words(document.text) <= 710
     assert document.questions
     for question in document.questions:
-        assert ruler.score(question, question.prefix + question.gold) == 1.0
-        assert ruler.score(question, "I do not know.") == 0.0
+        assert questions.score(question, question.prefix + question.gold) == 1.0
+        assert questions.score(question, "I do not know.") == 0.0
         assert all(answer in document.text for answer in question.answers)
 
 
@@ -43,10 +48,67 @@ def test_every_needle_can_be_asked_for() -> None:
     assert len({q.answers for q in document.questions}) == 4
 
 
+@pytest.mark.parametrize("task", ["niah_single_2", "niah_worded"])
+def test_a_needle_is_there_once_and_its_question_names_it(task: str) -> None:
+    document = ruler.generate(task, 700, 5, count_words)
+    keys = [key for key in texts.keys(random.Random(0), 50 * 60) if key in document.text]
+    assert len(keys) == len(document.questions) == {"niah_single_2": 1, "niah_worded": 4}[task]
+    for question in document.questions:
+        (key,) = [key for key in keys if key in question.text]
+        (value,) = question.answers
+        assert document.text.count(key) == document.text.count(value) == 1
+        (needle,) = [s for s in re.split(r"(?<=[.]) |\n\n", document.text) if key in s]
+        assert value in needle and key in question.prefix and value not in question.text + question.prefix
+        assert question.gold == f" {value}"
+
+
+def test_needles_of_different_wording_share_no_word_that_means_something() -> None:
+    plain = set(
+        re.findall("[a-z]+", "the of is that what does to who has how many from our last which one was above text")
+    )
+    words = [set(re.findall(r"[a-z]+", w.needle.format(key="", value="").lower())) - plain for w in needles.WORDINGS]
+    assert all(words) and not any(a & b for a, b in itertools.combinations(words, 2))
+    asked = [set(re.findall(r"[a-z]+", w.question.format(key="").lower())) - plain for w in needles.WORDINGS]
+    assert all(
+        len(q & own) > 1 and not any(q & o for o in words if o is not own) for q, own in zip(asked, words, strict=True)
+    )
+    hay = set(re.findall(r"[a-z]+", " ".join(texts.paragraphs()).lower()))
+    assert not {"secret", "telephone", "warehouse", "crates", "winter", "ticket"} & hay
+
+
+def test_both_kinds_of_needles_stand_beside_the_four_alike() -> None:
+    assert {"niah_single_2", "niah_worded", plan.YARDSTICK} <= set(plan.tasks_of("forced"))
+    assert "niah_worded" not in plan.tasks_of("ruler"), "it is not RULER's"
+
+
+def spoken(full_AV: torch.Tensor, other_AV: torch.Tensor, tokens: list[int]) -> Forced:
+    """What an engine fills in while these tokens are forced."""
+    forced = Forced(tokens, full_AV=full_AV)
+    for position, logprobs_V in enumerate(other_AV):
+        forced.record(position, logprobs_V)
+    return forced
+
+
+def test_the_first_token_counts_where_what_was_kept_decides_it() -> None:
+    generator = torch.Generator().manual_seed(3)
+    full_AV, other_AV = (torch.randn(4, 9, generator=generator).log_softmax(-1) for _ in range(2))
+    tokens = [int(other_AV[0].argmax()), 5, 0, 8]
+    forced = spoken(full_AV, other_AV, tokens)
+    pairs = zip(full_AV.tolist(), other_AV.tolist(), strict=True)
+    kl = [sum(math.exp(p) * (p - q) for p, q in zip(full, other, strict=True)) for full, other in pairs]
+    nll = [-float(other_AV[i, token]) for i, token in enumerate(tokens)]
+    later, before = forced.counts(first_counts=True), forced.counts(first_counts=False)
+    assert later.pop("kl_with_first") == pytest.approx(sum(kl) / 4, rel=1e-5)  # fp32
+    assert later == before, "what all settings share is the old count"
+    assert before["kl"] == pytest.approx(sum(kl[1:]) / 3, rel=1e-5)
+    assert before["nll"] == pytest.approx(sum(nll[1:]) / 3, rel=1e-5)
+    assert before["exact"] == 0.0
+
+
 def test_all_counts_shares_and_any_counts_one() -> None:
-    every = ruler.Question("?", "", "", ("12", "Ab"))
-    assert ruler.score(every, "it is aB") == 0.5
-    assert ruler.score(ruler.Question("?", "", "", ("12", "Ab"), "any"), "it is aB") == 1.0
+    every = questions.Question("?", "", "", ("12", "Ab"))
+    assert questions.score(every, "it is aB") == 0.5
+    assert questions.score(questions.Question("?", "", "", ("12", "Ab"), "any"), "it is aB") == 1.0
 
 
 def test_haystacks_come_with_python() -> None:
@@ -124,6 +186,30 @@ def test_the_report_names_every_policy(tmp_path: Path) -> None:
     assert "| full cache | 1 |  | 1.00 |" in text
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]
     assert {c["policy"] for c in cells} == {"none", "snapkv"}
+
+
+def test_the_old_count_is_marked_and_the_new_one_stands_beside_it(tmp_path: Path) -> None:
+    items = list(plan.items(["forced"], [64], [2], seed=0, tasks=[plan.YARDSTICK]))
+    full, later = Choice("none", 1.0, plan.WINDOW), Choice("snapkv", 0.2, plan.AFTER)
+    old = [row(items[0], full, kl=0.0, nll=0.3, exact=1.0), row(items[0], later, kl=0.5, nll=0.9, exact=0.0)]
+    report.write(old, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert report.OLD_COUNT in text and "with first, 0.2" not in text
+    assert "| snapkv | 0.50 [0.50, 0.50] | 0.50 | 0.00 |" in text
+    both = [*old, row(items[1], full, kl=0.0, nll=0.3, exact=1.0)]
+    both += [row(items[1], later, kl=0.5, kl_with_first=0.75, nll=0.9, exact=0.0)]
+    report.write(both, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert report.OLD_COUNT not in text and "| KL, keep 0.2 (kept 0.250) | with first, 0.2 | worst" in text
+    assert "| snapkv | 0.50 [0.50, 0.50] | 0.75 [0.75, 0.75] (1 answers) | 0.50 | 0.00 |" in text
+
+
+def test_committed_records_are_read_as_the_old_count() -> None:
+    from benchmarks.quality.__main__ import RESULTS
+
+    cells = json.loads((RESULTS / "results.json").read_text())["cells"]
+    assert cells and not any("kl_with_first" in cell for cell in cells)
+    assert report.markdown(cells).count(report.OLD_COUNT) > 5
 
 
 def test_one_number_of_samples_holds_for_all_contexts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import plan
+from benchmarks.quality import contract, files, plan
+from benchmarks.quality.prompts import Prompts
 from benchmarks.quality.protocols import Choice, Runner
 from benchmarks.quality.variants import resolve
 
@@ -35,8 +37,8 @@ def prompt_of(engine) -> list[int]:
 def test_forced_probabilities_are_those_that_vllm_reports(engine) -> None:
     from vllm import SamplingParams
 
+    from benchmarks.quality.answers import Forced
     from benchmarks.quality.engine import Setting
-    from benchmarks.quality.forced import Forced
 
     prompt, answer = prompt_of(engine), [11, 5, 300, 42]
     forced = Forced(answer)
@@ -65,6 +67,7 @@ def test_every_suite_runs_both_protocols_it_has(runner: Runner, suite: str) -> N
     rows = runner.run(item, choices)
     assert {r["protocol"] for r in rows} == {plan.WINDOW, plan.AFTER, plan.NO_PREFIX_CACHE}
     assert all(0.2 < r["retention"] < 0.6 for r in rows if r["policy"] == "snapkv")
+    assert all(("kl_with_first" in r) == ("kl" in r and r["protocol"] == plan.AFTER) for r in rows)
     with_cache, without = ([r for r in rows if r["protocol"] == p] for p in (plan.WINDOW, plan.NO_PREFIX_CACHE))
     if "kl" in rows[0]:
         kl = [[r["kl"] for r in some if r["policy"] == "snapkv"] for some in (with_cache, without)]
@@ -72,8 +75,8 @@ def test_every_suite_runs_both_protocols_it_has(runner: Runner, suite: str) -> N
 
 
 def test_retention_is_what_the_engine_counts(engine) -> None:
+    from benchmarks.quality.answers import Forced
     from benchmarks.quality.engine import Setting
-    from benchmarks.quality.forced import Forced
 
     prompt, before = prompt_of(engine), engine.totals()
     setting = Setting("adakv", 0.25)
@@ -94,3 +97,27 @@ def test_a_variant_is_a_row_of_its_own(runner: Runner) -> None:
     assert [r["policy"] for r in rows] == ["none", "defensivekv", name]
     with pytest.raises(ValueError, match="colour"):
         resolve("snapkv@colour=red")
+
+
+def test_every_cross_of_a_contract_runs_on_the_same_answers(runner: Runner) -> None:
+    terms = contract.draw_up("snapkv", "halokv")
+    (item,) = plan.items(["text"], [CONTEXT], [1], seed=2)
+    rows = runner.run(item, [Choice(name, 0.2, plan.WINDOW) for name in terms.crosses.values()])
+    assert [r["policy"] for r in rows[1:]] == list(terms.crosses.values())
+    found = {row["slot"]: row for row in contract.margins(rows, terms)}
+    kl = {r["policy"]: r["kl"] for r in rows}
+    assert found[contract.WHOLE]["margin"] == pytest.approx(kl["halokv"] - kl["snapkv"])
+    assert set(found) == {*terms.slots, contract.WHOLE}
+    assert abs(found["budget"]["margin"]) > 1e-6, "another choice keeps other tokens"
+
+
+def test_documents_from_files_run_both_protocols(engine, tmp_path: Path) -> None:
+    records = [[f"key {i} of {i * i}", f"value {i * 7}"] for i in range(60)]
+    sample = {"ordered_kv_records": records, "key": records[7][0], "value": records[7][1]}
+    (tmp_path / files.FILES[files.KV_RETRIEVAL]).write_text(json.dumps(sample))
+    found = files.Files(tmp_path, Prompts(engine.tokenizer))
+    (item,) = plan.items([files.KV_RETRIEVAL], [2000], [3], seed=0, files=found)
+    choices = [Choice("snapkv", 0.3, p) for p in (plan.WINDOW, plan.AFTER)]
+    rows = Runner(engine, files=found).run(item, choices)
+    assert len(rows) == files.KV_QUESTIONS * 3
+    assert [r["retention"] < 0.9 for r in rows] == [False, True, True] * files.KV_QUESTIONS
