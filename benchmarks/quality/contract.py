@@ -38,7 +38,7 @@ Taken = tuple[bool, ...]
 
 SLOTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "score": ("aggregate", "score", "window_bias", "stages"),
+        "score": ("aggregate", "score", "window_bias", "stages", "reconstruction", "keeps_window", "fallback"),
         "value": ("value_weight",),
         "neighbours": ("pool_kernel", "halo_tokens", "halo_weight"),
         "budget": ("scope", "guard", "layer_budget", "keep_all"),
