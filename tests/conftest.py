@@ -24,7 +24,7 @@ for name, value in {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes a share of the machine's memory
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # LLM() in this process: no start-up of a second one, and tests can look in
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_DEFENSIVE_INTERNAL_POLICIES": "1",  # keep-all and random
+    "VLLM_DEFENSIVE_INTERNAL_POLICIES": "1",  # keep-all and random-uneven
 }.items():
     os.environ.setdefault(name, value)
 

@@ -31,7 +31,7 @@ class Reconstruction:
 
     request_id: whose tokens. stop: how many they are; the echo's own come after them. part: positions that it repeats.
     end: tokens of the echo in all, those of the request included: then its last query has passed.
-    normalisation: see `Policy.reconstruction`.
+    normalisation: see `Policy.reconstruction`. sinks: first tokens that take part whichever chunk is repeated.
     """
 
     request_id: str
@@ -39,6 +39,7 @@ class Reconstruction:
     part: tuple[int, int]
     end: int
     normalisation: str
+    sinks: int = 4
 
     @property
     def scored(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The formulas of KV eviction, dense and in plain torch: the one place where each of them is written.
+"""The formulas that kernels and policies share, dense and in plain torch: the one place where each of them is written.
 
 Axes: L layers, H KV heads, G query heads per KV head, Q = H*G query heads (the G of head 0 first), W window,
 S prompt tokens, T scored tokens, E evictable tokens, N tokens a page, J pages a head could fill, D head size,
@@ -46,7 +46,12 @@ def temporary_elements(tensor: Tensor) -> int:
 
 
 def window_attention(query_WQD: Tensor, key_HSD: Tensor, scale: float) -> Tensor:
-    """Softmax attention of the last W queries over all S keys, causal. Any float dtype -> fp32 [H, G, W, S].
+    """Softmax attention of the last W queries over all S keys, causal. Any float dtype -> fp32 [H, G, W, S]."""
+    return window_logits(query_WQD, key_HSD, scale).softmax(dim=-1)
+
+
+def window_logits(query_WQD: Tensor, key_HSD: Tensor, scale: float) -> Tensor:
+    """What `window_attention` is the softmax of; of keys that lie behind the query, -inf. -> fp32 [H, G, W, S].
 
     Both factors are widened before the product: rounded logits would make most scores equal.
     """
@@ -59,7 +64,7 @@ def window_attention(query_WQD: Tensor, key_HSD: Tensor, scale: float) -> Tensor
     logits_HGWS = torch.bmm(query_HRD, key_HSD.float().mT).view(heads, group, window, tokens)
     future_WW = torch.ones(window, window, dtype=torch.bool, device=key_HSD.device).triu(1)
     logits_HGWS[..., tokens - window :].masked_fill_(future_WW, float("-inf"))
-    return logits_HGWS.softmax(dim=-1)
+    return logits_HGWS
 
 
 def window_sums(values_T: Tensor, kernel: int) -> Tensor:
@@ -341,19 +346,20 @@ def page_gains(sorted_RE: Tensor, page_size: int) -> Tensor:
     return sorted_RE.unflatten(-1, (-1, page_size)).sum(dim=-1)
 
 
-def allocate_pages(gains_UHJ: Tensor, budget_pages: int) -> Tensor:
+def allocate_pages(gains_UHJ: Tensor, budget_pages: int | Tensor) -> Tensor:
     """Give each unit's `budget_pages` pages to the heads that gain most. fp32 [U, H, J] -> int64 [U, H].
 
     A head's gains fall with j, so the greedy choice is the exact optimum of Ada-KV's objective under paging
     (arXiv 2407.11550). A unit is whatever shares one budget: a layer, or all layers with their heads in one row.
+    budget_pages: of all units alike, or of each, int64 [U].
     """
     units, heads, pages = gains_UHJ.shape
-    assert 0 <= budget_pages <= heads * pages, f"{budget_pages} pages for {heads} heads of at most {pages}"
+    if isinstance(budget_pages, int):
+        assert 0 <= budget_pages <= heads * pages, f"{budget_pages} pages for {heads} heads of at most {pages}"
+        budget_pages = torch.full((units,), budget_pages, device=gains_UHJ.device)
     if heads == 1:
-        return torch.full((units, 1), budget_pages, device=gains_UHJ.device)
-    gains_UX = gains_UHJ.flatten(1)
-    budget_U = torch.full((units,), budget_pages, device=gains_UHJ.device)
-    keep_UX = keep_best(gains_UX, budget_U)
+        return budget_pages.unsqueeze(1)
+    keep_UX = keep_best(gains_UHJ.flatten(1), budget_pages)
     return keep_UX.view(units, heads, pages).sum(dim=-1)
 
 

@@ -20,7 +20,7 @@ for name, value in {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_DEFENSIVE_INTERNAL_POLICIES": "1",  # keep-all and random
+    "VLLM_DEFENSIVE_INTERNAL_POLICIES": "1",  # keep-all and random-uneven
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
     "HF_HUB_OFFLINE": "1",

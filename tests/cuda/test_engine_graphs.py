@@ -25,7 +25,11 @@ def test_replayed_decode_equals_the_masked_reference(model: Path, tmp_path: Path
     if MODE == "pretend":  # nothing compiled, so no graphs in pieces
         sizes = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 4]}
         arguments["compilation_config"] = {"custom_ops": ["none"], "mode": 0, **sizes}
-    turns = [(("snapkv", "none", "random"), (140, 60, 70)), (("layer-defensivekv",), (129,)), (("none",) * 2, (61, 62))]
+    turns = [
+        (("snapkv", "none", "random-uneven"), (140, 60, 70)),
+        (("layer-defensivekv",), (129,)),
+        (("none",) * 2, (61, 62)),
+    ]
     arguments["kv_cache_memory_bytes"] = None  # on a GPU, too, vLLM measures here, and the worker sets its part aside
     reference = ReferenceLlama(model)
     with engine(model, "snapkv", **arguments) as llm:

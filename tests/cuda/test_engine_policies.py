@@ -18,7 +18,7 @@ from vllm_defensive.worker.cuda import launches as cuda_launches
 
 pytestmark = pytest.mark.e2e
 
-POLICIES = ("random", "streamingllm", "pyramidkv", "cake", "criticalkv", "layer-defensivekv", "halokv")
+POLICIES = ("random-uneven", "streamingllm", "pyramidkv", "cake", "criticalkv", "layer-defensivekv", "halokv")
 KEEP, TOKENS = 0.35, 6
 FLOAT32 = 1e-4  # a few hundred float32 roundings of logits up to 16
 

@@ -84,7 +84,7 @@ def test_warm_up_runs_an_eviction_and_changes_nothing(model: Path, kernels: str,
 def test_warm_up_runs_every_policy_that_requests_may_name(
     model: Path, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with engine(model, "snapkv", dtype="float32", policies=["snapkv", "halokv", "none", "random"]) as llm:
+    with engine(model, "snapkv", dtype="float32", policies=["snapkv", "halokv", "none", "random-uneven"]) as llm:
         evictor, warmed = worker_of(llm)._evictor, []
         weigh = evictor._weigh
 
@@ -94,7 +94,7 @@ def test_warm_up_runs_every_policy_that_requests_may_name(
 
         monkeypatch.setattr(evictor, "_weigh", weighed)
         evictor.warm_up(1024)
-    assert warmed == ["snapkv", "halokv", "random"]
+    assert warmed == ["snapkv", "halokv", "random-uneven"]
 
 
 @pytest.mark.parametrize("kernels", ["reference"], indirect=True)

@@ -58,7 +58,7 @@ def test_keeping_everything_at_a_boundary_changes_nothing(llm: Any) -> None:
     assert_all_returned(llm)
 
 
-@pytest.mark.parametrize("policy", ["random", "layer-defensivekv", "snapkv"])
+@pytest.mark.parametrize("policy", ["random-uneven", "layer-defensivekv", "snapkv"])
 def test_rest_of_the_prompt_and_answer_see_what_was_kept(llm: Any, tiny_model: Path, audits: Path, policy: str) -> None:
     reference = ReferenceLlama(tiny_model)
     answers = generate(llm, PROMPTS, 24, fields(kv_eviction=policy, kv_eviction_keep=0.3))
@@ -78,7 +78,7 @@ def test_rest_of_the_prompt_and_answer_see_what_was_kept(llm: Any, tiny_model: P
 
 
 def test_protected_tokens_stay_whole(llm: Any, audits: Path) -> None:
-    (answer,) = generate(llm, PROMPTS[:1], 8, [{"kv_eviction": "random", "kv_eviction_protect": 100}])
+    (answer,) = generate(llm, PROMPTS[:1], 8, [{"kv_eviction": "random-uneven", "kv_eviction_protect": 100}])
     audit = audit_of(audits, answer.request_id)
     assert audit.shared_blocks == 4  # 100 tokens lie in 4 blocks of 32
     assert bool(audit.mask()[:, :, :128].all()) and not bool(audit.mask()[:, :, 128:].all())

@@ -18,7 +18,7 @@ from vllm_defensive.policy import PRESETS, public_names
 
 pytestmark = pytest.mark.e2e
 
-POLICIES = (*public_names(), "random")
+POLICIES = (*public_names(), "random-uneven")
 LENGTHS = (300, 601, 96, 512)  # within and over one chunk, with and without a tail block
 KEEP = 0.3
 

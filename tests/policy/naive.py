@@ -7,57 +7,13 @@ are kept first.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
-Rows = np.ndarray  # [H, G, W, n], attention of the window's queries to the tokens before it
+from tests.policy.naive_blocks import Layer, Rows, attention, pool, value_norm
+from tests.policy.naive_formulas import FORMULAS
 
-
-@dataclass
-class Layer:
-    """Inputs of one layer, float64. query [W, Q, D], key and value [H, S, D], output [Q, D, M] or None.
-
-    earlier: queries of tokens before the window, `[_, Q, D]`, where the test has them.
-    """
-
-    query: np.ndarray
-    key: np.ndarray
-    value: np.ndarray
-    output: np.ndarray | None
-    earlier: np.ndarray | None = None
-
-
-def attention(layer: Layer, scale: float) -> Rows:
-    window, query_heads, _ = layer.query.shape
-    heads, tokens, _ = layer.key.shape
-    group = query_heads // heads
-    rows = np.zeros((heads, group, window, tokens))
-    for h in range(heads):
-        for g in range(group):
-            for w in range(window):
-                seen = tokens - window + w + 1
-                logits = layer.key[h, :seen] @ layer.query[w, h * group + g] * scale
-                weights = np.exp(logits - logits.max())
-                rows[h, g, w, :seen] = weights / weights.sum()
-    return rows
-
-
-def pool(row: np.ndarray, kernel: int) -> np.ndarray:
-    reach, n = kernel // 2, len(row)
-    return np.array([sum(row[max(t - reach, 0) : min(t + reach + 1, n)]) / kernel for t in range(n)])
-
-
-def value_norm(layer: Layer, n: int, order: int) -> np.ndarray:
-    assert layer.output is not None
-    heads = layer.key.shape[0]
-    group = layer.query.shape[1] // heads
-    norm = np.zeros((heads, n))
-    for h in range(heads):
-        for t in range(n):
-            projected = [layer.value[h, t] @ layer.output[h * group + g] for g in range(group)]
-            norm[h, t] = sum(np.linalg.norm(p, order) for p in projected) / group
-    return norm
+__all__ = ["Layer", "attention", "kept_sets", "scores", "value_norm"]
 
 
 def mean_scores(rows: Rows, kernel: int) -> np.ndarray:
@@ -153,7 +109,9 @@ def scores(
     window, heads, tokens = layer.query.shape[0], *layer.key.shape[:2]
     n = tokens - window
     if policy.aggregate == "recency":
-        return np.array([[tokens if t < 4 else t for t in range(n)]] * heads, dtype=float), None
+        return lift_first(policy, np.array([list(range(n))] * heads, dtype=float)), None
+    if policy.aggregate in FORMULAS:
+        return lift_first(policy, FORMULAS[policy.aggregate](policy, layer, index, scale)), None
     if policy.aggregate == "uniform":
         return np.ones((heads, n)), None
     if policy.aggregate == "accumulated":
@@ -181,6 +139,33 @@ def scores(
     return risk, None
 
 
+def lift_first(policy, values: np.ndarray) -> np.ndarray:
+    """The policy's first tokens above all others of their head."""
+    lifted = values.copy()
+    lifted[:, : policy.sinks] = values.max(axis=1, keepdims=True) + 1
+    return lifted
+
+
+def layer_weight(policy, layer: Layer, scale: float) -> float:
+    """What a layer's budget is proportional to, where that is its own."""
+    if policy.layer_budget == "entropy":
+        share = FORMULAS[policy.aggregate](policy, layer, 0, scale)
+        share = share / share.sum()
+        return -sum(s * math.log(s) for s in share.flatten() if s > 0) / math.log(share.size)
+    return cake_preference(attention(layer, scale)[..., : -layer.query.shape[0]])
+
+
+def budgets_by_type(local: list[list[bool]], *, total: int, least: int, most: int) -> dict[tuple[int, int], int]:
+    """`total` tokens: `least` for each head, then one after the other to the shortest that is not local and not full,
+    and only when there is none to the shortest that is local."""
+    types = {(i, h): each for i, heads in enumerate(local) for h, each in enumerate(heads)}
+    budgets = dict.fromkeys(types, least)
+    for _ in range(total - least * len(types)):
+        open_heads = [at for at in types if budgets[at] < most]
+        budgets[min(open_heads, key=lambda at: (types[at], budgets[at], at))] += 1
+    return budgets
+
+
 def kept_sets(
     policy,
     layers: list[tuple[np.ndarray, np.ndarray | None]],
@@ -189,8 +174,10 @@ def kept_sets(
     window: int,
     keep_ratio: float,
     weights: list[float] | None = None,
+    local: list[list[bool]] | None = None,
 ) -> dict[tuple[int, int], set[int]]:
-    """Token by token, with the reference's budgets, window included. weights: of the layers, where a policy has any.
+    """Token by token, with the reference's budgets, window included. weights: of the layers, local: of their heads,
+    where a policy has any.
 
     -> {(layer, head): positions}.
     """
@@ -201,17 +188,24 @@ def kept_sets(
     best = {(i, h): sorted(range(n), key=lambda t, s=layers[i][0][h]: (-s[t], t)) for i, h in everyone}
     if policy.layer_budget != "even":
         total = int(tokens * fraction) * len(layers)
-        budgets = layer_budgets(policy, weights or [0.0] * len(layers), total=total, forced=window, most=tokens)
-        return {at: forced | set(best[at][: budgets[at[0]] - window]) for at in everyone}
+        each = layer_budgets(policy, weights or [0.0] * len(layers), total=total, forced=window, most=tokens)
+    else:
+        each = [int(tokens * fraction)] * len(layers)
+    if policy.head_budget == "typed":
+        total = int(tokens * fraction * heads * len(layers))
+        budgets = budgets_by_type(local or [], total=total, least=window + 1, most=tokens)
+        return {at: forced | set(best[at][: budgets[at] - window]) for at in everyone}
     if policy.scope == "head":
-        return {at: forced | set(best[at][: int(tokens * fraction) - window]) for at in everyone}
+        return {at: forced | set(best[at][: each[at[0]] - window]) for at in everyone}
     units = (
         [everyone] if policy.scope == "model" else [[at for at in everyone if at[0] == i] for i in range(len(layers))]
     )
     kept = {at: set(forced) for at in everyone}
     for unit in units:
         budget = int(tokens * fraction * heads * (len(layers) if policy.scope == "model" else 1))
-        guard = max(int(policy.guard * int(tokens * fraction)) - window, 0)
+        if policy.layer_budget != "even":
+            budget = each[unit[0][0]] * heads
+        guard = max(int(policy.guard * each[unit[0][0]]) - window, 0)
         for at in unit:
             kept[at] |= set(best[at][:guard])
         others = [(at, t) for at in unit for t in best[at][guard:]]

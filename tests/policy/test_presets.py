@@ -12,20 +12,31 @@ from vllm_defensive.policy.budget import guarded, stage_one_cap
 def test_public_names_are_frozen() -> None:
     """Users write these names; removing or renaming one breaks their command lines."""
     names = (
+        "random",
         "streamingllm",
         "h2o",
+        "tova",
         "snapkv",
         "pyramidkv",
         "cake",
+        "lava",
         "adakv",
         "criticalkv",
+        "laprox",
+        "dropkv",
+        "obcache",
+        "deletion",
+        "keydiff",
+        "capkv-window",
+        "expected-window",
+        "headkv",
         "defensivekv",
         "layer-defensivekv",
         "halokv",
     )
     # A benchmark in this process may have added variants, which are called after the policy that they vary.
     assert tuple(name for name in public_names() if "@" not in name) == names
-    assert {name for name in PRESETS if "@" not in name} - set(names) == {"keep-all", "random"}
+    assert {name for name in PRESETS if "@" not in name} - set(names) == {"keep-all", "random-uneven"}
 
 
 @pytest.mark.parametrize("policy", PRESETS.values(), ids=PRESETS.keys())
@@ -34,13 +45,14 @@ def test_rows_are_complete(policy) -> None:
     assert policy.summary and (policy.internal or policy.source.startswith(("https://", "docs/")))
     assert policy.pool_kernel % 2 == 1
     assert policy.stages != "half-budget" or policy.needs_values
-    assert not policy.needs_values or policy.needs_queries
+    assert not policy.needs_projection or policy.needs_values
+    policy.check()
 
 
 def test_an_unknown_policy_names_the_allowed_ones() -> None:
     with pytest.raises(ValueError, match=r"'best'.*snapkv.*layer-defensivekv") as error:
         get_policy("best")
-    assert "random" not in str(error.value)
+    assert "keep-all" not in str(error.value)
 
 
 def test_budgets_follow_the_references_arithmetic() -> None:

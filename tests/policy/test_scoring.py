@@ -124,7 +124,7 @@ def test_a_range_that_ends_before_the_window_forces_nothing() -> None:
     assert part.scores_HE.isfinite().all()
 
 
-@pytest.mark.parametrize("policy", [p for p in PUBLIC if p.scope != "head"], ids=by_name)
+@pytest.mark.parametrize("policy", [p for p in PUBLIC if p.scope != "head" and p.head_budget == "scope"], ids=by_name)
 def test_heads_get_different_budgets_and_none_gets_all(policy: Policy) -> None:
     shape = Shape(400, heads=4, group=3, window=16)
     layers = make_layers(shape)
@@ -155,7 +155,7 @@ def test_values_of_a_single_head_weigh_nothing(name: str) -> None:
 def test_random_scores_are_reproducible_and_uneven() -> None:
     shape = Shape(512, heads=4, window=16)
     inputs = make_layers(shape)[0]
-    policy = PRESETS["random"]
+    policy = PRESETS["random-uneven"]
     scores = [score(policy, shape, inputs, layer=layer) for layer in (0, 1)]
     again = score(policy, shape, inputs, layer=1, query_WQD=None, window=16)
     assert torch.equal(scores[1].scores_HE, again.scores_HE)
@@ -186,7 +186,9 @@ class FakeAllReduce:
 
 
 @pytest.mark.parametrize("bias", ["reference", "true"])
-@pytest.mark.parametrize("name", ["adakv", "criticalkv", "defensivekv", "layer-defensivekv"])
+@pytest.mark.parametrize(
+    "name", ["adakv", "cake", "criticalkv", "defensivekv", "laprox", "lava", "layer-defensivekv", "tova"]
+)
 def test_two_ranks_score_as_one(name: str, bias: str) -> None:
     """Scores, ranks and what is certain. The level of what is certain is the maximum of a rank's own heads: each
     rank spends its own budget, so it stands above all that it competes with either way."""
@@ -217,6 +219,8 @@ def test_two_ranks_score_as_one(name: str, bias: str) -> None:
         torch.testing.assert_close(ours_HE[~ours_certain], expected_HE[~ours_certain], rtol=1e-5, atol=0)
         if whole.rank_HE is not None:
             torch.testing.assert_close(parts[rank].rank_HE, whole.rank_HE.chunk(2)[rank], rtol=1e-5, atol=0)
+        if whole.preference is not None:
+            torch.testing.assert_close(parts[rank].preference, whole.preference, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("reduce_heads", [None, lambda part: part + part], ids=["one rank", "two ranks"])

@@ -4,8 +4,10 @@
 """
 
 from vllm_defensive.policy.budget import kept_fraction, reference_budget
-from vllm_defensive.policy.presets import PRESETS, Policy, get_policy, public_names, register
-from vllm_defensive.policy.scoring import Attention, LayerScores, ReduceHeads, score_layer, settle
+from vllm_defensive.policy.definition import Policy
+from vllm_defensive.policy.layer import Attention, LayerScores, ReduceHeads
+from vllm_defensive.policy.presets import PRESETS, get_policy, public_names, register
+from vllm_defensive.policy.scoring import score_layer, settle
 from vllm_defensive.policy.selection import Selection, select, select_within
 from vllm_defensive.policy.third_party import load as _load_third_party
 

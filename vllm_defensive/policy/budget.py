@@ -3,7 +3,7 @@
 The engine allocates whole pages (`select`); tokens are for parity with the reference, where a page is one token.
 """
 
-from vllm_defensive.policy.presets import Scope
+from vllm_defensive.policy.definition import Scope
 
 
 def kept_fraction(keep_ratio: float) -> float:

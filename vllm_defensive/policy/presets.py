@@ -1,108 +1,23 @@
 """The table of policies. A policy is a value: a new one is a row here and, if its mathematics is new, one function
-in scoring.py."""
+in scores/."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
-from torch import Tensor
+from vllm_defensive.policy.definition import Policy
 
-Aggregate = Literal["recency", "mean", "cake", "defensive", "accumulated", "echo", "custom", "uniform", "random"]
-Reconstruction = Literal["none", "chunk", "all"]
-ValueWeight = Literal["none", "l1", "l2-gram"]
-Scope = Literal["head", "layer", "model"]
-LayerBudget = Literal["even", "linear", "preference"]
-Stages = Literal["none", "half-budget", "mass"]
-WindowBias = Literal["reference", "true"]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What to keep of a prompt's KV cache: how tokens are scored, and who shares one budget."""
-
-    name: str
-    summary: str
-    source: str
-    """URL of the paper, or the document of this repository that defines the policy."""
-    aggregate: Aggregate
-    """How the attention of window and group, or of the whole prompt ("accumulated"), becomes one number a token; "echo"
-    reads no attention but that of `reconstruction`."""
-    scope: Scope
-    """Who shares a budget: each head has its own, the heads of a layer, or all heads of all layers."""
-    value_weight: ValueWeight = "none"
-    """Weight scores by || v Wo ||: exactly (l1), or its L2 norm through a factor of the Gram matrix (l2-gram)."""
-    layer_budget: LayerBudget = "even"
-    """Of scope "head": every layer keeps the same, or falling linearly from the first (PyramidKV), or in proportion to
-    how spread and how changing its attention is (CAKE). All heads of a layer keep the same count."""
-    stages: Stages = "none"
-    """Tokens kept for certain: half a head's budget (CriticalKV), or those that carry its attention (DefensiveKV)."""
-    pool_kernel: int = 5
-    """Tokens that are averaged along the prompt; odd, 1 means none."""
-    halo_tokens: int = 0
-    """Tokens to either side of a token that inherit a share of its score, which it keeps; 0 means none."""
-    halo_weight: float = 0.0
-    """That share."""
-    window_bias: WindowBias = "reference"
-    """Mass that stage 1 takes off its threshold: that of the W keys before the window, or of the window itself."""
-    guard: float = 0.0
-    """Share of an even budget that no head may lose."""
-    reconstruction: Reconstruction = "none"
-    """A second look: the model repeats the prompt, and a token's score is the largest attention that any query of that
-    pass pays it, if that is larger than its score from elsewhere. Normalised over the chunk that is being repeated
-    (with the first tokens and the repetition so far, as in KVzip), or over all that a query sees."""
-    fallback: str | None = None
-    """Of policies with a second look: the one that serves a request which cannot be repeated."""
-    keeps_window: bool = True
-    """Whether the window is kept whatever its scores."""
-    score: Callable[..., Tensor] | None = None
-    """Of "custom": called for each layer with query_WQD, key_HSD, value_HSD, output_QDM and scale as keywords (see
-    `score_layer`); returns fp32 [H, T], T the tokens before the window, larger is kept."""
-    internal: bool = False
-    """For tests and measurements; not offered to users."""
-    keep_all: bool = False
-    """Evict nothing, but pack the cache as any other policy does."""
-
-    @property
-    def needs_queries(self) -> bool:
-        """Whether scores read the window's queries and the keys."""
-        return self.aggregate in ("mean", "cake", "defensive", "custom")
-
-    @property
-    def reconstructs(self) -> bool:
-        """Whether scores read the attention of a second pass over the prompt."""
-        return self.reconstruction != "none"
-
-    @property
-    def accumulates(self) -> bool:
-        """Whether scores read the attention of every query of the prompt: its prefill takes no prefix-cache hits, since
-        nobody caches queries, and sums attention chunk by chunk."""
-        return self.aggregate == "accumulated"
-
-    @property
-    def needs_values(self) -> bool:
-        """Whether scores read the values and the output projection."""
-        return self.value_weight != "none" or self.aggregate == "custom"
-
-    @property
-    def needs_all_values(self) -> bool:
-        """Whether the values of tokens that are not up for eviction count too: stage 1 of "mass" lifts to a maximum
-        over all, and of a foreign score we know nothing."""
-        return self.stages == "mass" or self.aggregate == "custom"
-
-    def first_value(self, start: int) -> int:
-        """The first token or block whose values are read, where `start` is the first that may be evicted."""
-        return 0 if self.needs_all_values else start
-
-    @property
-    def layers_apart(self) -> bool:
-        """Whether a layer's choice does not depend on the other layers."""
-        return self.scope != "model" and self.layer_budget == "even"
-
-
+_SINKS = 4  # StreamingLLM's; papers that keep first tokens keep as many
 _ADAKV_GUARD = 0.2
 
 _ROWS = (
+    Policy(
+        name="random",
+        summary="tokens drawn at random between the first four and the window: what any policy must beat",
+        source="docs/guide.md",
+        aggregate="random",
+        scope="head",
+        pool_kernel=1,
+        sinks=_SINKS,
+    ),
     Policy(
         name="streamingllm",
         summary="the first four tokens and the most recent ones",
@@ -110,12 +25,21 @@ _ROWS = (
         aggregate="recency",
         scope="head",
         pool_kernel=1,
+        sinks=_SINKS,
     ),
     Policy(
         name="h2o",
         summary="what all queries of the prompt attend to, summed, and the most recent tokens",
         source="https://arxiv.org/abs/2306.14048",
         aggregate="accumulated",
+        scope="head",
+        pool_kernel=1,
+    ),
+    Policy(
+        name="tova",
+        summary="what the last query attends to, on average over a layer's heads, which all keep the same tokens",
+        source="https://arxiv.org/abs/2401.06104",
+        aggregate="last",
         scope="head",
         pool_kernel=1,
     ),
@@ -143,6 +67,20 @@ _ROWS = (
         layer_budget="preference",
     ),
     Policy(
+        name="lava",
+        summary="average attention of a group's best query head, weighed by the head's largest value; layers keep what "
+        "their scores' entropy asks for",
+        source="https://arxiv.org/abs/2509.09754",
+        aggregate="group-peak",
+        scope="layer",
+        value_weight="raw-l1-max",
+        weight_across="none",
+        layer_budget="entropy",
+        pool="max",
+        pool_kernel=7,
+        guard=0.2,
+    ),
+    Policy(
         name="adakv",
         summary="snapkv's scores; the heads of a layer compete for its budget",
         source="https://arxiv.org/abs/2407.11550",
@@ -157,8 +95,92 @@ _ROWS = (
         aggregate="mean",
         scope="layer",
         value_weight="l1",
+        weight_across="none",
         stages="half-budget",
         guard=_ADAKV_GUARD,
+    ),
+    Policy(
+        name="laprox",
+        summary="attention's root of squares over the window, times projected value norm, as a share of the layer's",
+        source="https://arxiv.org/abs/2605.07234",
+        aggregate="l2",
+        scope="model",
+        value_weight="l2-gram",
+        weight_across="none",
+        normalise="layer",
+        pool_kernel=7,
+    ),
+    Policy(
+        name="dropkv",
+        summary="how far attention's output moves when a token goes, squared, before its projection",
+        source="https://openreview.net/forum?id=MqfNzH3TVH",
+        aggregate="dropkv",
+        scope="head",
+        weight_across="none",
+        pool="max",
+        pool_kernel=11,
+    ),
+    Policy(
+        name="obcache",
+        summary="how the output answers to a change of a token's key, squared",
+        source="https://arxiv.org/abs/2510.07651",
+        aggregate="obcache",
+        scope="head",
+        weight_across="none",
+        pool="max",
+        pool_kernel=7,
+    ),
+    Policy(
+        name="deletion",
+        summary="how far the projected output moves when a token goes (a reconstruction: the paper's formula is not "
+        "known to us)",
+        source="https://arxiv.org/abs/2605.08234",
+        aggregate="deletion",
+        scope="head",
+        value_weight="l2-gram",
+        weight_across="none",
+        pool_kernel=1,
+    ),
+    Policy(
+        name="keydiff",
+        summary="keys that are unlike the others; reads no query",
+        source="https://arxiv.org/abs/2504.15364",
+        aggregate="key-difference",
+        scope="head",
+        pool_kernel=1,
+    ),
+    Policy(
+        name="capkv-window",
+        summary="values that others cannot stand in for, of keys that the window's mean query asks for, where CapKV "
+        "takes the mean of all queries",
+        source="https://arxiv.org/abs/2604.25975",
+        aggregate="capacity-window",
+        scope="head",
+        pool_kernel=1,
+        sinks=_SINKS,
+    ),
+    Policy(
+        name="expected-window",
+        summary="attention expected of queries spread like the window's, where Expected Attention takes all queries, "
+        "times value norm",
+        source="https://arxiv.org/abs/2510.00636",
+        aggregate="expected-window",
+        scope="head",
+        value_weight="raw-l2",
+        weight_across="none",
+        pool_kernel=1,
+        sinks=_SINKS,
+    ),
+    Policy(
+        name="headkv",
+        summary="HeadKV for images, adapted by us to text: heads that look at the prompt's ends keep these, the others "
+        "share the rest evenly, half of it from each half of the prompt",
+        source="https://arxiv.org/abs/2605.20600",
+        aggregate="stratified",
+        scope="model",
+        head_budget="typed",
+        pool_kernel=1,
+        sinks=_SINKS,
     ),
     Policy(
         name="defensivekv",
@@ -222,10 +244,10 @@ _ROWS = (
         keep_all=True,
     ),
     Policy(
-        name="random",
+        name="random-uneven",
         summary="scores hashed from (layer, head, position), with very uneven heads",
         source="tests",
-        aggregate="random",
+        aggregate="random-uneven",
         scope="model",
         pool_kernel=1,
         internal=True,
@@ -241,14 +263,7 @@ def register(policy: Policy) -> None:
     """Add a row to the table. ValueError if its name is taken by another row or the row contradicts itself."""
     if _TABLE.get(policy.name, policy) != policy or policy.name == "none":
         raise ValueError(f"KV eviction policy {policy.name!r} exists already: choose another name")
-    if (policy.score is not None) != (policy.aggregate == "custom"):
-        raise ValueError(f"KV eviction policy {policy.name!r}: `score` goes with aggregate='custom' and with no other")
-    if policy.accumulates and policy.value_weight != "none":
-        raise ValueError(f"KV eviction policy {policy.name!r}: aggregate='accumulated' goes without value_weight")
-    if policy.layer_budget != "even" and policy.scope != "head":
-        raise ValueError(f"KV eviction policy {policy.name!r}: layer_budget={policy.layer_budget!r} needs scope='head'")
-    if policy.aggregate == "echo" and not policy.reconstructs:
-        raise ValueError(f"KV eviction policy {policy.name!r}: aggregate='echo' needs a reconstruction")
+    policy.check()
     _TABLE[policy.name] = policy
 
 

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from vllm_defensive.policy.budget import guarded
-from vllm_defensive.policy.presets import Policy
-from vllm_defensive.policy.scoring import LayerScores
+from vllm_defensive.policy.definition import Policy
+from vllm_defensive.policy.layer import LayerScores
 from vllm_defensive_kernels import formulas, reference
+
+# Of a page, beside 1 / (j + 1/2) for page j of a head that is not local: below all of them, and above.
+LOCAL_BID, ENDS_BID = 1e-9, 1e9
 
 
 class ListKept(Protocol):
@@ -96,8 +99,10 @@ def select_within(
     halves = policy.stages == "half-budget" and scores[0].rank_HE is not None
     at_once = formulas.rows_at_once(score_RE, thrifty=halves)  # ranks take as much memory as scores
     gains_RJ, last_RJ = _gains(score_RE, page_size, at_once)
-    gains_RJ[:, :guard_pages] = float("inf")
-    pages_R = _allocate(policy, scores, gains_RJ.view(units, -1, head_pages), budget_pages)
+    gains_UHJ = gains_RJ.view(units, -1, head_pages)
+    if policy.layer_budget != "even":
+        budget_pages -= budget_pages % gains_UHJ.shape[1]  # a layer's is so many pages for each of its heads
+    pages_R = _allocate(policy, scores, gains_UHJ, budget_pages, guard_pages, start)
     last_R1 = formulas.last_value(last_RJ, pages_R)
     if halves:
         score_RE, last_R1 = _half_by_rank(score_RE, [layer.rank_HE for layer in scores], pages_R * page_size, at_once)
@@ -112,13 +117,40 @@ def select_within(
     return Selection(pages_R.view(layers, heads).int(), tokens_PN)
 
 
-def _allocate(policy: Policy, scores: Sequence[LayerScores], gains_UHJ: Tensor, budget_pages: int) -> Tensor:
+def _allocate(
+    policy: Policy, scores: Sequence[LayerScores], gains_UHJ: Tensor, budget_pages: int, guard_pages: int, start: int
+) -> Tensor:
     """Pages of each row, int64 [R]. U units share a budget each, of as many heads."""
+    if policy.head_budget == "typed":
+        bids_UHJ = _bids_by_type(scores, gains_UHJ, ends=start < policy.sinks)
+        return formulas.allocate_pages(bids_UHJ, budget_pages).flatten()
     if policy.layer_budget == "even":
+        gains_UHJ[..., :guard_pages] = float("inf")
         return formulas.allocate_pages(gains_UHJ, budget_pages).flatten()
+    forced_J, sharers = gains_UHJ[0, 0].isinf(), gains_UHJ.shape[1]  # the same in all heads
+    each_L = formulas.proportional_pages(
+        _layer_weights(policy, scores), forced_J, budget_pages // sharers * len(scores)
+    )
+    if policy.scope == "head":
+        return each_L.repeat_interleave(scores[0].scores_HE.shape[0])
+    guard_L11 = (policy.guard * each_L.double()).long()[:, None, None]
+    guarded_J = torch.arange(gains_UHJ.shape[2], device=each_L.device) < guard_L11
+    return formulas.allocate_pages(gains_UHJ.masked_fill(guarded_J, float("inf")), each_L * sharers).flatten()
+
+
+def _bids_by_type(scores: Sequence[LayerScores], gains_UHJ: Tensor, ends: bool) -> Tensor:
+    """For `allocate_pages`: a local head has its forced pages and, where the prompt's first tokens may go (`ends`), one
+    more for these; the others split what is left evenly, and only when they are full local heads get more. fp32
+    [U, H, J]."""
+    local_UH1 = torch.stack([layer.local_H for layer in scores if layer.local_H is not None]).view_as(
+        gains_UHJ[..., :1]
+    )
+    page_J = torch.arange(gains_UHJ.shape[2], device=gains_UHJ.device)
+    bids_UHJ = torch.where(local_UH1, LOCAL_BID, 1.0) / (page_J + 0.5)
     forced_J = gains_UHJ[0, 0].isinf()  # the same in all heads
-    pages_L = formulas.proportional_pages(_layer_weights(policy, scores), forced_J, budget_pages * len(scores))
-    return pages_L.repeat_interleave(scores[0].scores_HE.shape[0])
+    if ends:
+        bids_UHJ = torch.where(page_J == forced_J.sum(), ENDS_BID, bids_UHJ)
+    return torch.where(forced_J, float("inf"), bids_UHJ)
 
 
 def _layer_weights(policy: Policy, scores: Sequence[LayerScores]) -> Tensor:

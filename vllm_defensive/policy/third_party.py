@@ -13,7 +13,8 @@ from __future__ import annotations
 import warnings
 from importlib.metadata import entry_points
 
-from vllm_defensive.policy.presets import Policy, register
+from vllm_defensive.policy.definition import Policy
+from vllm_defensive.policy.presets import register
 
 GROUP = "vllm_defensive.policies"
 

@@ -115,12 +115,13 @@ class CPUEvictor(Evictor):
             window=region.window,
             key_HSD=key_HTD[:, : region.stop],
             value_HSD=value_HTD[:, : region.stop - skipped],
-            output_QDM=self._projections.slices(layer) if policy.needs_values and not gram else None,
+            output_QDM=self._projections.slices(layer) if policy.needs_projection else None,
             factor_QDC=self._projections.factor(layer) if gram else None,
             scale=self._scales[layer],
             keep_ratio=scored.score.keep,
             evictable=region.tokens,
             reduce_heads=self._reduce_heads,
+            first_head=self._rank[0] * len(key_HTD),
         )
 
     def _pack(self, scored: Scored, eviction: Eviction) -> Selection:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from vllm_defensive.packing import Region
 from vllm_defensive.plan import Reconstruction
-from vllm_defensive.policy.scoring import SINK_TOKENS
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.window import IncompleteError
 from vllm_defensive_kernels.ghosts import reconstruct_attention
@@ -88,7 +87,7 @@ class Reconstructions:
             scored=wanted.scored,
             first=row.begin,
             normalised=wanted.normalisation,
-            sink=SINK_TOKENS,
+            sink=wanted.sinks,
         )
         ends[layer] = row.end
         if min(ends) == wanted.end:

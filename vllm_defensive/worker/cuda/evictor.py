@@ -40,7 +40,14 @@ from vllm_defensive_kernels import RaggedTokens
 
 KERNEL_AGGREGATES = ("mean", "defensive")
 KERNEL_POOLS = (1, 3, 5)
+KERNEL_WEIGHTS = ("none", "l1", "l2-gram")
 LONG_PROMPT = 8192 + 256  # `window.tiling` changes at 8192 scored tokens
+
+
+def kernels_know(policy: Policy) -> bool:
+    """Whether the kernels have what the policy asks of attention and values; the rest is arithmetic on scores."""
+    pools = policy.pool == "mean" and policy.pool_kernel in KERNEL_POOLS
+    return policy.aggregate in KERNEL_AGGREGATES and pools and policy.value_weight in KERNEL_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -162,8 +169,7 @@ class CUDAEvictor(Evictor):
     def _scores(self, prompt: Prompt) -> list[LayerScores]:
         """Of every layer, by the kernels where they know the formula."""
         layers = range(self._pages.num_layers)
-        known = prompt.policy.aggregate in KERNEL_AGGREGATES and prompt.policy.pool_kernel in KERNEL_POOLS
-        if not known:
+        if not kernels_know(prompt.policy):
             return [self._score_in_torch(prompt, layer) for layer in layers]
         weighed_L = [prompt.policy.value_weight != "none" and self._projections.found(layer) for layer in layers]
         # A launch takes one scale of each kind, and layers with value norms are not weighed with layers that have none.
@@ -219,29 +225,29 @@ class CUDAEvictor(Evictor):
 
     def _score_in_torch(self, prompt: Prompt, layer: int) -> LayerScores:
         """For policies that read no tensor of the model, and formulas that the kernels do not have."""
-        policy, pages = prompt.policy, self._pages
-        if policy.needs_queries:
-            key_HSD = self._read(prompt, layer, pages.key_PND).float() * self._scales[layer].key
-            value_HSD = self._read(prompt, layer, pages.value_PND).float() * self._scales[layer].value
-        else:
-            shape = (pages.num_kv_heads, prompt.score.region.stop, pages.head_size)
-            key_HSD = value_HSD = prompt.window_LWQD.new_empty(1).expand(shape)
+        policy, scales = prompt.policy, self._scales[layer]
         return score_layer(
             policy,
             layer=layer,
             query_WQD=prompt.window_LWQD[layer] if policy.needs_queries else None,
-            key_HSD=key_HSD,
-            value_HSD=value_HSD,
-            output_QDM=self._projections.slices(layer) if policy.needs_values else None,
-            factor_QDC=None,
-            scale=self._scales[layer].logits,
+            key_HSD=self._read(prompt, layer, self._pages.key_PND, scales.key if policy.needs_keys else None),
+            value_HSD=self._read(prompt, layer, self._pages.value_PND, scales.value if policy.needs_values else None),
+            output_QDM=self._projections.slices(layer) if policy.needs_projection else None,
+            factor_QDC=self._projections.factor(layer) if policy.value_weight == "l2-gram" else None,
+            scale=scales.logits,
             keep_ratio=prompt.score.keep,
             evictable=prompt.score.region.tokens,
             reduce_heads=self._reduce_heads,
             window=prompt.window_LWQD.shape[1],
+            first_head=self._rank[0] * self._pages.num_kv_heads,
         )
 
-    def _read(self, prompt: Prompt, layer: int, data_PND: Tensor) -> Tensor:
-        heads_H1 = torch.arange(self._pages.num_kv_heads, device=data_PND.device)[:, None]
+    def _read(self, prompt: Prompt, layer: int, data_PND: Tensor, scale: float | None) -> Tensor:
+        """Keys or values of the prompt, multiplied by `scale`, fp32 `[H, S, D]`; without one, of that shape and no
+        more: nobody looks at them."""
+        heads, stop = self._pages.num_kv_heads, prompt.score.region.stop
+        if scale is None:
+            return prompt.window_LWQD.new_empty(1).expand(heads, stop, self._pages.head_size)
+        heads_H1 = torch.arange(heads, device=data_PND.device)[:, None]
         page_HB = self._pages.page_of(layer, heads_H1, prompt.table_1B)
-        return data_PND[page_HB].flatten(1, 2)[:, : prompt.score.region.stop]
+        return data_PND[page_HB].flatten(1, 2)[:, :stop].float() * scale
