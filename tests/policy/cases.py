@@ -91,9 +91,16 @@ def score(
         "evictable": (0, shape.tokens),
         **changes,
     }
+    if policy.reconstructs:
+        arguments |= {"echo_HS": echoed(inputs.key_HSD), "window": shape.window}
     if policy.accumulates:
         arguments |= {"mass_HS": accumulated(inputs, arguments["scale"]), "window": shape.window}
     return score_layer(policy, layer=layer, **arguments)
+
+
+def echoed(key_HSD: Tensor) -> Tensor:
+    """What a second pass might have seen: any numbers of the size of attention. fp32 [H, S]."""
+    return key_HSD.square().sum(dim=-1) / key_HSD.square().sum(dim=-1).sum(dim=-1, keepdim=True)
 
 
 def accumulated(inputs: LayerInputs, scale: float) -> Tensor:

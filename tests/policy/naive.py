@@ -116,6 +116,12 @@ def scores(
         return np.ones((heads, n)), None
     if policy.aggregate == "accumulated":
         return accumulated_scores(layer, scale, n), None
+    echo = np.sum(layer.key**2, axis=-1) / np.sum(layer.key**2, axis=(1, 2))[:, None]
+    if policy.aggregate == "echo":
+        if policy.value_weight == "none" or layer.output is None:
+            return echo[:, :n], None
+        norm = value_norm(layer, n, 2)
+        return echo[:, :n] * (norm / norm.sum(axis=0)), None
     full_rows = attention(layer, scale)
     rows = full_rows[..., :n]
     weighted = layer.output is not None and policy.value_weight != "none"
@@ -127,6 +133,8 @@ def scores(
         return cake_scores(rows, policy.pool_kernel), None
     risk = defensive_scores(rows, policy.pool_kernel)
     risk = np.array([halo(row, policy.halo_tokens, policy.halo_weight) for row in risk])
+    if policy.reconstruction != "none":
+        risk = np.maximum(risk, echo[:, :n])
     if norm is not None:
         risk = risk * (norm / norm.sum(axis=0))
     if policy.stages == "none":

@@ -10,6 +10,7 @@ from tests.policy import naive
 from tests.policy.cases import (
     SHAPES,
     Shape,
+    echoed,
     kept_by_head,
     make_layers,
     naive_layer,
@@ -21,7 +22,9 @@ from tests.policy.naive_formulas import local_heads
 from vllm_defensive.policy import PRESETS, LayerScores, Policy
 
 VARIANTS = {
-    **{name: policy for name, policy in PRESETS.items() if name != "random-uneven"},
+    **{name: policy for name, policy in PRESETS.items() if name not in ("random-uneven", "kvzip")},
+    "kvzip-window": replace(PRESETS["kvzip"], keeps_window=True),
+    "kvzip-gram": replace(PRESETS["kvzip"], keeps_window=True, value_weight="l2-gram"),
     "defensivekv-true-bias": replace(PRESETS["defensivekv"], window_bias="true"),
     "defensivekv-no-pool": replace(PRESETS["defensivekv"], pool_kernel=1),
     "defensivekv-halo": replace(PRESETS["defensivekv"], pool_kernel=1, halo_tokens=3, halo_weight=0.3),
@@ -78,6 +81,13 @@ def test_kept_tokens_are_the_same(policy: Policy, shape: Shape, keep_ratio: floa
         local=[local_heads(naive_layer(x), scale_of(shape)) for x in layers],
     )
     assert kept_by_head(ours) == {at: sorted(tokens) for at, tokens in expected.items()}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kvzip_scores_the_window_like_all_else(shape: Shape) -> None:
+    for i, inputs in enumerate(make_layers(shape)):
+        ours = score(PRESETS["kvzip"], shape, inputs, layer=i)
+        assert torch.equal(ours.scores_HE, echoed(inputs.key_HSD))
 
 
 @pytest.mark.parametrize("name", ["adakv", "criticalkv"])

@@ -95,7 +95,7 @@ SERVING: dict[str, dict[str, str | None]] = {
         **_has("CacheConfig", "cache_dtype block_size kv_cache_dtype_skip_layers kv_cache_memory_bytes"),
         **_has(
             "SchedulerConfig",
-            "max_num_batched_tokens max_num_seqs async_scheduling disable_hybrid_kv_cache_manager",
+            "max_num_batched_tokens max_num_seqs max_num_active_seqs async_scheduling disable_hybrid_kv_cache_manager",
         ),
         **_has("SpeculativeConfig", "method"),
         **_has("AttentionConfig", "backend backend_per_kind"),
@@ -106,18 +106,21 @@ SERVING: dict[str, dict[str, str | None]] = {
 
 # The scheduler's process.
 ENGINE: dict[str, dict[str, str | None]] = {
-    "vllm.sampling_params": _has("SamplingParams", "extra_args stop"),
+    "vllm.sampling_params": _has("SamplingParams", "extra_args stop max_tokens temperature ignore_eos detokenize"),
     "vllm.v1.engine": _has("EngineCoreOutput", "request_id prefill_stats kv_transfer_params"),
     "vllm.utils.math_utils": {"cdiv": "a, b"},
     "vllm.v1.request": {
+        "Request.__init__": (
+            "request_id, prompt_token_ids, sampling_params, pooling_params, client_index, arrival_time, ..."
+        ),
         **_has(
             "Request",
-            "request_id status sampling_params num_prompt_tokens num_tokens num_output_tokens num_computed_tokens "
-            "num_in_flight_tokens max_tokens mm_features all_token_ids block_hashes resumable "
-            "skip_reading_prefix_cache",
+            "request_id status sampling_params client_index arrival_time lora_request priority prompt_token_ids "
+            "num_prompt_tokens num_tokens num_output_tokens num_computed_tokens num_in_flight_tokens max_tokens "
+            "mm_features all_token_ids block_hashes resumable skip_reading_prefix_cache",
         ),
         **_has("RequestStatus", "FINISHED_STOPPED FINISHED_LENGTH_CAPPED FINISHED_REPETITION"),
-        **_has("RequestStatus", "WAITING_FOR_STREAMING_REQ"),
+        **_has("RequestStatus", "FINISHED_ABORTED WAITING WAITING_FOR_STREAMING_REQ"),
     },
     "vllm.v1.core.kv_cache_utils": _has("KVCacheBlock", "block_id is_null ref_cnt"),
     "vllm.v1.core.block_pool": {
@@ -125,6 +128,7 @@ ENGINE: dict[str, dict[str, str | None]] = {
         "BlockPool.get_new_blocks": "num_blocks",
         "BlockPool.get_num_free_blocks": "",
         "BlockPool.free_blocks": "ordered_blocks",
+        "BlockPool.touch": "blocks",
     },
     "vllm.v1.core.single_type_kv_cache_manager": {
         "FullAttentionManager.__init__": "kv_cache_spec, ...",
@@ -160,13 +164,17 @@ ENGINE: dict[str, dict[str, str | None]] = {
         "Scheduler._reserve_prefill_lookahead": "request, num_computed_tokens, num_new_tokens",
         "Scheduler.update_from_output": "scheduler_output, model_runner_output",
         "Scheduler._free_request": "request, ...",
+        "Scheduler._preempt_request": "request, timestamp, ...",
+        "Scheduler.finish_requests": "request_ids, finished_status",
         "Scheduler.make_stats": "...",
         **_has(
             "Scheduler",
-            "block_size kv_cache_manager max_model_len num_spec_tokens requests running vllm_config",
+            "block_size kv_cache_manager max_model_len max_num_active_reqs num_spec_tokens pause_state requests "
+            "running structured_output_manager vllm_config",
         ),
     },
     "vllm.v1.core.sched.async_scheduler": {"AsyncScheduler": None},
+    "vllm.v1.core.sched.interface": _has("PauseState", "PAUSED_ALL"),
     "vllm.v1.core.sched.output": _has("SchedulerOutput", "num_scheduled_tokens"),
     "vllm.v1.metrics.stats": {
         **_has("SchedulerStats", "waiting_lora_adapters"),

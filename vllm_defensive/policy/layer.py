@@ -51,11 +51,11 @@ class Attention:
     """Mean attention over window and group, not pooled; stage 1 of "mass" reads it, and the bias."""
     bias_H: Tensor | None = None
     """Mean mass of a row on the window, or on the W keys before it (see Policy.window_bias)."""
-    echo_HT: Tensor | None = None
-    """The largest attention that a query of a second pass over the prompt pays."""
     preference: Tensor | None = None
     local_H: Tensor | None = None
     """These two: see `LayerScores`."""
+    echo_HT: Tensor | None = None
+    """The largest attention that a query of a second pass over the prompt pays."""
 
     @classmethod
     def of(cls, policy: Policy, scores_HT: Tensor, mean_HT: Tensor, window: int) -> "Attention":
