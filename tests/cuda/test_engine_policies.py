@@ -29,7 +29,7 @@ POLICIES = (
     "layer-defensivekv",
     "halokv",
 )
-# Of formulas that the kernels do not have; lava's and headkv's budgets are compared in `tests/policy/` only.
+# Formulas that the kernels do not have; lava's and headkv's budgets are compared in `tests/policy/` only.
 IN_TORCH = (
     "random",
     "tova",
