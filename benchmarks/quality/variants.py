@@ -9,12 +9,16 @@ from vllm_defensive.policy import PRESETS, Policy, get_policy, register
 
 _OPTIONS = (
     "value_weight",
+    "weight_across",
+    "normalise",
     "scope",
     "layer_budget",
     "stages",
+    "pool",
     "pool_kernel",
     "halo_tokens",
     "halo_weight",
+    "sinks",
     "window_bias",
     "guard",
 )

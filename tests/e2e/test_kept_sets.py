@@ -3,7 +3,7 @@
 Scores come from float64 loops (`tests/policy/naive.py`), pages from the greedy loop below, the tensors from the
 reference model in float32; no line of it is the package's. An engine in bf16 is compared on the queries, keys and
 values of its own cache: those of another model are off by 2^-9, which decides between many tokens whose scores are as
-close. Policies whose layers have budgets of their own are compared with formulas in `tests/policy/` only.
+close. Policies whose layers or heads have budgets of their own are compared with formulas in `tests/policy/` only.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from tests.policy import naive
 from tests.reference_model import Layer, ReferenceLlama
 from vllm_defensive.audit import Audit
 from vllm_defensive.plan import Score, StepMessage
-from vllm_defensive.policy import PRESETS, Policy
+from vllm_defensive.policy import PRESETS, Policy, public_names
 from vllm_defensive.worker.cpu import evictor as cpu_evictor
 from vllm_defensive.worker.cpu.evictor import Scored
 
 pytestmark = pytest.mark.e2e
 
-POLICIES = ("streamingllm", "h2o", "snapkv", "adakv", "criticalkv", "defensivekv", "layer-defensivekv", "halokv")
+POLICIES = tuple(
+    name for name in public_names() if PRESETS[name].layer_budget == "even" and PRESETS[name].head_budget == "scope"
+)
 PROMPTS = random_prompts((300, 417, 96), seed=5)
 KEEP, W, N = 0.35, 32, 32
 

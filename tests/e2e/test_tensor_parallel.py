@@ -16,7 +16,7 @@ from vllm_defensive.policy import PRESETS, LayerScores, ReduceHeads, score_layer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
-PER_HEAD = ("streamingllm", "h2o", "snapkv", "pyramidkv", "cake")
+PER_HEAD = ("random", "streamingllm", "h2o", "tova", "snapkv", "pyramidkv", "cake")
 SHARED_BUDGET = ("defensivekv", "layer-defensivekv")
 PROMPTS = random_prompts((300, 601, 96), seed=4)
 KEEP, W, N = 0.3, 32, 32

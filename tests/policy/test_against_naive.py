@@ -114,7 +114,11 @@ def test_a_starved_head_keeps_its_guard(name: str, seed: int) -> None:
     assert len(ours[0, 2]) == int(0.2 * int(120 * 0.3))
 
 
-@pytest.mark.parametrize("policy", [PRESETS["snapkv"], VARIANTS["defensivekv-true-bias"]], ids=["mean", "defensive"])
+@pytest.mark.parametrize(
+    "policy",
+    [VARIANTS[name] for name in ("snapkv", "defensivekv-true-bias", "laprox", "tova", "lava", "headkv", "deletion")],
+    ids=lambda policy: policy.aggregate,
+)
 @pytest.mark.parametrize("elements", [1, 2 * 16 * 131 // 4])
 def test_scores_do_not_depend_on_how_many_heads_are_held_at_a_time(
     policy: Policy, elements: int, monkeypatch: pytest.MonkeyPatch
@@ -128,16 +132,17 @@ def test_scores_do_not_depend_on_how_many_heads_are_held_at_a_time(
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
-def test_bf16_inputs_give_float32_scores(shape: Shape) -> None:
+@pytest.mark.parametrize("name", ["adakv", "lava", "dropkv", "obcache", "capkv-window", "expected-window"])
+def test_bf16_inputs_give_float32_scores(shape: Shape, name: str) -> None:
     inputs = make_layers(shape, dtype=torch.bfloat16)[0]
-    policy = PRESETS["adakv"]
+    policy = PRESETS[name]
     ours = score(policy, shape, inputs).scores_HE
     expected, _ = naive.scores(policy, naive_layer(inputs), index=0, scale=scale_of(shape), keep_ratio=0.4)
     assert ours.dtype == torch.float32
     np.testing.assert_allclose(ours[:, : -shape.window], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["criticalkv", "layer-defensivekv"])
+@pytest.mark.parametrize("name", ["criticalkv", "layer-defensivekv", "laprox"])
 def test_bf16_value_norms_are_within_bf16_of_the_formula(name: str) -> None:
     shape = Shape(300, heads=3, group=3, head_size=64, hidden=576)
     inputs = make_layers(shape, dtype=torch.bfloat16)[0]

@@ -130,17 +130,20 @@ class Tile:
         return self.logits_HGWS.softmax(dim=-1)
 
 
-def heads_at_once(layer: Layer) -> tuple[int, int]:
+def heads_at_once(layer: Layer, copies: int = 1) -> tuple[int, int]:
     """(KV heads, query heads of each) whose attention is held at a time: on CPU no more rows than fit a core's cache
-    (of one query head, if even these do not), elsewhere a bounded number."""
+    (of one query head, if even these do not), elsewhere a bounded number. copies: how often, beside softmax's."""
     window, _, group, _ = layer.query_WHGD.shape
-    at_a_time = max(1, 4 * formulas.temporary_elements(layer.key_HSD) // (window * layer.tokens))
+    at_a_time = max(1, 4 * formulas.temporary_elements(layer.key_HSD) // (copies * window * layer.tokens))
     return max(1, at_a_time // group), min(at_a_time, group)
 
 
-def by_query_head(layer: Layer, reduce: Callable[[Tile], Tensor]) -> Tensor:
-    """What `reduce` makes of each query head's attention: [h, g, ...] of a tile -> [H, G, ...] of the layer."""
-    (head_step, group_step), group = heads_at_once(layer), layer.query_WHGD.shape[2]
+def by_query_head(layer: Layer, reduce: Callable[[Tile], Tensor], copies: int = 1) -> Tensor:
+    """What `reduce` makes of each query head's attention: [h, g, ...] of a tile -> [H, G, ...] of the layer.
+
+    copies: see `heads_at_once`.
+    """
+    (head_step, group_step), group = heads_at_once(layer, copies), layer.query_WHGD.shape[2]
     rows = []
     for first in range(0, layer.heads, head_step):
         heads = slice(first, first + head_step)

@@ -78,7 +78,7 @@ _ROWS = (
         layer_budget="entropy",
         pool="max",
         pool_kernel=7,
-        guard=0.2,
+        guard=0.2,  # of the layer's own budget; its code leaves it at the even one's
     ),
     Policy(
         name="adakv",
@@ -108,7 +108,7 @@ _ROWS = (
         value_weight="l2-gram",
         weight_across="none",
         normalise="layer",
-        pool_kernel=7,
+        pool_kernel=7,  # and a window of 32, as here
     ),
     Policy(
         name="dropkv",
@@ -118,7 +118,7 @@ _ROWS = (
         scope="head",
         weight_across="none",
         pool="max",
-        pool_kernel=11,
+        pool_kernel=11,  # and a window of 8, which is the engine's to choose
     ),
     Policy(
         name="obcache",
@@ -128,7 +128,7 @@ _ROWS = (
         scope="head",
         weight_across="none",
         pool="max",
-        pool_kernel=7,
+        pool_kernel=7,  # and a window of 16
     ),
     Policy(
         name="deletion",
@@ -157,7 +157,7 @@ _ROWS = (
         aggregate="capacity-window",
         scope="head",
         pool_kernel=1,
-        sinks=_SINKS,
+        sinks=_SINKS,  # all that it keeps always; here the window stays as well
     ),
     Policy(
         name="expected-window",

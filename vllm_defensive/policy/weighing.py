@@ -31,9 +31,10 @@ def value_norm(policy: Policy, layer: Layer) -> Tensor | None:
         factor_QDC = value_factor(layer)
         return None if factor_QDC is None else formulas.value_norm_l2(value_HTD, factor_QDC)
     if weight == "raw-l2":
-        return torch.linalg.vector_norm(value_HTD.float(), dim=-1)
+        return torch.linalg.vector_norm(value_HTD, dim=-1, dtype=torch.float32)
     if weight == "raw-l1-max":
-        return layer.value_HSD.float().abs().sum(dim=-1).amax(dim=-1, keepdim=True).expand(-1, layer.scored)
+        norm_HS = torch.linalg.vector_norm(layer.value_HSD, ord=1, dim=-1, dtype=torch.float32)
+        return norm_HS.amax(dim=-1, keepdim=True).expand(-1, layer.scored)
     return None
 
 

@@ -21,9 +21,11 @@ RIDGE = 1e-6
 @aggregate("key-difference", reads="keys")
 def key_difference(policy: Policy, layer: Layer) -> Tensor:
     """-cos(k_t, mean_t' k_t' / |k_t'|): keys that point elsewhere than the others stay (KeyDiff, arXiv 2504.15364)."""
-    key_HSD = normalize(layer.key_HSD.float(), dim=-1)
-    mean_HD = normalize(key_HSD.mean(dim=1), dim=-1)
-    return pooled(policy, -torch.einsum("htd,hd->ht", key_HSD[:, : layer.scored], mean_HD))
+    rows = []
+    for key_SD in layer.key_HSD:
+        key_SD = normalize(key_SD.float(), dim=-1)
+        rows.append(-(key_SD[: layer.scored] @ normalize(key_SD.mean(dim=0), dim=-1)))
+    return pooled(policy, torch.stack(rows))
 
 
 @aggregate("capacity-window", values="all")
@@ -58,19 +60,24 @@ def capacity(key_HSD: Tensor, value_HSD: Tensor, mean_QD: Tensor, sharpness: flo
     w_t = exp(sharpness * (cos(k_t, mu_hg) - max_t cos)); Z = I + sum_t (w_t + 1e-6) v_t v_t^T;
     the score is mean_g w_t v_t^T Z^-1 v_t.
     """
-    heads = key_HSD.shape[0]
-    key_HSD, value_HSD = normalize(key_HSD.float(), dim=-1), value_HSD.float()
-    one_DD = torch.eye(value_HSD.shape[-1], device=value_HSD.device)
-    leverages = []
-    for mean_HD in normalize(mean_QD, dim=-1).unflatten(0, (heads, -1)).unbind(1):
-        cosine_HS = torch.einsum("htd,hd->ht", key_HSD, mean_HD)
-        weight_HS = torch.exp(sharpness * (cosine_HS - cosine_HS.amax(dim=-1, keepdim=True)))
-        gram_HDD = one_DD + (value_HSD.mT * (weight_HS + RIDGE).unsqueeze(1)) @ value_HSD
+    mean_HGD = normalize(mean_QD, dim=-1).unflatten(0, (len(key_HSD), -1))
+    rows = []
+    for key_SD, value_SD, mean_GD in zip(key_HSD, value_HSD, mean_HGD, strict=True):
+        cosine_GS = mean_GD @ normalize(key_SD.float(), dim=-1).mT
+        weight_GS = torch.exp(sharpness * (cosine_GS - cosine_GS.amax(dim=-1, keepdim=True)))
+        rows.append(sum_of_leverages(weight_GS, value_SD.float()) / len(mean_GD))
+    return torch.stack(rows)
+
+
+def sum_of_leverages(weight_GS: Tensor, value_SD: Tensor) -> Tensor:
+    """sum_g w_t v_t^T Z_g^-1 v_t, one g at a time. fp32 [S]"""
+    total_S, one_DD = torch.zeros_like(weight_GS[0]), torch.eye(value_SD.shape[1], device=value_SD.device)
+    for weight_S in weight_GS:
+        gram_DD = one_DD + (value_SD.mT * (weight_S + RIDGE)) @ value_SD
         # Of Z = R R^T: v^T Z^-1 v = || R^-1 v ||^2. Plain `cholesky` would wait for the device to say that it worked.
-        root_HDD, _ = torch.linalg.cholesky_ex(gram_HDD)
-        solved_HDS = torch.linalg.solve_triangular(root_HDD, value_HSD.mT, upper=False)
-        leverages.append(weight_HS * solved_HDS.square().sum(dim=1))
-    return torch.stack(leverages).mean(dim=0)
+        root_DD, _ = torch.linalg.cholesky_ex(gram_DD)
+        total_S += weight_S * torch.linalg.solve_triangular(root_DD, value_SD.mT, upper=False).square().sum(dim=0)
+    return total_S
 
 
 def expected(key_HSD: Tensor, mean_QD: Tensor, covariance_QDD: Tensor, scale: float) -> Tensor:
@@ -79,12 +86,11 @@ def expected(key_HSD: Tensor, mean_QD: Tensor, covariance_QDD: Tensor, scale: fl
 
     mean_g softmax_t( scale * k.mu + scale^2 / 2 * k^T Sigma k ), scale = 1 / sqrt(D).
     """
-    heads = key_HSD.shape[0]
-    key_HSD = key_HSD.float()
+    heads, rows = len(key_HSD), []
     means, covariances = mean_QD.unflatten(0, (heads, -1)), covariance_QDD.unflatten(0, (heads, -1))
-    shares = []
-    for mean_HD, covariance_HDD in zip(means.unbind(1), covariances.unbind(1), strict=True):
-        spread_HS = (key_HSD @ covariance_HDD * key_HSD).sum(dim=-1)
-        logits_HS = scale * torch.einsum("htd,hd->ht", key_HSD, mean_HD) + scale**2 / 2 * spread_HS
-        shares.append(logits_HS.softmax(dim=-1))
-    return torch.stack(shares).mean(dim=0)
+    for key_SD, mean_GD, covariance_GDD in zip(key_HSD, means, covariances, strict=True):
+        key_SD = key_SD.float()
+        spread_GS = torch.stack([(key_SD @ covariance_DD * key_SD).sum(dim=-1) for covariance_DD in covariance_GDD])
+        logits_GS = scale * mean_GD @ key_SD.mT + scale**2 / 2 * spread_GS
+        rows.append(logits_GS.softmax(dim=-1).mean(dim=0))
+    return torch.stack(rows)

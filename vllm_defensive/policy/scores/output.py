@@ -14,6 +14,7 @@ from vllm_defensive.policy.layer import Layer, Tile, by_query_head
 from vllm_defensive.policy.weighing import pooled, value_factor
 
 DROPKV_EPSILON = 1e-6
+COPIES = 8  # of a tile's attention that live at once below
 
 
 @aggregate("deletion", values="all", weighs=True)
@@ -25,7 +26,7 @@ def deletion(policy: Policy, layer: Layer) -> Tensor:
         apart_HGWT, _ = from_the_others(policy, layer, tile)
         return (tile.rows_HGWS[..., : layer.scored] * apart_HGWT.sqrt()).mean(dim=2)
 
-    return pooled(policy, by_query_head(layer, reduce).mean(dim=1))
+    return pooled(policy, by_query_head(layer, reduce, COPIES).mean(dim=1))
 
 
 @aggregate("dropkv", values="all", weighs=True)
@@ -38,7 +39,7 @@ def dropkv(policy: Policy, layer: Layer) -> Tensor:
         weight_HGWT = tile.rows_HGWS[..., : layer.scored] * rest_HGWT / (rest_HGWT + DROPKV_EPSILON)
         return (weight_HGWT.square() * apart_HGWT).sum(dim=2)
 
-    return pooled(policy, by_query_head(layer, reduce).mean(dim=1))
+    return pooled(policy, by_query_head(layer, reduce, COPIES).mean(dim=1))
 
 
 @aggregate("obcache", values="all", weighs=True)
@@ -51,7 +52,7 @@ def obcache(policy: Policy, layer: Layer) -> Tensor:
         rows_HGWT, logits_HGWT = (x[..., : layer.scored] for x in (tile.rows_HGWS, tile.logits_HGWS))
         return ((rows_HGWT * logits_HGWT * rest_HGWT).square() * apart_HGWT).sum(dim=2)
 
-    return pooled(policy, by_query_head(layer, reduce).sum(dim=1))
+    return pooled(policy, by_query_head(layer, reduce, COPIES).sum(dim=1))
 
 
 def from_the_others(policy: Policy, layer: Layer, tile: Tile) -> tuple[Tensor, Tensor]:

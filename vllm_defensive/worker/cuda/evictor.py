@@ -243,11 +243,12 @@ class CUDAEvictor(Evictor):
         )
 
     def _read(self, prompt: Prompt, layer: int, data_PND: Tensor, scale: float | None) -> Tensor:
-        """Keys or values of the prompt, multiplied by `scale`, fp32 `[H, S, D]`; without one, of that shape and no
-        more: nobody looks at them."""
+        """Keys or values of the prompt, `[H, S, D]`, those of fp8 in fp32 and multiplied by `scale`; without one, of
+        that shape and no more: nobody looks at them."""
         heads, stop = self._pages.num_kv_heads, prompt.score.region.stop
         if scale is None:
             return prompt.window_LWQD.new_empty(1).expand(heads, stop, self._pages.head_size)
         heads_H1 = torch.arange(heads, device=data_PND.device)[:, None]
         page_HB = self._pages.page_of(layer, heads_H1, prompt.table_1B)
-        return data_PND[page_HB].flatten(1, 2)[:, :stop].float() * scale
+        data_HSD = data_PND[page_HB].flatten(1, 2)[:, :stop]
+        return data_HSD if data_HSD.dtype.itemsize > 1 else data_HSD.float() * scale
