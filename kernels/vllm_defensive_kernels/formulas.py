@@ -8,6 +8,8 @@ Scores are float32 whatever the model's dtype: in bf16 only a tenth of them woul
 a value back from a device, so on CUDA nothing waits for it.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -165,21 +167,24 @@ def aggregate_defensive(attention_HGWT: Tensor, kernel: int) -> Tensor:
     return clamp_to_mean(aggregate_peak(attention_HGWT, kernel))
 
 
-def accumulate_attention(mass_HS: Tensor, query_CQD: Tensor, key_HSD: Tensor, scale: float) -> None:
-    """Add to each of the S keys the attention that the last C queries pay it, causal, summed over the queries and
-    averaged over the group (H2O, arXiv 2306.14048). In place, fp32 [H, S].
-
-    In tiles of queries: a temporary has Q*S elements for each query of a tile, never S*S.
-    """
+def attention_tiles(query_CQD: Tensor, key_HSD: Tensor, scale: float, elements: int) -> Iterator[Tensor]:
+    """`window_attention` of the last C queries, some of them at a time: fp32 [H, G, W, seen], each of as many keys as
+    its last query sees. A tile has at most `elements`, but Q*S for one query, never S*S."""
     chunk, query_heads, _ = query_CQD.shape
-    heads, tokens, _ = key_HSD.shape
+    tokens = key_HSD.shape[1]
     key_HSD = key_HSD.float()
-    tile = max(1, ACCUMULATED_ELEMENTS // (query_heads * tokens))
+    tile = max(1, elements // (query_heads * tokens))
     for first in range(0, chunk, tile):
         query_WQD = query_CQD[first : first + tile]
-        seen = tokens - chunk + first + len(query_WQD)
-        attention_HGWS = window_attention(query_WQD, key_HSD[:, :seen], scale)
-        mass_HS[:, :seen] += attention_HGWS.sum(dim=(1, 2)).mul_(heads / query_heads)
+        yield window_attention(query_WQD, key_HSD[:, : tokens - chunk + first + len(query_WQD)], scale)
+
+
+def accumulate_attention(mass_HS: Tensor, query_CQD: Tensor, key_HSD: Tensor, scale: float) -> None:
+    """Add to each of the S keys the attention that the last C queries pay it, causal, summed over the queries and
+    averaged over the group (H2O, arXiv 2306.14048). In place, fp32 [H, S]."""
+    share = mass_HS.shape[0] / query_CQD.shape[1]
+    for attention_HGWS in attention_tiles(query_CQD, key_HSD, scale, ACCUMULATED_ELEMENTS):
+        mass_HS[:, : attention_HGWS.shape[-1]] += attention_HGWS.sum(dim=(1, 2)).mul_(share)
 
 
 def entropy(attention_X: Tensor) -> Tensor:
