@@ -48,8 +48,9 @@ def reconstruct_attention(
     normalised: "all": softmax over everything that a ghost sees, as the model's own. "chunk", the paper's: over the
         first `sink` tokens, the scored ones and the ghosts. With `(0, S)` both are the same.
 
-    `2*Q*D*Y` flops a ghost, for S scored tokens about what its attention costs. In tiles of queries, head by head: a
-    temporary has 2 MB, or G*Y numbers if these are more, beside one head's keys in fp32.
+    `2*Q*D*Y` flops and Q*Y exponentials a ghost, Y the keys that take part: half the products of attention over them.
+    In tiles of queries, head by head: a temporary has 2 MB, or G*Y numbers if these are more, beside one head's keys in
+    fp32; each tile reads these, `4*D*Y` bytes, anew.
     """
     (heads, document), (ghosts, query_heads, _) = peak_HS.shape, query_TQD.shape
     assert 0 <= scored[0] < scored[1] <= document <= first, f"{scored} of {document} tokens, ghosts from {first} on"
