@@ -19,7 +19,7 @@ KEEP = 0.2
 
 def settings() -> dict[str, tuple[ModuleType, dict[str, tuple[Any, ...]]]]:
     """Module and candidate constants of each op."""
-    from vllm_defensive_kernels import compaction, decode, norms, window
+    from vllm_defensive_kernels import compaction, decode, norms, reconstruction, window
 
     return {
         "ragged_paged_decode": (
@@ -27,6 +27,10 @@ def settings() -> dict[str, tuple[ModuleType, dict[str, tuple[Any, ...]]]]:
             {"BLOCK_T": (32, 64, 128), "STAGES": (3, 5), "WARPS": (4, 8), "MIN_STEPS": (2, 4)},
         ),
         "window_scores": (window, {"STAGES": (3, 5, 7), "BLOCK_M": (64, 128), "BLOCK_T": (64, 128)}),
+        "reconstruction_scores": (
+            reconstruction,
+            {"BLOCK_T": (64, 128), "WARPS": (4, 8), "PEAK_M": (64, 128), "PEAK_STAGES": (2, 3), "PEAK_WARPS": (4, 8)},
+        ),
         "value_norm L1": (norms, {"BLOCK_T": (64, 128), "BLOCK_C": (64, 128, 256), "STAGES": (2, 3, 4)}),
         "compact": (compaction, {"ROW_BYTES": (32, 64, 128, 256)}),
     }
@@ -56,10 +60,12 @@ def main(arguments: list[str]) -> int:
         print("benchmarks.kernels.sweep: no CUDA GPU here", file=sys.stderr)
         return 2
     from benchmarks.kernels.cases import LLAMA_8B, Case, decode_case, eviction_cases
+    from benchmarks.kernels.ghosts import ghost_cases
     from benchmarks.kernels.machine import median_seconds
 
     def sources() -> Iterator[Callable[[], Iterator[Case]]]:
         yield lambda: iter([decode_case(LLAMA_8B, options.rows, options.tokens, KEEP)])
+        yield lambda: ghost_cases(LLAMA_8B, options.tokens)
         yield lambda: eviction_cases(LLAMA_8B, options.tokens, KEEP)
 
     for source in sources():

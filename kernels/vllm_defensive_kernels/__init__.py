@@ -36,6 +36,7 @@ _EXPORTS = {
     "WindowScores": "window",
     "window_scores": "window",
     "value_norm": "norms",
+    "reconstruction_scores": "reconstruction",
     "gram_factor": "formulas",
     "list_kept": "selection",
     "compact": "compaction",

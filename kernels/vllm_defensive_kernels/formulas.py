@@ -172,13 +172,13 @@ def aggregate_defensive(attention_HGWT: Tensor, kernel: int) -> Tensor:
     return clamp_to_mean(aggregate_peak(attention_HGWT, kernel))
 
 
-def attention_tiles(query_CQD: Tensor, key_HSD: Tensor, scale: float) -> Iterator[Tensor]:
+def attention_tiles(query_CQD: Tensor, key_HSD: Tensor, scale: float, elements: int) -> Iterator[Tensor]:
     """`window_attention` of the last C queries, some of them at a time: fp32 [H, G, W, seen], each of as many keys as
-    its last query sees. A tile has Q*S elements for each of its queries, never S*S."""
+    its last query sees. A tile has at most `elements`, but Q*S for one query, never S*S."""
     chunk, query_heads, _ = query_CQD.shape
     tokens = key_HSD.shape[1]
     key_HSD = key_HSD.float()
-    tile = max(1, ACCUMULATED_ELEMENTS // (query_heads * tokens))
+    tile = max(1, elements // (query_heads * tokens))
     for first in range(0, chunk, tile):
         query_WQD = query_CQD[first : first + tile]
         yield window_attention(query_WQD, key_HSD[:, : tokens - chunk + first + len(query_WQD)], scale)
@@ -188,7 +188,7 @@ def accumulate_attention(mass_HS: Tensor, query_CQD: Tensor, key_HSD: Tensor, sc
     """Add to each of the S keys the attention that the last C queries pay it, causal, summed over the queries and
     averaged over the group (H2O, arXiv 2306.14048). In place, fp32 [H, S]."""
     share = mass_HS.shape[0] / query_CQD.shape[1]
-    for attention_HGWS in attention_tiles(query_CQD, key_HSD, scale):
+    for attention_HGWS in attention_tiles(query_CQD, key_HSD, scale, ACCUMULATED_ELEMENTS):
         mass_HS[:, : attention_HGWS.shape[-1]] += attention_HGWS.sum(dim=(1, 2)).mul_(share)
 
 

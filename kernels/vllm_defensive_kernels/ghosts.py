@@ -16,6 +16,8 @@ from torch import Tensor
 from vllm_defensive_kernels.formulas import attention_tiles
 
 NORMALISED = ("all", "chunk")
+# Of a tile of attention: the logits and their softmax, 2 MB each, are what a core's own cache holds.
+TILE_ELEMENTS = 2**19
 
 
 def taking_part(document: int, scored: tuple[int, int], normalised: str, sink: int) -> tuple[int, int, int]:
@@ -46,8 +48,9 @@ def reconstruct_attention(
     normalised: "all": softmax over everything that a ghost sees, as the model's own. "chunk", the paper's: over the
         first `sink` tokens, the scored ones and the ghosts. With `(0, S)` both are the same.
 
-    `2*Q*D*Y` flops a ghost, for S scored tokens about what its attention costs. In tiles of queries, head by head: a
-    temporary has 4 MB, or G*Y numbers if these are more, beside one head's keys in fp32.
+    `2*Q*D*Y` flops and Q*Y exponentials a ghost, Y the keys that take part: half the products of attention over them.
+    In tiles of queries, head by head: a temporary has 2 MB, or G*Y numbers if these are more, beside one head's keys in
+    fp32; each tile reads these, `4*D*Y` bytes, anew.
     """
     (heads, document), (ghosts, query_heads, _) = peak_HS.shape, query_TQD.shape
     assert 0 <= scored[0] < scored[1] <= document <= first, f"{scored} of {document} tokens, ghosts from {first} on"
@@ -59,5 +62,5 @@ def reconstruct_attention(
         query_TGD = query_TQD[:, head * group : (head + 1) * group]
         key_YD = torch.cat([key_XD[:leading], key_XD[begin:end], key_XD[document : first + ghosts]])
         peak_A = peak_HS[head, scored[0] : scored[1]]
-        for attention_1GWY in attention_tiles(query_TGD, key_YD[None], scale):
+        for attention_1GWY in attention_tiles(query_TGD, key_YD[None], scale, TILE_ELEMENTS):
             torch.maximum(peak_A, attention_1GWY[0, ..., columns].amax(dim=(0, 1)), out=peak_A)

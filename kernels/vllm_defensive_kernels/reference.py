@@ -10,7 +10,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from vllm_defensive_kernels import formulas
+from vllm_defensive_kernels import formulas, ghosts
 from vllm_defensive_kernels.pages import PackedState, PagedKV, RaggedTokens
 
 
@@ -49,6 +49,17 @@ def window_scores(
                 score_HT = formulas.clamp_to_mean(score_HT) if clamp else score_HT
             score_LHT[layer, :, span], mean_LHT[layer, :, span] = score_HT, mean_HT
     return score_LHT, mean_LHT
+
+
+def reconstruction_scores(
+    query_TQD: Tensor, pages: PagedKV, layer: int, table_1B: Tensor, *, peak_HS: Tensor, scored: tuple[int, int],
+    first: int, normalised: str, sink: int, scale: float, key_scale: float,
+) -> None:  # fmt: skip
+    """Reference of `reconstruction.reconstruction_scores`."""
+    key_HXD = _gather_heads(pages.key_PND, pages, layer, table_1B[0], first + len(query_TQD))
+    ghosts.reconstruct_attention(
+        peak_HS, query_TQD, key_HXD, scale * key_scale, scored=scored, first=first, normalised=normalised, sink=sink
+    )
 
 
 def value_norm(

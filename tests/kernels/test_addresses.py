@@ -15,6 +15,7 @@ from vllm_defensive_kernels import (
     addressing,
     compact,
     ragged_paged_decode,
+    reconstruction_scores,
     reference,
     value_norm,
     window_scores,
@@ -59,6 +60,16 @@ def test_window_scores_and_norms(far_pages: PagedKV) -> None:
     assert_close(far.score_LHT, window_scores(query, near(far_pages), table, tokens).score_LHT, torch.float32)
     norm = value_norm(far_pages, 0, table + FAR, tokens, weight)
     assert_close(norm, value_norm(near(far_pages), 0, table, tokens, weight), torch.float32)
+
+
+def test_reconstruction_scores(far_pages: PagedKV) -> None:
+    query, table = randn(4, 2, D, dtype=torch.bfloat16), int32(3, 1, 2, 0)[None]
+    far, expected = (torch.zeros(1, 50, device=DEVICE) for _ in range(2))
+    options = {"scored": (0, 50), "first": 50, "normalised": "all"}
+    reconstruction_scores(query, far_pages, 0, table + FAR, peak_HS=far, **options)
+    reconstruction_scores(query, near(far_pages), 0, table, peak_HS=expected, **options)
+    assert_close(far, expected, torch.float32)
+    assert (far > 0).all()
 
 
 def test_compact_and_decode(far_pages: PagedKV) -> None:

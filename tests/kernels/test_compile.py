@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Kernels that read rows of D numbers; the others read ragged vectors of scores, which start anywhere.
-READS_PAGES = {"decode_kernel", "row_statistics_kernel", "score_kernel", "value_norm_kernel", "compact_kernel"}
+READS_PAGES = {
+    "decode_kernel", "row_statistics_kernel", "score_kernel", "row_lse_kernel", "peak_kernel", "value_norm_kernel",
+    "compact_kernel",
+}  # fmt: skip
 SHARED_MEMORY = 227 * 1024  # what one program may use on an H100 or H200
 HEAD_SIZES = (64, 80, 96, 128, 192, 256, 512)
 # Bytes that a thread may spill: 64 rows of queries take most registers, and widening fp8 keys takes some of its own.
@@ -44,11 +47,22 @@ def check(report: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_five_ops_compile_for_hopper_without_spills(tmp_path: Path) -> None:
+def test_six_ops_compile_for_hopper_without_spills(tmp_path: Path) -> None:
     reports = compile_for_hopper(tmp_path)
-    assert {report["kernel"] for report in reports} >= READS_PAGES | {"list_kept_kernel", "merge_kernel"}
+    assert {report["kernel"] for report in reports} >= READS_PAGES | {
+        "list_kept_kernel",
+        "merge_kernel",
+        "merge_lse_kernel",
+    }
     for report in reports:
         check(report)
+
+
+@pytest.mark.slow
+def test_any_number_of_ghosts_has_the_same_kernels(tmp_path: Path) -> None:
+    """Also wherever they stand, and wherever their table and scores begin in a larger tensor."""
+    reports = compile_for_hopper(tmp_path, "--all", "reconstruction of any number")
+    assert sorted(report["kernel"] for report in reports) == ["merge_lse_kernel", "peak_kernel", "row_lse_kernel"]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from vllm_defensive_kernels import (
     RaggedTokens,
     compact,
     ragged_paged_decode,
+    reconstruction_scores,
     reference,
     value_norm,
     window_scores,
@@ -48,6 +49,21 @@ def test_an_eviction_and_a_decode_step_never_wait(monkeypatch: pytest.MonkeyPatc
         ragged_paged_decode(query[0, 0, :1], pages, 0, last, *rows, state)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_scoring_ghosts_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    pages, table = make_pages(L, 32, H, N, D, dtype=torch.bfloat16), make_table(1, 31, 32)
+    query, peak = randn(300, H * G, D, dtype=torch.bfloat16), torch.zeros(H, 161, device=DEVICE)
+    options = {"peak_HS": peak, "scored": (16, 160), "normalised": "chunk"}
+    reconstruction_scores(query[:33], pages, 1, table, first=161, **options)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        reconstruction_scores(query[33:], pages, 1, table, first=161 + 33, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (peak[:, 16:160] > 0).all()
 
 
 def test_a_captured_decode_follows_lengths_and_state() -> None:

@@ -21,6 +21,7 @@ from vllm_defensive_kernels import (
     compact,
     list_kept,
     ragged_paged_decode,
+    reconstruction_scores,
     value_norm,
     window_scores,
 )
@@ -42,6 +43,23 @@ class PackedRows:
     slot_R: Tensor
     max_query_len: int
     workspace: DecodeWorkspace | None
+
+
+@dataclass(frozen=True)
+class GhostRow:
+    """One row of a batch whose tokens repeat its document. tokens: their place in the batch; first: the position of the
+    first of them. table_1B: int32, of the request: its document's blocks, then its ghosts'.
+
+    peak_LHS: fp32, the document's scores so far, zeros before its first ghost. scored, normalised, sink: what is scored
+    over which keys (`vllm_defensive_kernels.ghosts`)."""
+
+    tokens: slice
+    first: int
+    table_1B: Tensor
+    peak_LHS: Tensor
+    scored: tuple[int, int]
+    normalised: str
+    sink: int
 
 
 def layer_groups(pages: PagedKV, tokens: int, *, apart: bool = False) -> list[slice]:
@@ -73,6 +91,25 @@ def observe(
         tokens,
         aggregate="defensive" if policy.aggregate == "defensive" else "mean",
         pool=policy.pool_kernel,
+        scale=scale,
+        key_scale=key_scale,
+    )
+
+
+def reconstruct(
+    ghosts: GhostRow, query_TQD: Tensor, pages: PagedKV, layer: int, *, scale: float, key_scale: float
+) -> None:
+    """What such a row's ghosts add to one layer's scores, once their keys are in the cache. query_TQD: of the batch."""
+    reconstruction_scores(
+        query_TQD[ghosts.tokens],
+        pages,
+        layer,
+        ghosts.table_1B,
+        peak_HS=ghosts.peak_LHS[layer],
+        scored=ghosts.scored,
+        first=ghosts.first,
+        normalised=ghosts.normalised,
+        sink=ghosts.sink,
         scale=scale,
         key_scale=key_scale,
     )
