@@ -60,12 +60,12 @@ def main(arguments: list[str]) -> int:
         print("benchmarks.kernels.sweep: no CUDA GPU here", file=sys.stderr)
         return 2
     from benchmarks.kernels.cases import LLAMA_8B, Case, decode_case, eviction_cases
-    from benchmarks.kernels.ghosts import ghost_cases
+    from benchmarks.kernels.echo import echo_cases
     from benchmarks.kernels.machine import median_seconds
 
     def sources() -> Iterator[Callable[[], Iterator[Case]]]:
         yield lambda: iter([decode_case(LLAMA_8B, options.rows, options.tokens, KEEP)])
-        yield lambda: ghost_cases(LLAMA_8B, options.tokens)
+        yield lambda: echo_cases(LLAMA_8B, options.tokens)
         yield lambda: eviction_cases(LLAMA_8B, options.tokens, KEEP)
 
     for source in sources():

@@ -1,4 +1,4 @@
-"""How much attention the ghosts of a document, tokens that repeat it, pay to its tokens, while their steps pass."""
+"""How much attention the echoes of a document, tokens that repeat it, pay to its tokens, while their steps pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm_defensive_kernels.checks import (
     require_int,
     require_shape,
 )
-from vllm_defensive_kernels.ghosts import NORMALISED, taking_part
+from vllm_defensive_kernels.echo import NORMALISED, taking_part
 from vllm_defensive_kernels.pages import PagedKV
 from vllm_defensive_kernels.reconstruction_kernels import merge_lse_kernel, peak_kernel, row_lse_kernel
 
@@ -34,7 +34,7 @@ MIN_STEPS, MIN_TILES = 16, 4  # what a program does at least, in pass 1 and 2: l
 def tiles(head_size: int, key_bytes: int, query_bytes: int) -> tuple[int, int, int, int]:
     """BLOCK_M, BLOCK_T, PEAK_T, PEAK_M of heads of this size: at most 129 KiB of shared memory.
 
-    Never of the number of ghosts, which changes from step to step. Widening fp8 keys takes registers of its own, and so
+    Never of the number of echoes, which changes from step to step. Widening fp8 keys takes registers of its own, and so
     do the longer rows of wide heads.
     """
     wide = width(head_size)
@@ -91,20 +91,20 @@ def reconstruction_scores(
     scale: float | None = None,
     key_scale: float = 1.0,
 ) -> None:
-    """Raise the scores of document tokens to the largest attention that these ghosts pay them, in one layer. In place.
+    """Raise the scores of document tokens to the largest attention that these echoes pay them, in one layer. In place.
 
-    query_TQD: fp16 or bf16 `[T, Q, D]`, of the ghosts at positions `first` to `first + T - 1` (after RoPE), stride 1 in
+    query_TQD: fp16 or bf16 `[T, Q, D]`, of the echoes at positions `first` to `first + T - 1` (after RoPE), stride 1 in
         D; fp32 works too, slowly: for tests.
-    table_1B: int32 `[1, blocks]`, the request's own: its document of S tokens, then its ghosts, these included, whose
+    table_1B: int32 `[1, blocks]`, the request's own: its document of S tokens, then its echoes, these included, whose
         keys are in the cache already.
-    peak_HS: fp32 `[H, S]`, running maxima, none below zero: zeros before the first ghost.
-    scored, normalised, sink: as in `ghosts.reconstruct_attention`, which has the formula.
+    peak_HS: fp32 `[H, S]`, running maxima, none below zero: zeros before the first echo.
+    scored, normalised, sink: as in `echo.reconstruct_attention`, which has the formula.
     scale: of the logits, default `D ** -0.5`. key_scale: of fp8 pages.
 
-    Of Y keys that take part, A of them scored: `2*Q*D*(Y + A)` flops and Q*Y exponentials a ghost. From memory come
-    `H*D*(Y + A)` numbers of keys, `2*Q*D` of queries a ghost; each further 128 query rows of a head (fp8 or D > 128:
+    Of Y keys that take part, A of them scored: `2*Q*D*(Y + A)` flops and Q*Y exponentials an echo. From memory come
+    `H*D*(Y + A)` numbers of keys, `2*Q*D` of queries an echo; each further 128 query rows of a head (fp8 or D > 128:
     64) read its keys again, and each further 128 (D > 128: 64) scored keys its queries, from the L2 cache. Stores
-    nothing of size T*S, but 4 bytes a ghost and query head, times the spans where ghosts are so few that their keys are
+    nothing of size T*S, but 4 bytes an echo and query head, times the spans where echoes are so few that their keys are
     shared out. No host sync, and no T or S has a kernel of its own; programs in any order give the same bits. Raises
     ValueError for arguments that do not fit.
     """
@@ -124,15 +124,15 @@ def _launch(
     query_TQD: Tensor, pages: PagedKV, layer: int, table_1B: Tensor, peak_HS: Tensor, scored: tuple[int, int],
     first: int, part: tuple[int, int, int], scale_log2: float,
 ) -> None:  # fmt: skip
-    (ghosts, num_heads, head_size), (heads, document) = query_TQD.shape, peak_HS.shape
+    (echoes, num_heads, head_size), (heads, document) = query_TQD.shape, peak_HS.shape
     leading, begin, end = part
     document_part = leading + end - begin
-    seen = document_part + first - document + 1  # by the first of the ghosts
-    rows = ghosts * (num_heads // heads)
+    seen = document_part + first - document + 1  # by the first of the echoes
+    rows = echoes * (num_heads // heads)
     block_m, block_t, peak_t, peak_m = tiles(head_size, pages.key_PND.element_size(), query_TQD.element_size())
-    q_tiles, steps = -(-rows // block_m), -(-(seen + ghosts - 1) // block_t)
+    q_tiles, steps = -(-rows // block_m), -(-(seen + echoes - 1) // block_t)
     span = shared_out(steps, q_tiles * heads, MIN_STEPS) * block_t
-    spans = -(-(seen + ghosts - 1) // span)
+    spans = -(-(seen + echoes - 1) // span)
     lse = torch.empty(spans, heads, rows, dtype=torch.float32, device=query_TQD.device)
     where = table_1B, pages.layer_page_L, scale_log2, layer, rows
     strides = (

@@ -4,10 +4,10 @@ Two passes, because a query's attention must be normalised before queries can be
 
 1. each query row's log-sum-exp, over spans of the keys that take part, then merged over the spans;
 2. a program owns a tile of scored keys and walks over query rows. As exp grows with its argument, the largest
-   attention is `exp(max(logit - lse))`: one exp a key. Every ghost sees every document token: nothing is masked.
+   attention is `exp(max(logit - lse))`: one exp a key. Every echo sees every document token: nothing is masked.
 
-A head's query rows are its T*G queries, ghost by ghost. Key `y` of those that take part is one of the leading tokens,
-of the document's part, or a ghost's, in this order, which is that of their positions.
+A head's query rows are its T*G queries, echo by echo. Key `y` of those that take part is one of the leading tokens,
+of the document's part, or an echo's, in this order, which is that of their positions.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def row_lse_kernel(
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp (base 2) of a tile of query rows over one span. The first `document_part` keys are the document's,
-    of which `leading` come first and the others from position `begin` on; the first ghost sees `seen` keys."""
+    of which `leading` come first and the others from position `begin` on; the first echo sees `seen` keys."""
     tile = tl.program_id(0)
     head = tl.program_id(1)
     query, m = _query_tile(query_ptr, head, tile, rows, query_token_stride, query_head_stride, G, D, BLOCK_D, BLOCK_M)
@@ -71,7 +71,7 @@ def row_lse_kernel(
         logit = product(query, tl.trans(key.to(query.dtype))) * scale_log2
         logit = tl.where(y[None, :] < sees[:, None], logit, float("-inf"))
         new_best = tl.maximum(best, tl.max(logit, 1))
-        base = tl.where(new_best == float("-inf"), 0.0, new_best)  # a span of ghosts may hide all its keys
+        base = tl.where(new_best == float("-inf"), 0.0, new_best)  # a span of echoes may hide all its keys
         total = total * tl.exp2(best - base) + tl.sum(tl.exp2(logit - base[:, None]), 1)
         best = new_best
     where = tl.program_id(2).to(tl.int64) * plane + head.to(tl.int64) * rows + m

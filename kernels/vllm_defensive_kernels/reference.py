@@ -10,7 +10,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from vllm_defensive_kernels import formulas, ghosts
+from vllm_defensive_kernels import echo, formulas
 from vllm_defensive_kernels.pages import PackedState, PagedKV, RaggedTokens
 
 
@@ -57,7 +57,7 @@ def reconstruction_scores(
 ) -> None:  # fmt: skip
     """Reference of `reconstruction.reconstruction_scores`."""
     key_HXD = _gather_heads(pages.key_PND, pages, layer, table_1B[0], first + len(query_TQD))
-    ghosts.reconstruct_attention(
+    echo.reconstruct_attention(
         peak_HS, query_TQD, key_HXD, scale * key_scale, scored=scored, first=first, normalised=normalised, sink=sink
     )
 

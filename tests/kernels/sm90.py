@@ -97,11 +97,11 @@ def window(
     window_scores(query, pages, int32(1, 1 + 10000 // page_tokens), tokens, **options)
 
 
-def ghosts(
+def echoes(
     dtype: torch.dtype, group: int, page_tokens: int, head_size: int, kv: torch.dtype, heads: int = 8,
     counts: tuple[int, ...] = (64,), document: int = 4000,
 ) -> None:  # fmt: skip
-    """Steps of so many ghosts, one after the other: so few that their keys are shared out."""
+    """Steps of so many echoes, one after the other: so few that their keys are shared out."""
     pages, first = cache(kv, heads, page_tokens, head_size), document
     query = torch.zeros(sum(counts), heads * group, head_size, dtype=dtype)
     table, peak = int32(1 + len(counts), 2 + 10000 // page_tokens), torch.zeros(len(counts), heads, document)
@@ -137,7 +137,7 @@ GROUPS = ((1, 64), (2, 16), (3, 48), (8, 64), (16, 32))  # G and N that no other
 QUICK: dict[str, Callable[[], None]] = {
     "decode bf16": lambda: decode(BF16, 4, 16, 128, BF16, 1),
     "window bf16": lambda: window(BF16, 4, 16, 128, BF16),
-    "reconstruction bf16": lambda: ghosts(BF16, 4, 16, 128, BF16),
+    "reconstruction bf16": lambda: echoes(BF16, 4, 16, 128, BF16),
     "value_norm bf16 L1": lambda: norm(BF16, 16, 128, BF16, 1),
     "list_kept": listing,
     "compact bf16": lambda: copy(BF16, BF16, 16, 128),
@@ -159,9 +159,9 @@ ALL: dict[str, Callable[[], None]] = QUICK | {
     "window bf16 fp8 pages": lambda: window(BF16, 4, 16, 128, FP8),
     "window fp16 G=7 D=80 N=32": lambda: window(FP16, 7, 32, 80, FP16),
     "window fp16 D=64": lambda: window(FP16, 3, 16, 64, FP16),
-    "reconstruction bf16 fp8 pages": lambda: ghosts(BF16, 4, 16, 128, FP8),
-    "reconstruction fp16 G=7 D=80 N=32": lambda: ghosts(FP16, 7, 32, 80, FP16),
-    "reconstruction fp32": lambda: ghosts(FP32, 4, 16, 128, FP32),
+    "reconstruction bf16 fp8 pages": lambda: echoes(BF16, 4, 16, 128, FP8),
+    "reconstruction fp16 G=7 D=80 N=32": lambda: echoes(FP16, 7, 32, 80, FP16),
+    "reconstruction fp32": lambda: echoes(FP32, 4, 16, 128, FP32),
     "value_norm fp32 L1": lambda: norm(FP32, 16, 128, FP32, 1),
     "value_norm bf16 L2": lambda: norm(BF16, 16, 128, BF16, 2),
     "value_norm fp16 D=80 L1": lambda: norm(FP16, 32, 80, FP16, 1),
@@ -172,12 +172,12 @@ ALL: dict[str, Callable[[], None]] = QUICK | {
     "compact bf16 N=64": lambda: copy(BF16, BF16, 64, 128),
     **{f"decode bf16 G={group} N={n}": partial(decode, BF16, group, n, 128, BF16, 1) for group, n in GROUPS},
     **{f"window bf16 G={group} N={n}": partial(window, BF16, group, n, 128, BF16) for group, n in GROUPS},
-    **{f"reconstruction bf16 G={group} N={n}": partial(ghosts, BF16, group, n, 128, BF16) for group, n in GROUPS},
-    "reconstruction of any number": lambda: ghosts(BF16, 4, 16, 128, BF16, 2, (64, 1, 2, 5, 16, 300), 4001),
+    **{f"reconstruction bf16 G={group} N={n}": partial(echoes, BF16, group, n, 128, BF16) for group, n in GROUPS},
+    "reconstruction of any number": lambda: echoes(BF16, 4, 16, 128, BF16, 2, (64, 1, 2, 5, 16, 300), 4001),
     "window bf16 8 queries": lambda: window(BF16, 4, 16, 128, BF16, rows=8),
     "decode bf16 D=256 N=544": lambda: decode(BF16, 8, 544, 256, BF16, 1, heads=2),
     "window bf16 D=256 N=544": lambda: window(BF16, 8, 544, 256, BF16, heads=2),
-    "reconstruction bf16 D=256 N=544": lambda: ghosts(BF16, 8, 544, 256, BF16, heads=2),
+    "reconstruction bf16 D=256 N=544": lambda: echoes(BF16, 8, 544, 256, BF16, heads=2),
     "value_norm bf16 D=256 N=544 L2": lambda: norm(BF16, 544, 256, BF16, 2, heads=2, group=8),
     "compact bf16 D=256 N=544": lambda: copy(BF16, BF16, 544, 256, heads=2),
 }
@@ -192,7 +192,7 @@ def of_size(head_size: int, kv: torch.dtype) -> dict[str, Callable[[], None]]:
         "decode": lambda: decode(BF16, group, 16, head_size, kv, 1, heads),
         "decode long queries": lambda: decode(BF16, group, 16, head_size, kv, 512, heads),
         "window": lambda: window(BF16, group, 16, head_size, kv, heads),
-        "reconstruction": lambda: ghosts(BF16, group, 16, head_size, kv, heads),
+        "reconstruction": lambda: echoes(BF16, group, 16, head_size, kv, heads),
         "value_norm": lambda: norm(BF16, 16, head_size, kv, 1, heads, group),  # L2 takes fewer registers
         "compact": lambda: copy(kv, kv, 16, head_size, heads),
     }

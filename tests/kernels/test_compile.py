@@ -59,7 +59,7 @@ def test_six_ops_compile_for_hopper_without_spills(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_any_number_of_ghosts_has_the_same_kernels(tmp_path: Path) -> None:
+def test_any_number_of_echoes_has_the_same_kernels(tmp_path: Path) -> None:
     """Also wherever they stand, and wherever their table and scores begin in a larger tensor."""
     reports = compile_for_hopper(tmp_path, "--all", "reconstruction of any number")
     assert sorted(report["kernel"] for report in reports) == ["merge_lse_kernel", "peak_kernel", "row_lse_kernel"]

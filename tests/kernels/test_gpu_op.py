@@ -51,7 +51,7 @@ def test_an_eviction_and_a_decode_step_never_wait(monkeypatch: pytest.MonkeyPatc
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_scoring_ghosts_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scoring_echoes_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     pages, table = make_pages(L, 32, H, N, D, dtype=torch.bfloat16), make_table(1, 31, 32)
     query, peak = randn(300, H * G, D, dtype=torch.bfloat16), torch.zeros(H, 161, device=DEVICE)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tests.kernels.cases import assert_close, in_float64, make_pages, make_table, randn
 from tests.kernels.conftest import DEVICE
-from vllm_defensive_kernels import PagedKV, formulas, ghosts, reconstruction, reconstruction_scores, reference
-from vllm_defensive_kernels.ghosts import reconstruct_attention
+from vllm_defensive_kernels import PagedKV, formulas, reconstruction, reconstruction_scores, reference
+from vllm_defensive_kernels.echo import reconstruct_attention
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 
@@ -39,7 +39,7 @@ def loops(
     return torch.tensor(peak, dtype=torch.float64)
 
 
-CASES = {  # document, ghosts before these, ghosts, scored, sink
+CASES = {  # document, echoes before these, echoes, scored, sink
     "whole": (37, 0, 5, (0, 37), 0),
     "chunk": (37, 4, 6, (9, 22), 4),
     "sinks reach into the chunk": (30, 0, 3, (2, 15), 8),
@@ -52,7 +52,7 @@ CASES = {  # document, ghosts before these, ghosts, scored, sink
 @pytest.mark.parametrize("elements", [2**20, 100])
 def test_formula_equals_loops(case: tuple, normalised: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two KV heads of three query heads, of uneven spread; in one tile and in many."""
-    monkeypatch.setattr(ghosts, "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(echo, "TILE_ELEMENTS", elements)
     document, before, count, scored, sink = case
     query, key = randn(count, 6, 8), randn(2, document + before + count + 3, 8, seed=3) * 2  # three keys too many
     options = {"scored": scored, "first": document + before, "normalised": normalised, "sink": sink}
@@ -74,7 +74,7 @@ def test_a_temporary_never_holds_all_queries_times_all_keys(monkeypatch: pytest.
         return attention
 
     monkeypatch.setattr(formulas, "window_attention", counted)
-    monkeypatch.setattr(ghosts, "TILE_ELEMENTS", 2000)
+    monkeypatch.setattr(echo, "TILE_ELEMENTS", 2000)
     peak = torch.zeros(2, 300, device=DEVICE)
     query, key = randn(40, 4, 8), randn(2, 340, 8)
     reconstruct_attention(peak, query, key, 1.0, scored=(0, 300), first=300, normalised="all")
@@ -128,7 +128,7 @@ def test_op_equals_the_formula(
 
 @pytest.mark.parametrize("group", [1, 3, 7])
 @pytest.mark.parametrize("count", [1, 5, 130])
-def test_any_number_of_ghosts_and_any_group(count: int, group: int, tiles_of_two_sizes: None) -> None:
+def test_any_number_of_echoes_and_any_group(count: int, group: int, tiles_of_two_sizes: None) -> None:
     pages, query = make_pages(2, 20, 1, 16, 64, dtype=BF16), randn(count, group, 64, dtype=BF16)
     actual, expected = run_both(pages, query, 83, **OPTIONS["chunk"])
     assert_close(actual, expected, torch.float32)
@@ -136,7 +136,7 @@ def test_any_number_of_ghosts_and_any_group(count: int, group: int, tiles_of_two
 
 @pytest.mark.parametrize("layout", ["LBHNC", "BNLHC"])
 def test_other_layouts_and_queries_beside_keys(layout: str) -> None:
-    """Queries as they come out of the projection, with K and V between one ghost's and the next's."""
+    """Queries as they come out of the projection, with K and V between one echo's and the next's."""
     pages = make_pages(2, 12, 2, 16, 32, layout=layout, dtype=BF16)
     query = randn(7, 10, 32, dtype=BF16)[:, :6]
     actual, expected = run_both(pages, query, 83, **OPTIONS["chunk"])
@@ -189,8 +189,8 @@ def test_what_is_there_is_only_raised() -> None:
     assert 0 < (fresh > 0.04).sum() < 50
 
 
-def test_later_ghosts_and_other_requests_change_nothing() -> None:
-    """What lies in the cache after these ghosts is unwritten memory: NaN here."""
+def test_later_echoes_and_other_requests_change_nothing() -> None:
+    """What lies in the cache after these echoes is unwritten memory: NaN here."""
     pages, query = make_pages(2, 12, 1, 16, 32), randn(3, 2, 32)
     table, peaks = make_table(1, 5, 12), [torch.zeros(1, 50, device=DEVICE) for _ in range(2)]
     options = {"first": 52, "scored": (10, 40), "normalised": "chunk"}
@@ -204,7 +204,7 @@ def test_later_ghosts_and_other_requests_change_nothing() -> None:
     assert torch.equal(*peaks)
 
 
-def test_no_ghosts_change_nothing() -> None:
+def test_no_echoes_change_nothing() -> None:
     pages, peak = make_pages(2, 8, 1, 16, 32), torch.zeros(1, 20, device=DEVICE)
     reconstruction_scores(
         randn(0, 2, 32), pages, 0, make_table(1, 2, 8), peak_HS=peak, first=20, scored=(0, 20), normalised="all"

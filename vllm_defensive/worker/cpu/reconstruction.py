@@ -16,7 +16,7 @@ from vllm_defensive.packing import Region
 from vllm_defensive.plan import Reconstruction
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.window import IncompleteError
-from vllm_defensive_kernels.ghosts import reconstruct_attention
+from vllm_defensive_kernels.echo import reconstruct_attention
 
 
 @dataclass(eq=False)

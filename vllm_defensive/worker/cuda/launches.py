@@ -46,12 +46,12 @@ class PackedRows:
 
 
 @dataclass(frozen=True)
-class GhostRow:
+class EchoRow:
     """One row of a batch whose tokens repeat its document. tokens: their place in the batch; first: the position of the
-    first of them. table_1B: int32, of the request: its document's blocks, then its ghosts'.
+    first of them. table_1B: int32, of the request: its document's blocks, then its echoes'.
 
-    peak_LHS: fp32, the document's scores so far, zeros before its first ghost. scored, normalised, sink: what is scored
-    over which keys (`vllm_defensive_kernels.ghosts`)."""
+    peak_LHS: fp32, the document's scores so far, zeros before its first echo. scored, normalised, sink: what is scored
+    over which keys (`vllm_defensive_kernels.echo`)."""
 
     tokens: slice
     first: int
@@ -97,19 +97,19 @@ def observe(
 
 
 def reconstruct(
-    ghosts: GhostRow, query_TQD: Tensor, pages: PagedKV, layer: int, *, scale: float, key_scale: float
+    echoes: EchoRow, query_TQD: Tensor, pages: PagedKV, layer: int, *, scale: float, key_scale: float
 ) -> None:
-    """What such a row's ghosts add to one layer's scores, once their keys are in the cache. query_TQD: of the batch."""
+    """What such a row's echoes add to one layer's scores, once their keys are in the cache. query_TQD: of the batch."""
     reconstruction_scores(
-        query_TQD[ghosts.tokens],
+        query_TQD[echoes.tokens],
         pages,
         layer,
-        ghosts.table_1B,
-        peak_HS=ghosts.peak_LHS[layer],
-        scored=ghosts.scored,
-        first=ghosts.first,
-        normalised=ghosts.normalised,
-        sink=ghosts.sink,
+        echoes.table_1B,
+        peak_HS=echoes.peak_LHS[layer],
+        scored=echoes.scored,
+        first=echoes.first,
+        normalised=echoes.normalised,
+        sink=echoes.sink,
         scale=scale,
         key_scale=key_scale,
     )

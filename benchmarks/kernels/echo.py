@@ -1,4 +1,4 @@
-"""The reconstruction score of one layer: a step's ghosts over a document, by either softmax."""
+"""The reconstruction score of one layer: a step's echoes over a document, by either softmax."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from benchmarks.kernels.cases import Case, Shape, close, make_cache, shuffled
 from vllm_defensive.worker.cuda import launches
 from vllm_defensive_kernels import PagedKV, reference
 
-STEP = 2048  # ghosts of a step, and tokens of a chunk: vLLM's own chunks, and the paper's
+STEP = 2048  # echoes of a step, and tokens of a chunk: vLLM's own chunks, and the paper's
 SINK = 4
 
 
-def ghost_cases(shape: Shape, tokens: int) -> Iterator[Case]:
-    """The last step of ghosts that repeat the whole document, and that of ghosts that repeat its last chunk alone."""
-    ghosts = min(STEP, tokens)
+def echo_cases(shape: Shape, tokens: int) -> Iterator[Case]:
+    """The last step of echoes that repeat the whole document, and that of echoes that repeat its last chunk alone."""
+    echoes = min(STEP, tokens)
     pages = make_cache(shape, 2 * (tokens // shape.page_tokens) + 1, 1)
     table = shuffled(2 * (tokens // shape.page_tokens), shape)[None]
-    size = (ghosts, shape.heads * shape.group, shape.head_size)
+    size = (echoes, shape.heads * shape.group, shape.head_size)
     query = torch.randn(size, dtype=shape.dtype, device=shape.device)
     for normalised, first, scored, keys in (
-        ("all", 2 * tokens - ghosts, (0, tokens), 2 * tokens),
-        ("chunk", tokens, (tokens - ghosts, tokens), SINK + 2 * ghosts),
+        ("all", 2 * tokens - echoes, (0, tokens), 2 * tokens),
+        ("chunk", tokens, (tokens - echoes, tokens), SINK + 2 * echoes),
     ):
         peak = torch.zeros(1, shape.heads, tokens, device=shape.device)
-        row = launches.GhostRow(slice(0, ghosts), first, table, peak, scored, normalised, SINK)
-        yield ghost_case(shape, query, pages, row, keys)
+        row = launches.EchoRow(slice(0, echoes), first, table, peak, scored, normalised, SINK)
+        yield echo_case(shape, query, pages, row, keys)
 
 
-def ghost_case(shape: Shape, query: Tensor, pages: PagedKV, row: launches.GhostRow, keys: int) -> Case:
-    """keys: that the last ghost sees."""
-    (ghosts, num_heads, D), tokens = query.shape, row.peak_LHS.shape[2]
-    count, seen = row.scored[1] - row.scored[0], keys - ghosts // 2  # the latter in the mean
+def echo_case(shape: Shape, query: Tensor, pages: PagedKV, row: launches.EchoRow, keys: int) -> Case:
+    """keys: that the last echo sees."""
+    (echoes, num_heads, D), tokens = query.shape, row.peak_LHS.shape[2]
+    count, seen = row.scored[1] - row.scored[0], keys - echoes // 2  # the latter in the mean
 
-    def reconstruct(row: launches.GhostRow = row) -> None:
+    def reconstruct(row: launches.EchoRow = row) -> None:
         launches.reconstruct(row, query, pages, 0, scale=D**-0.5, key_scale=1.0)
 
     def check() -> None:
@@ -52,17 +52,17 @@ def ghost_case(shape: Shape, query: Tensor, pages: PagedKV, row: launches.GhostR
 
     return Case(
         "reconstruction_scores",
-        f"{tokens} tokens, {ghosts} ghosts, {row.normalised}, 1 layer",
+        f"{tokens} tokens, {echoes} echoes, {row.normalised}, 1 layer",
         reconstruct,
         check,
         shape.heads * (keys + count) * shape.width + 2 * query.nbytes + 2 * 4 * shape.heads * count,
-        2 * num_heads * D * ghosts * (seen + count),
+        2 * num_heads * D * echoes * (seen + count),
         rivals(shape, query, seen),
     )
 
 
 def rivals(shape: Shape, query: Tensor, keys: int) -> dict[str, Callable[[], object]]:
-    """The model's own attention of these ghosts over as many keys, which reads values and gives no maxima."""
+    """The model's own attention of these echoes over as many keys, which reads values and gives no maxima."""
     key = torch.randn(1, shape.heads, keys, shape.head_size, dtype=shape.dtype, device=shape.device)
     query_1QTD = query.transpose(0, 1)[None]
 
