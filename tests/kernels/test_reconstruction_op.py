@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.kernels.cases import assert_close, in_float64, make_pages, make_table, randn
 from tests.kernels.conftest import DEVICE
-from vllm_defensive_kernels import PagedKV, formulas, reconstruction, reconstruction_scores, reference
+from vllm_defensive_kernels import PagedKV, echo, formulas, reconstruction, reconstruction_scores, reference
 from vllm_defensive_kernels.echo import reconstruct_attention
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
