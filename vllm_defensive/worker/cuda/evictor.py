@@ -126,7 +126,7 @@ class CUDAEvictor(Evictor):
         """Compile the kernels of every policy that a request may have, on vLLM's null block, which nobody reads: no
         prompt should wait for a compiler, and nobody make others wait. Long prompts run variants of their own.
         """
-        policies = dict.fromkeys((self._config.policy, *(self._config.policies or ())))
+        policies = self._config.served
         lengths = (max(self._config.min_tokens, 8 * self._config.window), LONG_PROMPT)
         for policy, stop in itertools.product(policies, lengths):
             region = self._config.region(stop, 0, self._pages.page_tokens)
