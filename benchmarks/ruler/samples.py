@@ -1,0 +1,80 @@
+"""Samples of RULER's tasks, each cut into context, question and the answer's beginning.
+
+The cut is where the template of the package has it: what stands before and in place of `{context}` is the context,
+what comes after it (without the blank before it) the question, and the task's `answer_prefix` begins the answer. Where
+a task shows a worked example first (`vt`, `cwe`), that belongs to the context, so all is looked for from the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ruler import package
+from benchmarks.ruler.package import Task
+
+
+@dataclass(frozen=True)
+class Sample:
+    """context + question + answer_prefix is the text that RULER made, at most `length` tokens with the answer. index:
+    its number in the task's file. references: strings that RULER looks for in the answer. most: tokens of an answer."""
+
+    task: str
+    length: int
+    index: int
+    context: str
+    question: str
+    answer_prefix: str
+    references: tuple[str, ...]
+    most: int
+
+
+def split(task: Task, length: int, row: Mapping[str, Any]) -> Sample:
+    """A line of a task's file as a `Sample`; ValueError if the template's parts are not in it."""
+    text = row["input"]
+    prefix_at = text.rfind(_fixed_beginning(task.answer_prefix))
+    question_at = max(text.rfind(beginning, 0, prefix_at) for beginning in _question_beginnings(task))
+    if question_at < 0 or prefix_at < 0:
+        raise ValueError(f"{task.name}, sample {row['index']}: no question or no beginning of an answer in it")
+    parts = text[:question_at], text[question_at:prefix_at], text[prefix_at:]
+    return Sample(task.name, length, row["index"], *parts, tuple(row["outputs"]), task.tokens_to_generate)
+
+
+def _fixed_beginning(template: str) -> str:
+    return template.partition("{")[0]
+
+
+def _question_beginnings(task: Task) -> tuple[str, str]:
+    """As the template has it, and in the singular that the needles' generator makes of it to ask for one value."""
+    beginning = _fixed_beginning(task.template.partition("{context}")[2].lstrip())
+    return beginning, beginning.replace("are all", "is")
+
+
+def load(root: Path, task: Task, tokenizer: Path, length: int, count: int, cache: Path = package.CACHE) -> list[Sample]:
+    """The first `count` samples of `task` with at most `length` tokens, made if there are not as many yet.
+
+    tokenizer: folder of the model. Raises RuntimeError if the package cannot make them.
+    """
+    file = cache / "data" / _name_of(tokenizer) / str(length) / task.name / "validation.jsonl"
+    rows = _read(file)
+    if len(rows) < count:
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=cache) as scratch:
+            package.generate(root, task, tokenizer, length, count, Path(scratch))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            (Path(scratch) / task.name / file.name).replace(file)
+        rows = _read(file)
+    return [split(task, length, row) for row in rows[:count]]
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def _name_of(tokenizer: Path) -> str:
+    """The model's folder, and which tokenizer was in it: sizes are in its tokens."""
+    return f"{tokenizer.resolve().name}-{hashlib.sha256((tokenizer / 'tokenizer.json').read_bytes()).hexdigest()[:8]}"
