@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 from benchmarks.ruler import answers, package, samples, summary
@@ -91,18 +92,17 @@ def _policies(names: list[str]) -> list[str]:
 
 
 def _samples(chosen: argparse.Namespace, root: Path, model: Path) -> Iterator[samples.Sample]:
-    """Round by round: the first sample of every task and length, then the second. What cannot be made is named."""
+    """Round by round: the first sample of every task and length, then the second. Who has fewer is named."""
     tasks = package.tasks(root)
     if unknown := set(chosen.tasks) - set(tasks):
         raise ValueError(f"--tasks {', '.join(sorted(unknown))}: choose from {', '.join(tasks)}")
     columns = []
     for length in chosen.length:
         for name in chosen.tasks or tasks:
-            try:
-                columns.append(samples.load(root, tasks[name], model, length, chosen.samples))
-            except RuntimeError as error:
-                print(f"left out: {error}", file=sys.stderr, flush=True)
-    return (sample for number in zip(*columns, strict=True) for sample in number)
+            columns.append(samples.load(root, tasks[name], model, length, chosen.samples))
+            if len(columns[-1]) < chosen.samples:
+                print(f"{name}, {length} tokens: only {len(columns[-1])} samples fit", file=sys.stderr, flush=True)
+    return (sample for number in zip_longest(*columns) for sample in number if sample)
 
 
 def _names(text: str) -> list[str]:

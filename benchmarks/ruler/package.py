@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,14 @@ class Task:
     tokens_to_generate: int
     template: str
     answer_prefix: str
+
+
+class DoesNotFit(RuntimeError):
+    """A generator tries for ever to make a sample as short as asked. fitting: how many samples come before that one."""
+
+    def __init__(self, task: Task, length: int, fitting: int) -> None:
+        super().__init__(f"{task.name}, {length} tokens: {fitting} samples, the one after them cannot be that short")
+        self.fitting = fitting
 
 
 def ensure(cache: Path = CACHE) -> Path:
@@ -85,8 +94,8 @@ def printable(answer: str) -> str:
 def generate(root: Path, task: Task, tokenizer: Path, length: int, samples: int, folder: Path) -> None:
     """Write `samples` samples of at most `length` tokens of `tokenizer` to FOLDER/TASK/validation.jsonl.
 
-    RuntimeError where a generator fails, or takes long: if a sample cannot be made to fit, it tries for ever. The first
-    samples are the same, however many are asked for.
+    The first samples are the same, however many are asked for. RuntimeError if the generator fails, `DoesNotFit` if it
+    does not end.
     """
     sizes = {"max_seq_length": length, "num_samples": samples, "tokens_to_generate": task.tokens_to_generate}
     names = {"save_dir": folder, "save_name": task.name, "tokenizer_path": tokenizer.resolve(), "tokenizer_type": "hf"}
@@ -99,12 +108,23 @@ def generate(root: Path, task: Task, tokenizer: Path, length: int, samples: int,
     ]
     try:
         subprocess.run(
-            command, check=True, env=_environment(root), timeout=600 + 2 * samples, capture_output=True, text=True
+            command, check=True, env=_environment(root), timeout=patience(samples), capture_output=True, text=True
         )
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"{task.name}: {samples} samples of {length} tokens do not fit, or take too long") from error
+        raise DoesNotFit(task, length, _finished(error.stderr)) from error
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"{task.name}: the generator failed: {error.stderr[-500:]}") from error
+
+
+def patience(samples: int) -> float:
+    """Seconds after which a generator is taken for one that does not end: it takes half a minute and milliseconds a
+    sample where nothing else runs."""
+    return 600 + 2 * samples
+
+
+def _finished(progress: bytes | None) -> int:
+    """How many samples a generator had made, by the last of its progress bars (`7/25 [`)."""
+    return int([b"0", *re.findall(rb"(\d+)/\d+ \[", progress or b"")][-1])
 
 
 def _environment(root: Path) -> dict[str, str]:
@@ -114,6 +134,7 @@ def _environment(root: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(root / "package"), str(root / "python")]),
         "NLTK_DATA": str(root / "nltk_data" / NLTK_DATA),
         "HF_HUB_OFFLINE": "1",
+        "TQDM_MININTERVAL": "0",  # the progress bar counts every sample, see `_finished`
     }
 
 

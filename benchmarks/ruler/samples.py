@@ -18,6 +18,8 @@ from typing import Any
 from benchmarks.ruler import package
 from benchmarks.ruler.package import Task
 
+FILE, NO_MORE = "validation.jsonl", "no-more.txt"
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -58,20 +60,31 @@ def _question_beginnings(task: Task) -> tuple[str, str]:
 def load(root: Path, task: Task, tokenizer: Path, length: int, count: int, cache: Path = package.CACHE) -> list[Sample]:
     """The first `count` samples of `task` with at most `length` tokens, made if there are not as many yet.
 
-    tokenizer: folder of the model. Raises RuntimeError if the package cannot make them.
+    tokenizer: folder of the model. Fewer where the next one cannot be made as short. RuntimeError if a generator fails.
     """
-    file = cache / "data" / _name_of(tokenizer) / str(length) / task.name / "validation.jsonl"
-    rows = _read(file)
-    if len(rows) < count:
-        with tempfile.TemporaryDirectory(prefix=".making-", dir=cache) as scratch:
-            package.generate(root, task, tokenizer, length, count, Path(scratch))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            (Path(scratch) / task.name / file.name).replace(file)
-        rows = _read(file)
-    return [split(task, length, row) for row in rows[:count]]
+    folder = cache / "data" / _name_of(tokenizer) / str(length) / task.name
+    if len(_read(folder)) < count and not (folder / NO_MORE).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _make(root, task, tokenizer, length, count, folder)
+    return [split(task, length, row) for row in _read(folder)[:count]]
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def _make(root: Path, task: Task, tokenizer: Path, length: int, count: int, folder: Path) -> None:
+    """Put `count` samples into `folder`, or as many as can be made, with a note that there are no more."""
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as scratch:
+        made = Path(scratch)
+        try:
+            package.generate(root, task, tokenizer, length, count, made)
+        except package.DoesNotFit as error:
+            if error.fitting:
+                package.generate(root, task, tokenizer, length, error.fitting, made)
+            (folder / NO_MORE).write_text(f"{error}\n", encoding="utf-8")
+        if (made / task.name / FILE).exists():
+            (made / task.name / FILE).replace(folder / FILE)
+
+
+def _read(folder: Path) -> list[dict[str, Any]]:
+    file = folder / FILE
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 

@@ -66,9 +66,12 @@ def root(tmp_path: Path) -> Path:
         "TASKS = {'kind': {'metric_fn_per_sample': match}}"
     )
     (code / "data" / "synthetic" / "kind.py").write_text(
-        "import json, pathlib, sys\n"
+        "import json, pathlib, sys, time\n"
         "o = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
         "if o['--max_seq_length'] == '13': sys.exit('too short')\n"
+        "if o['--max_seq_length'] == '14' and o['--num_samples'] != '2':\n"
+        "    print('100%|#| 1/1 [00:00] 50%|#  | 1/4 [00:00]\\r 60%|## | 2/4 [00:00]', file=sys.stderr, flush=True)\n"
+        "    time.sleep(60)\n"
         "text = o['--template'].format(context='Y = 5', query='5', n=o['--hops'])\n"
         "folder = pathlib.Path(o['--save_dir']) / o['--save_name']\n"
         "folder.mkdir(parents=True)\n"
@@ -99,6 +102,16 @@ def test_samples_are_made_by_the_packages_generator_and_kept(root: Path, tokeniz
 def test_a_task_that_cannot_be_made_says_why(root: Path, tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="too short"):
         samples.load(root, package.tasks(root)["easy"], tokenizer, 13, 1, tmp_path)
+
+
+def test_samples_after_one_that_does_not_fit_are_not_tried_again(
+    root: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package, "patience", lambda samples: 5 if samples == 4 else 60)
+    task = package.tasks(root)["easy"]
+    assert [sample.index for sample in samples.load(root, task, tokenizer, 14, 4, tmp_path)] == [0, 1]
+    monkeypatch.setattr(package, "generate", lambda *_: pytest.fail("tried again"))
+    assert len(samples.load(root, task, tokenizer, 14, 4, tmp_path)) == 2
 
 
 def test_scores_are_the_packages_own_on_printable_text(root: Path) -> None:
