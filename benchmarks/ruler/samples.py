@@ -89,5 +89,5 @@ def _read(folder: Path) -> list[dict[str, Any]]:
 
 
 def _name_of(tokenizer: Path) -> str:
-    """The model's folder, and which tokenizer was in it: sizes are in its tokens."""
-    return f"{tokenizer.resolve().name}-{hashlib.sha256((tokenizer / 'tokenizer.json').read_bytes()).hexdigest()[:8]}"
+    """Sizes are in the tokenizer's tokens, so models that share it share the samples."""
+    return hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest()[:12]
