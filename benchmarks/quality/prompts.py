@@ -45,9 +45,7 @@ class Prompts:
 
     def ask(self, document: Document, question: Question) -> Prompt:
         """Of a long answer the first tokens are the right ones to force."""
-        tokens, boundary = self.join(f"{document.text}
-
-", question.text, question.prefix)
+        tokens, boundary = self.join(f"{document.text}\n\n", question.text, question.prefix)
         return Prompt(tokens, boundary, self.encode(question.gold)[:MOST_GOLD])
 
     def ask_again(self, first: Prompt, answer: list[int], question: Question) -> Prompt:
