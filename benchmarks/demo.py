@@ -124,7 +124,7 @@ def token_counter(model: Path) -> Callable[[str], int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", default="halokv")
+    parser.add_argument("--policy", default="auto")
     parser.add_argument("--keep", default="0.2")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4000, 7000], help="document lengths")
     parser.add_argument("--max-tokens", type=int, default=64, help="of each answer, 24 or more")
@@ -144,7 +144,7 @@ def main() -> None:
         str(audit),
     ]
     rows = run("stock", model, [], questions, arguments.max_tokens)
-    rows += run(arguments.policy, model, eviction, questions, arguments.max_tokens)
+    rows += run(f"evicted ({arguments.policy})", model, eviction, questions, arguments.max_tokens)
 
     print(f"\nPool: {POOL_BLOCKS} blocks of {BLOCK_SIZE} tokens. Blocks held and times are of single requests.\n")
     print(table(rows))

@@ -183,10 +183,9 @@ class EvictionBlockManager(FullAttentionManager):
         released; and how many of them are leading ones, in place."""
         whole = cdiv(request.num_tokens, self.block_size)
         life = self.life(request.request_id)
-        if life is None or (life.packing is None and not life.ahead):
+        if life is not None and (packing := life.packing) is not None:  # of nearly all that run
+            return whole - packing.saved_blocks, packing.region.shared_blocks
+        if life is None or not life.ahead:
             return whole, whole
-        if life.packing is not None:
-            region, packed = life.packing.region, len(life.packing.blocks)
-        else:
-            region, packed = self.plan(life)
+        region, packed = self.plan(life)
         return (whole - region.blocks + packed, region.shared_blocks) if packed else (whole, whole)

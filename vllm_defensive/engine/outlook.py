@@ -79,6 +79,8 @@ class Outlook:
 
     def blocks_beside(self, num_tokens: int) -> int:
         """Blocks that a request of so many tokens takes in the other KV cache groups."""
+        if not self.other_managers:
+            return 0
         return sum(
             other.get_num_blocks_to_allocate("", num_tokens, [], 0, 0, num_tokens, apply_admission_cap=True)
             for other in self.other_managers

@@ -140,13 +140,19 @@ class _EvictionMixin(Scheduler):
         rest = self._answers.rest(request.num_output_tokens, limit)
         lasting, leading = self.eviction_manager.lasting_blocks(request)
         leading = min(leading, len(blocks))
-        # Those that others hold too, or would, come first: who holds a block holds what precedes it.
+        shared = self._shared_with_others(blocks, leading) if leading else 0
+        own = lasting - shared + self.eviction_manager.outlook.blocks_beside(request.num_tokens + rest)
+        return Load(rest, own, (blocks[i].block_id for i in range(shared - 1, -1, -1)) if shared else ())
+
+    def _shared_with_others(self, blocks: Sequence[KVCacheBlock], leading: int) -> int:
+        """Of so many leading blocks, how many others hold too, or would if the request in question were let in. These
+        come first: who holds a block holds what precedes it."""
         hit = self._last_hit
+        if blocks[0].ref_cnt < 2 and not (hit and blocks[0] is hit[0]):  # of nearly all requests
+            return 0
         held = bisect_left(range(leading), True, key=lambda i: blocks[i].ref_cnt < 2)
         wanted = bisect_left(range(min(leading, len(hit))), True, key=lambda i: blocks[i] is not hit[i])
-        shared = max(held, wanted)
-        own = lasting - shared + self.eviction_manager.outlook.blocks_beside(request.num_tokens + rest)
-        return Load(rest, own, (blocks[i].block_id for i in range(shared - 1, -1, -1)))
+        return max(held, wanted)
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         report = channels.read_report(model_runner_output)

@@ -93,6 +93,14 @@ class EvictionConfig(BaseModel):
         return list(dict.fromkeys(policy for name in self.choices if name != NONE for policy in stands_for(name)))
 
     @property
+    def described(self) -> str:
+        """The server's own policy, for a line that people read."""
+        if self.policy != AUTO:
+            return self.policy
+        usual, bounded = self.meant(AUTO), self.meant(AUTO, boundary=True)
+        return f"{AUTO} ({usual if usual == bounded else f'{usual}; {bounded} where a request names a boundary'})"
+
+    @property
     def reconstructs(self) -> bool:
         """Whether one of them takes a second look at a prompt."""
         return any(PRESETS[name].reconstructs for name in self.served)

@@ -88,7 +88,7 @@ class EvictionWorker(Worker):
         logger.info(
             "KV eviction is on: policy %s keeps %g of each prompt of %d tokens or more (window %d); "
             "pages of %d tokens, %d layers x %d KV heads = %d pages a block",
-            self.eviction.policy,
+            self.eviction.described,
             self.eviction.keep,
             self.eviction.min_tokens,
             self.eviction.window,
