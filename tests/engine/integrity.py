@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
 from vllm_defensive.engine.lifecycle import Life, Phase
-from vllm_defensive.settings.engine import NONE
 
 
 def held_blocks(manager: EvictionBlockManager, request_id: str) -> int:
@@ -59,4 +58,4 @@ def check_life(manager: EvictionBlockManager, life: Life) -> None:
         assert all(block.is_null == (life.phase is Phase.PACKED) for block in originals)
     assert life.ready_tokens <= len(blocks) * manager.block_size
     assert not life.ready_tokens or life.phase in (Phase.PACKED, Phase.WHOLE)
-    assert not life.cached or evicted or life.settings.policy == NONE, "of echoes nothing is ever hashed"
+    assert not life.cached or evicted or life.is_echo

@@ -169,8 +169,8 @@ ENGINE: dict[str, dict[str, str | None]] = {
         "Scheduler.make_stats": "...",
         **_has(
             "Scheduler",
-            "block_size kv_cache_manager max_model_len max_num_active_reqs num_spec_tokens pause_state requests "
-            "running structured_output_manager vllm_config",
+            "block_size kv_cache_manager max_model_len max_num_active_reqs max_num_scheduled_tokens num_spec_tokens "
+            "pause_state requests running structured_output_manager vllm_config",
         ),
     },
     "vllm.v1.core.sched.async_scheduler": {"AsyncScheduler": None},

@@ -27,6 +27,9 @@ from vllm_defensive.plan import Reconstruction
 from vllm_defensive.policy import PRESETS
 
 INSTRUCTION = "\n\nRepeat the previous context exactly:\n\n"
+SHARE = 4
+"""A step has at most a fourth of its tokens from an echo: each costs as much as some three of a prefill's, for it looks
+twice at up to twice as many keys, and nobody's decode should wait longer for it than for a chunk of a prompt."""
 OVERLAP = 8
 """Tokens before its part that an echo of a later part begins with: they say which part is meant."""
 
@@ -49,6 +52,7 @@ class Echoes:
         self._count = 0
         self._ended: set[str] = set()  # echoes whose outputs nobody wants
         self._admitted = scheduler.max_num_active_reqs
+        self.most_tokens = max(1, scheduler.max_num_scheduled_tokens // SHARE)  # of a step
 
     def owns(self, request_id: str) -> bool:
         return self._echo is not None and self._echo.request_id == request_id

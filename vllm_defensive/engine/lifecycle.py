@@ -59,7 +59,8 @@ _NEXT = {
 @dataclass(eq=False)
 class Life:
     """stop: `T`, where the request is evicted: its boundary, or the end of its prompt (again, if it was preempted).
-    brief: it ends with its prefill. hit_tokens: what the prefix cache served.
+    brief: it ends with its prefill. is_echo: it is a request of our own, which repeats another's prompt.
+    hit_tokens: what the prefix cache served.
     eviction, blocks: what it holds packed, from ECHOING or PACKING on.
     echoed: positions before this one have been repeated. repeated: tokens that its echoes have taken so far.
     fence: the step that packs; 0 where that is the step that reached the stop.
@@ -74,6 +75,7 @@ class Life:
     stop: int
     phase: Phase
     brief: bool = False
+    is_echo: bool = False
     hit_tokens: int = 0
     echo_tokens: int = 0
     eviction: Eviction | None = None
@@ -175,7 +177,9 @@ class Lifecycle:
     def serve(self, echo: Request) -> None:
         """An echo begins, over the blocks of the request that it serves: it is never evicted itself, nor hashed."""
         settings = RequestSettings.model_construct(policy=NONE, keep=1.0)
-        self.lives[echo.request_id] = Life(echo, settings, echo.num_prompt_tokens, Phase.WHOLE, cached=True)
+        self.lives[echo.request_id] = Life(
+            echo, settings, echo.num_prompt_tokens, Phase.WHOLE, is_echo=True, cached=True
+        )
 
     def reconstruct(self, life: Life, echo_id: str, part: Reconstruction, *, last: bool) -> None:
         """The step that was scheduled runs tokens of an echo. last: and none is to come, for this request."""

@@ -108,7 +108,9 @@ class _EvictionMixin(Scheduler):
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         life = self._lives.get(request.request_id)
         if life is not None and life.phase is not PREFILL:  # nearly all, in every step
-            return num_new_tokens if life.phase is not ECHOING else 0
+            if life.phase is ECHOING:
+                return 0
+            return num_new_tokens if not life.is_echo else min(num_new_tokens, self._echoes.most_tokens)
         stop = self.eviction_manager.next_stop(request.request_id)
         return min(num_new_tokens, stop - num_computed_tokens) if stop else num_new_tokens
 
