@@ -136,7 +136,7 @@ class _Place(NamedTuple):
 
 def _place(common: Any, starts: np.ndarray, row: int) -> _Place:
     start, stop = int(starts[row]), int(starts[row + 1])
-    end = int(common.seq_lens_cpu_upper_bound[row])  # exact for prompts: no draft token is among theirs
+    end = int(common.seq_lens_cpu_upper_bound.numpy()[row])  # exact for prompts: no draft token is among theirs
     return _Place(row, (end - (stop - start), end), slice(start, stop))
 
 
