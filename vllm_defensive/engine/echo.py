@@ -71,6 +71,7 @@ class Echoes:
             return
         if echo.request_id in tokens:
             self._lifecycle.totals.echo_tokens += tokens[echo.request_id]
+            life.repeated += tokens[echo.request_id]
             policy = PRESETS[life.settings.policy]
             part = Reconstruction(
                 life.request.request_id, life.stop, self._part, echo.num_tokens, policy.reconstruction

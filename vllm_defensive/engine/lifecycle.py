@@ -61,8 +61,8 @@ class Life:
     """stop: `T`, where the request is evicted: its boundary, or the end of its prompt (again, if it was preempted).
     brief: it ends with its prefill. hit_tokens: what the prefix cache served.
     eviction, blocks: what it holds packed, from ECHOING or PACKING on.
-    echoed: positions before this one have been repeated. fence: the step that packs; 0 where that is the step that
-        reached the stop.
+    echoed: positions before this one have been repeated. repeated: tokens that its echoes have taken so far.
+    fence: the step that packs; 0 where that is the step that reached the stop.
     ready_tokens: up to here the request has slots, and no block is left to hash. cached: the prefix cache has every
         block of it that it may have.
     echo_tokens: how many tokens of its prompt one echo repeats; 0: its policy takes no second look.
@@ -80,6 +80,7 @@ class Life:
     eviction: Eviction | None = None
     blocks: list[KVCacheBlock] = field(default_factory=list)
     echoed: int = 0
+    repeated: int = 0
     fence: int = 0
     ready_tokens: int = 0
     cached: bool = False
@@ -294,7 +295,7 @@ class Lifecycle:
 
     def report(self, request_id: str) -> dict[str, Any] | None:
         """For the response of a request that asks for it: its policy, and tokens of its whole prompt, all and kept (a
-        mean over layers and heads)."""
+        mean over layers and heads); where it was looked at again, tokens that this took."""
         life = self.lives.get(request_id)
         if life is None:
             return self._reports.get(request_id)
@@ -304,4 +305,5 @@ class Lifecycle:
         if packing is None:
             return {"policy": NONE, "prompt_tokens": prompt, "kept_tokens": prompt}
         kept = prompt - (packing.region.stop - packing.kept_tokens)
-        return {"policy": life.settings.policy, "prompt_tokens": prompt, "kept_tokens": kept}
+        report = {"policy": life.settings.policy, "prompt_tokens": prompt, "kept_tokens": kept}
+        return report if not life.echo_tokens else {**report, "echo_tokens": life.repeated}

@@ -35,7 +35,12 @@ def add_flags(parser: Any, supported: bool = True) -> None:
         else f"Not available. {contract.refusal()}",
     )
     metavars = {"policy": "POLICY", "keep": "RATIO", "window": "TOKENS", "min_tokens": "TOKENS", "audit": "DIR"}
-    metavars |= {"shared": "keep|evict", "admission": "eager|steady", "policies": "POLICY,..."}
+    metavars |= {
+        "score": "auto|window|reconstruct",
+        "shared": "keep|evict",
+        "admission": "eager|steady",
+        "policies": "POLICY,...",
+    }
     for name, field in config.EvictionConfig.model_fields.items():
         default = config.NONE if name == "policy" else field.default
         allowed = f": {', '.join(config.allowed_policies())}" if name == "policy" else ""

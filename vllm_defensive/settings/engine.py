@@ -17,8 +17,20 @@ from vllm_defensive.policy import PRESETS, public_names
 
 KEY = "kv_eviction"
 NONE = "none"
+AUTO = "auto"
 TURN_OFF = "turn eviction off (--kv-eviction none, without --kv-eviction-per-request)"
 INTERNAL_POLICIES = "VLLM_DEFENSIVE_INTERNAL_POLICIES"
+
+
+AUTO_POLICIES = {"window": "halokv", "reconstruct": "echokv"}
+"""What `auto` stands for, by what a request is scored by."""
+
+ScoredBy = Literal["auto", "window", "reconstruct"]
+
+
+def stands_for(policy: str) -> tuple[str, ...]:
+    """The policies that requests may be evicted by which name this one."""
+    return tuple(AUTO_POLICIES.values()) if policy == AUTO else (policy,)
 
 
 class EvictionConfig(BaseModel):
@@ -27,6 +39,11 @@ class EvictionConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     policy: str = Field(description="eviction policy")
+    score: ScoredBy = Field(
+        "auto",
+        description="what the policy auto scores by: the observation window, or the prompt repeated, which costs a "
+        "second prefill; auto: the latter where a request names a boundary",
+    )
     keep: float = Field(0.2, gt=0, le=1, description="fraction of each prompt's KV cache to keep")
     window: int = Field(
         32, ge=1, description="observation window: the last prompt tokens, whose attention scores all others"
@@ -71,9 +88,22 @@ class EvictionConfig(BaseModel):
         return known + sorted(chosen.difference(known))
 
     @property
+    def served(self) -> list[str]:
+        """The policies that a request may be evicted by, those included that serve who cannot be repeated."""
+        named = [policy for name in self.choices if name != NONE for policy in stands_for(name)]
+        return list(dict.fromkeys([*named, *(other for name in named if (other := PRESETS[name].fallback))]))
+
+    @property
     def reconstructs(self) -> bool:
-        """Whether a policy that requests may have takes a second look at their prompts."""
-        return any(PRESETS[name].reconstructs for name in self.choices if name != NONE)
+        """Whether one of them takes a second look at a prompt."""
+        return any(PRESETS[name].reconstructs for name in self.served)
+
+    def meant(self, policy: str, *, boundary: bool = False, score: ScoredBy | None = None) -> str:
+        """The policy that a request is evicted by which names this one. boundary: it names one. score: its own."""
+        if policy != AUTO:
+            return policy
+        by = self.score if score is None else score
+        return AUTO_POLICIES[("reconstruct" if boundary else "window") if by == "auto" else by]
 
     def allows(self, policy: str) -> bool:
         """Whether a request may name this policy, one that `known_policy` knows."""
@@ -89,7 +119,7 @@ class EvictionConfig(BaseModel):
 
     def budget_blocks(self, region: Region, policy: str | None = None, keep: float | None = None) -> int:
         """`K` of a request with these settings, or with a policy and a ratio of its own. 0 means: leave it alone."""
-        policy = self.policy if policy is None else policy
+        policy = self.meant(self.policy if policy is None else policy)
         if policy == NONE or region.stop < self.min_tokens:
             return 0
         if PRESETS[policy].keep_all:
@@ -98,19 +128,19 @@ class EvictionConfig(BaseModel):
 
 
 def known_policy(name: str) -> str:
-    """`name` if it is "none" or a policy that users may choose. Raises ValueError otherwise.
+    """`name` if it is "none", "auto" or a policy that users may choose. Raises ValueError otherwise.
 
     Internal policies cost memory or quality for the sake of a test; they must be unlocked by the environment.
     """
     unlocked = os.environ.get(INTERNAL_POLICIES) == "1"
-    if name != NONE and (name not in PRESETS or (PRESETS[name].internal and not unlocked)):
+    if name not in (NONE, AUTO) and (name not in PRESETS or (PRESETS[name].internal and not unlocked)):
         raise ValueError(f"choose one of {', '.join(allowed_policies())}")
     return name
 
 
 def allowed_policies() -> list[str]:
     """The values of `--kv-eviction` that users may choose."""
-    return [NONE, *public_names()]
+    return [NONE, AUTO, *public_names()]
 
 
 def parse(raw: Any, name_of: Callable[[str], str] | None = None) -> EvictionConfig | None:
@@ -131,6 +161,8 @@ def parse(raw: Any, name_of: Callable[[str], str] | None = None) -> EvictionConf
     if raw and "policy" not in raw and "per_request" not in raw:
         without = ", ".join(name_of(field) for field in raw)
         raise ValueError(f"{without}: give {name_of('policy')} as well, one of {', '.join(allowed_policies())}")
+    if settings.score != "auto" and AUTO not in settings.choices:
+        raise ValueError(f"{name_of('score')}={settings.score}: goes with {name_of('policy')} {AUTO}; leave it out")
     return settings if settings.policy != NONE or settings.per_request else None
 
 
@@ -147,6 +179,7 @@ def option_name(field: str) -> str:
 
 _ALLOWED = {
     "policy": lambda: f"choose one of {', '.join(allowed_policies())}",
+    "score": lambda: "choose one of auto, window, reconstruct",
     "keep": lambda: "choose a value in (0, 1]",
     "window": lambda: "choose a whole number of tokens, 1 or more",
     "min_tokens": lambda: "choose a whole number of tokens, 1 or more",

@@ -1,6 +1,7 @@
 """What one request may ask for, over the OpenAI API (`vllm_xargs`) or `SamplingParams.extra_args`.
 
-    kv_eviction            a policy's name, or "none"
+    kv_eviction            a policy's name, "auto", or "none"
+    kv_eviction_score      of auto: "window", or "reconstruct" for a second look at the prompt; else by its boundary
     kv_eviction_keep       fraction kept, in (0, 1]
     kv_eviction_boundary   evict when this many prompt tokens are computed; the rest of the prompt sees what was
                            kept, and is itself kept whole ("compress the document, then ask")
@@ -18,17 +19,21 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from vllm_defensive.settings.engine import NONE, EvictionConfig, known_policy
+from vllm_defensive.settings.engine import AUTO, NONE, EvictionConfig, ScoredBy, known_policy
 
 _PREFIX = "kv_eviction"
 
 
 class RequestSettings(BaseModel):
-    """A request's own settings, with the engine's where it has none. boundary, protect: tokens. report: wanted."""
+    """A request's own settings, with the engine's where it has none. boundary, protect: tokens. report: wanted.
+
+    Once resolved, `policy` is what the request is evicted by, never "auto".
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     policy: str
+    score: ScoredBy | None = None
     keep: float = Field(gt=0, le=1)
     boundary: int | None = Field(None, ge=1)
     protect: int = Field(0, ge=0)
@@ -66,7 +71,7 @@ def resolve(
         elif _means_us(name):
             raise _wrong(name, value, _spelling(name))
     if not own:
-        return RequestSettings.model_construct(policy=engine.policy, keep=engine.keep)
+        return RequestSettings.model_construct(policy=engine.meant(engine.policy), keep=engine.keep)
     try:
         settings = RequestSettings(**{"policy": engine.policy, "keep": engine.keep, **own})
     except ValidationError as error:
@@ -75,6 +80,8 @@ def resolve(
         raise _wrong(field, first["input"], _allowed(field, engine)) from None
     if not engine.allows(settings.policy):
         raise _wrong(_PREFIX, settings.policy, _allowed(_PREFIX, engine))
+    if settings.score is not None and settings.policy != AUTO:
+        raise _wrong("kv_eviction_score", settings.score, f"goes with kv_eviction={AUTO!r}; leave it out")
     for field, tokens in (("boundary", settings.boundary), ("protect", settings.protect)):
         if tokens is not None and tokens > num_prompt_tokens:
             raise _wrong(_field_name(field), tokens, f"the prompt has {num_prompt_tokens} tokens")
@@ -82,7 +89,8 @@ def resolve(
         if settings.boundary is not None and begin < settings.boundary < end:
             way_out = f"inside an image, video or audio; choose {' or '.join(str(b) for b in (begin, end) if b)}"
             raise _wrong("kv_eviction_boundary", settings.boundary, way_out)
-    return settings
+    meant = engine.meant(settings.policy, boundary=settings.boundary is not None, score=settings.score)
+    return settings.model_copy(update={"policy": meant})
 
 
 def refuse_items_behind(boundary: int | None, items: Iterable[tuple[int, int]]) -> None:
@@ -143,6 +151,7 @@ def _field_name(name: str) -> str:
 
 _ALLOWED = {
     "kv_eviction": "choose one of {choices}",
+    "kv_eviction_score": "choose one of auto, window, reconstruct",
     "kv_eviction_keep": "choose a number in (0, 1]",
     "kv_eviction_boundary": "choose a whole number of prompt tokens, 1 or more",
     "kv_eviction_protect": "choose a whole number of prompt tokens, 0 or more",

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tests.evictions import eviction
-from vllm_defensive.plan import StepMessage
+from vllm_defensive.plan import Reconstruction, StepMessage
 from vllm_defensive.worker.cpu.accumulation import Accumulations
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
+from vllm_defensive.worker.cpu.reconstruction import CPUReconstructions
 from vllm_defensive.worker.cpu.runtime import CPURuntime
 from vllm_defensive.worker.window import WindowQueries
 
@@ -30,7 +31,7 @@ from vllm_defensive.worker.window import WindowQueries
 )
 def test_queries_come_head_by_head(heads: int, lengths: list[int], rows: list[int]) -> None:
     view = PageView.from_layers(list(torch.zeros(1, 2, heads, 4, 4)))
-    runtime = CPURuntime(view, WindowQueries(1, 4, heads, 2, torch.float32), None, lambda _: ())
+    runtime = CPURuntime(view, WindowQueries(1, 4, heads, 2, torch.float32), None, None, lambda _: ())
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     common = SimpleNamespace(
         num_reqs=len(lengths),
@@ -53,22 +54,29 @@ def test_a_step_asked_twice_answers_the_same() -> None:
     """An evicted row that grows by a block in it, a window that is cut by chunks, and sums over all queries."""
     view = PageView.from_layers(list(torch.zeros(2, 60, 3, 4, 4)))
     order_ND = torch.arange(8).view(4, 2)
-    sums = Accumulations(view, PageCodec(order_ND, order_ND), [1.0, 1.0])
-    runtime = CPURuntime(view, WindowQueries(2, 4, 6, 2, torch.float32), sums, lambda _: ("gone", "seen", "summed"))
+    codec = PageCodec(order_ND, order_ND)
+    sums, echoes = Accumulations(view, codec, [1.0, 1.0]), CPUReconstructions(view, codec, [1.0, 1.0])
+    ids = ("gone", "seen", "summed", "echo")
+    runtime = CPURuntime(view, WindowQueries(2, 4, 6, 2, torch.float32), sums, echoes, lambda _: ids)
     runtime.install(eviction(30, (50, 51), block_tokens=4, request_id="gone"), torch.full((2, 3), 2))
-    runtime.begin(StepMessage(observe={"seen": (6, 10)}, accumulate={"summed": 12}), ())
+    echo = Reconstruction("seen", 10, (0, 10), 24, "all")
+    message = StepMessage(observe={"seen": (6, 10)}, accumulate={"summed": 12}, reconstruct={"echo": echo})
+    runtime.begin(message, ())
     common = SimpleNamespace(
-        num_reqs=3,
-        num_actual_tokens=17,
-        query_start_loc_cpu=torch.tensor([0, 1, 11, 17], dtype=torch.int32),
-        seq_lens=torch.tensor([33, 10, 6], dtype=torch.int32),
-        block_table_tensor=torch.arange(36, dtype=torch.int32).view(3, 12),
+        num_reqs=4,
+        num_actual_tokens=22,
+        query_start_loc_cpu=torch.tensor([0, 1, 11, 17, 22], dtype=torch.int32),
+        seq_lens=torch.tensor([33, 10, 6, 15], dtype=torch.int32),
+        block_table_tensor=torch.arange(48, dtype=torch.int32).view(4, 12),
     )
     once, twice = (runtime.step(common) for _ in range(2))
     assert once is not None and twice is not None and once.evicted is not None and twice.evicted is not None
     assert once.captures == twice.captures and len(once.captures) == 1
     for ours, other in zip(once.accumulations, twice.accumulations, strict=True):
         assert ours.mass_LHT is other.mass_LHT and (ours.tokens, ours.end) == (other.tokens, other.end)
+    (ours,), (other,) = once.echoes, twice.echoes
+    assert ours.peak_LHT is other.peak_LHT and (ours.tokens, ours.begin, ours.end) == (slice(17, 22), 10, 15)
+    assert ours.pages_LHB.shape == (2, 3, 4), "of the blocks that hold its tokens"
     for name, value in vars(once.evicted).items():
         assert torch.equal(value, getattr(twice.evicted, name)), name
     assert runtime.tables["gone"].growth_blocks == 2  # tokens 28 to 32

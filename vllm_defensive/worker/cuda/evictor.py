@@ -30,7 +30,7 @@ from vllm_defensive.policy import (
     score_layer,
     settle,
 )
-from vllm_defensive.settings.engine import NONE, EvictionConfig
+from vllm_defensive.settings.engine import EvictionConfig
 from vllm_defensive.worker.cuda import launches
 from vllm_defensive.worker.cuda.launches import EchoRow
 from vllm_defensive.worker.cuda.runtime import CUDARuntime
@@ -128,7 +128,7 @@ class CUDAEvictor(Evictor):
         """Compile the kernels of every policy that a request may have, on vLLM's null block, which nobody reads: no
         prompt should wait for a compiler, and nobody make others wait. Long prompts run variants of their own.
         """
-        policies = self._policies()
+        policies = self._config.served
         lengths = (max(self._config.min_tokens, 8 * self._config.window), LONG_PROMPT)
         for policy, stop in itertools.product(policies, lengths):
             region = self._config.region(stop, 0, self._pages.page_tokens)
@@ -142,11 +142,6 @@ class CUDAEvictor(Evictor):
         looks = {PRESETS[policy].reconstruction for policy in policies} - {"none"}
         for normalised in sorted(looks) if max_tokens > self._config.window else ():
             self._warm_up_echoes(normalised, max_tokens)
-
-    def _policies(self) -> list[str]:
-        """Those that a request may have, by name or because it cannot be repeated."""
-        named = [name for name in (self._config.policy, *(self._config.policies or ())) if name != NONE]
-        return list(dict.fromkeys([*named, *(other for name in named if (other := PRESETS[name].fallback))]))
 
     def _warm_up_echoes(self, normalised: str, max_tokens: int) -> None:
         """Of as long a prompt as there may be: only then a launch shares its keys out, and merges what comes of it."""

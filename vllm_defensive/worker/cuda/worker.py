@@ -12,7 +12,6 @@ from vllm_defensive.engine.spec import EvictableSpec
 from vllm_defensive.packing import ECHO_OVERHEAD, ECHO_TOKENS
 from vllm_defensive.platforms import PLATFORMS
 from vllm_defensive.policy import PRESETS
-from vllm_defensive.settings.engine import NONE
 from vllm_defensive.worker.cuda.backend import EvictionImpl
 from vllm_defensive.worker.cuda.evictor import CUDAEvictor, LayerScales
 from vllm_defensive.worker.cuda.memory import BesideCache, Model
@@ -52,9 +51,8 @@ class EvictionGPUWorker(EvictionWorker):
         context = self.vllm_config.compilation_config.static_forward_context
         first, scheduler = context[names[0]], self.vllm_config.scheduler_config
         dtype, page_tokens = self.model_config.dtype, self.cache_config.block_size
-        choices = [PRESETS[name] for name in self.eviction.choices if name != NONE]
         # One step's; but who is repeated waits for its turn with its window.
-        waits = any(policy.reconstructs and policy.needs_window for policy in choices)
+        waits = any(PRESETS[name].reconstructs and PRESETS[name].needs_window for name in self.eviction.served)
         prompts = max(1, scheduler.max_num_batched_tokens // self.eviction.min_tokens)
         echoes = min(scheduler.max_num_batched_tokens, ECHO_TOKENS + ECHO_OVERHEAD)
         return BesideCache.of(
