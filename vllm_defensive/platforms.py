@@ -24,7 +24,7 @@ PLATFORMS = {
 
 Row = tuple[Any, str, Any, str]  # (whether it is refused, option, value, way out)
 
-CPU_ONLY = "supported on CPUs only, as it reads more attention than the window's; choose another policy on a GPU"
+CPU_ONLY = "supported on CPUs only, as it sums the attention of all queries; choose another policy on a GPU"
 
 
 def current() -> Platform:
@@ -61,7 +61,7 @@ def refusal(option: str, value: Any, way_out: str) -> str:
 
 def only_on_cpus(policy: str) -> bool:
     """Whether the policy reads attention that only CPUs look at."""
-    return policy in PRESETS and (PRESETS[policy].accumulates or PRESETS[policy].reconstructs)
+    return policy in PRESETS and PRESETS[policy].accumulates
 
 
 def refused_on_cuda(vllm_config: Any) -> tuple[Row, ...]:

@@ -50,6 +50,18 @@ def shared_out(work: int, programs: int, least: int) -> int:
     return max(least, -(-work * programs // TARGET_PROGRAMS))
 
 
+def spans_of(keys: int, q_tiles: int, heads: int, block_t: int) -> tuple[int, int]:
+    """(keys of a span, spans) of pass 1, where so many keys are seen."""
+    span = shared_out(-(-keys // block_t), q_tiles * heads, MIN_STEPS) * block_t
+    return span, -(-keys // span)
+
+
+def bytes_at_most(echoes: int, num_query_heads: int) -> int:
+    """What a call of up to so many echoes takes beside its arguments, of a document of any length: the log-sum-exp of
+    each row and span. Spans are fewer than 1 + TARGET_PROGRAMS / (q_tiles * H); a tile has at most BLOCK_M rows."""
+    return 4 * (echoes * num_query_heads + TARGET_PROGRAMS * BLOCK_M)
+
+
 def check(
     query_TQD: Tensor, pages: PagedKV, layer: int, table_1B: Tensor, peak_HS: Tensor, scored: tuple[int, int],
     first: int, normalised: str, sink: int,
@@ -130,9 +142,8 @@ def _launch(
     seen = document_part + first - document + 1  # by the first of the echoes
     rows = echoes * (num_heads // heads)
     block_m, block_t, peak_t, peak_m = tiles(head_size, pages.key_PND.element_size(), query_TQD.element_size())
-    q_tiles, steps = -(-rows // block_m), -(-(seen + echoes - 1) // block_t)
-    span = shared_out(steps, q_tiles * heads, MIN_STEPS) * block_t
-    spans = -(-(seen + echoes - 1) // span)
+    q_tiles = -(-rows // block_m)
+    span, spans = spans_of(seen + echoes - 1, q_tiles, heads, block_t)
     lse = torch.empty(spans, heads, rows, dtype=torch.float32, device=query_TQD.device)
     where = table_1B, pages.layer_page_L, scale_log2, layer, rows
     strides = (

@@ -28,6 +28,8 @@ POLICIES = (
     "headkv",
     "layer-defensivekv",
     "halokv",
+    "kvzip",
+    "echokv",
 )
 # Formulas that the kernels do not have; lava's and headkv's budgets are compared in `tests/policy/` only.
 IN_TORCH = (

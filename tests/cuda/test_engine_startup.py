@@ -100,6 +100,28 @@ def test_warm_up_runs_every_policy_that_requests_may_name(
 
 
 @pytest.mark.parametrize("kernels", ["reference"], indirect=True)
+@pytest.mark.parametrize(
+    "policies, looks, others",
+    [
+        (["kvzip"], 1, {"value_norm": 2, "window_scores": 1}),
+        (["kvzip", "echokv"], 2, {"value_norm": 4, "window_scores": 2}),
+    ],
+    ids=["kvzip", "both"],
+)
+def test_warm_up_looks_at_echoes_and_runs_what_serves_those_that_cannot_be_repeated(
+    model: Path, kernels: str, kernel_calls: dict[str, int], policies: list[str], looks: int, others: dict[str, int]
+) -> None:
+    """Once for each softmax; by halokv's kernels where there is no room for an echo."""
+    with engine(model, policies[0], dtype="float32", policies=policies) as llm:
+        kernel_calls.clear()
+        worker_of(llm)._evictor.warm_up(1024)
+        every = len(policies) + 1
+        assert kernel_calls == {"reconstruction_scores": looks, "list_kept": every, "compact": every, **others}
+        (answer,) = generate(llm, random_prompts((1000,), seed=4), 2)
+        assert len(answer.tokens) == 2 and kernel_calls["reconstruction_scores"] == looks, "no room: halokv"
+
+
+@pytest.mark.parametrize("kernels", ["reference"], indirect=True)
 def test_fp8_pages_are_moved_as_they_are_and_read_with_their_layers_scale(model: Path, kernels: str) -> None:
     """keep-all with a scale for each layer, against stock vLLM with the same."""
     prompts, answers = random_prompts((140, 70), seed=3), []

@@ -105,7 +105,7 @@ def test_steps_and_evictions_never_wait(model: Path, kernels: str, monkeypatch: 
 
     if MODE == "pretend":  # and takes the way of a device, too
         monkeypatch.setattr(formulas, "on_host", lambda tensor: False)
-    policies = ("layer-defensivekv", "criticalkv", "pyramidkv", "cake", "lava", "headkv", *IN_TORCH)
+    policies = ("layer-defensivekv", "criticalkv", "pyramidkv", "cake", "lava", "headkv", *IN_TORCH, "kvzip", "echokv")
     extra = [{"kv_eviction": policy, "kv_eviction_boundary": 70} for policy in policies]
     with engine(model, "snapkv", dtype="float32") as llm:
         if MODE == "gpu":  # the first call compiles
@@ -120,6 +120,7 @@ def test_steps_and_evictions_never_wait(model: Path, kernels: str, monkeypatch: 
             (cuda_backend, "_packed_rows"),
             (cuda_backend, "_rest"),
             (launches, "ragged_paged_decode"),
+            (launches, "reconstruct"),
         ):
             monkeypatch.setattr(owner, name, guarded(getattr(owner, name), no_waiting))
         answers = generate(llm, random_prompts([75] * len(policies), seed=2), 3, extra_args=extra)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from vllm_defensive.plan import Reconstruction
 from vllm_defensive.worker.cuda.memory import BesideCache, Model
 from vllm_defensive.worker.cuda.runtime import CUDARuntime
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.window import WindowQueries
-from vllm_defensive_kernels import PagedKV
+from vllm_defensive_kernels import PagedKV, reconstruction
 
 NOTHING = Projections(nn.Module(), [], 32, 128, keep=False)
 LLAMA_8B = Model(32, 32, 8, 128, torch.bfloat16, page_tokens=16)
 L, H, Q, N, D, W = 3, 2, 4, 16, 8, 32
-REQUESTS, TOKENS, PROMPTS = 6, 1000, 2
+REQUESTS, TOKENS, PROMPTS, ECHOES = 6, 1000, 2, 64
 
 
 def bytes_of(*parts: object) -> int:
@@ -26,7 +27,13 @@ def bytes_of(*parts: object) -> int:
 def test_what_lasts_is_counted_byte_for_byte() -> None:
     model = Model(L, Q, H, D, torch.float32, N)
     counted = BesideCache.of(
-        model, NOTHING, window=W, max_tokens=TOKENS, max_requests=REQUESTS, prompts_at_once=PROMPTS
+        model,
+        NOTHING,
+        window=W,
+        max_tokens=TOKENS,
+        max_requests=REQUESTS,
+        prompts_at_once=PROMPTS,
+        echoes_at_once=ECHOES,
     )
     windows = WindowQueries(L, W, Q, D, torch.float32)
     pages = PagedKV.from_layers(list(torch.zeros(L, 4, H, N, 2 * D)))
@@ -35,6 +42,10 @@ def test_what_lasts_is_counted_byte_for_byte() -> None:
     assert bytes_of(runtime.workspace) == counted.decode
     assert bytes_of(runtime.state, runtime.slot_R) == counted.state
     assert sum(c.window_LWQD.untyped_storage().nbytes() for c in captures if c is not None) == counted.windows
+    for name in "ab":  # one at a time: "a" was given up
+        runtime.reconstructions.plan(Reconstruction(name, TOKENS, (0, TOKENS), 2 * TOKENS, "all"), (TOKENS, TOKENS + 1))
+    peaks = bytes_of(*runtime.reconstructions._seen.values())
+    assert peaks + reconstruction.bytes_at_most(ECHOES, Q) == counted.echoes
     assert counted.projections == 0  # tests/worker/test_projections.py has those
     assert counted.total == sum(vars(counted).values())
 
@@ -42,9 +53,12 @@ def test_what_lasts_is_counted_byte_for_byte() -> None:
 def test_memory_grows_with_the_longest_prompt_and_stays_small_beside_a_gpu() -> None:
     """Scores' temporaries are measured in `test_engine_quantised.py`."""
     short, long = (
-        BesideCache.of(LLAMA_8B, NOTHING, window=32, max_tokens=tokens, max_requests=256, prompts_at_once=32)
+        BesideCache.of(
+            LLAMA_8B, NOTHING, window=32, max_tokens=tokens, max_requests=256, prompts_at_once=32, echoes_at_once=0
+        )
         for tokens in (8192, 131072)
     )
+    assert long.echoes == 0
     # 8 copies of 256 heads' scores, and 16 of those that are weighed at a time, which are all of a short prompt's
     assert short.scores == (8 + 16) * 256 * 8192 * 4
     assert short.total < 0.6 * 2**30 < long.total < 2 * 2**30

@@ -95,7 +95,7 @@ def test_whatever_is_of_a_row_or_a_token_is_cut_with_it(first: int) -> None:
 
 
 def metadata(stock: Any) -> EvictionMetadata:
-    return EvictionMetadata(num_actual_tokens=4, captures=(), stock=stock, stock_from=1, ours=())
+    return EvictionMetadata(num_actual_tokens=4, captures=(), echoes=(), stock=stock, stock_from=1, ours=())
 
 
 def test_models_reach_through_to_the_metadata_below() -> None:

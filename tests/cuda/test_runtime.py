@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.evictions import eviction
-from vllm_defensive.plan import StepMessage
+from vllm_defensive.plan import Reconstruction, StepMessage
 from vllm_defensive.worker.cuda import launches
 from vllm_defensive.worker.cuda.runtime import NOBODY, CUDARuntime
 from vllm_defensive.worker.window import WindowQueries
@@ -38,6 +38,7 @@ def batch(lens: dict[str, tuple[int, int]], padding: int = 0) -> Any:
         query_start_loc_cpu=starts,
         seq_lens_cpu_upper_bound=ends,
         req_idx=np.array([INDEX[name] for name in lens]),
+        block_table_tensor=torch.arange(len(new) * 12, dtype=torch.int32).view(-1, 12),
     )
 
 
@@ -132,3 +133,30 @@ def test_window_queries_are_taken_where_the_chunk_overlaps_the_window(runtime: C
     assert torch.equal(capture.window_LWQD[1, 12:], query)
     runtime.end()
     assert not runtime.observing
+
+
+@pytest.mark.parametrize("normalisation, scored", [("chunk", (40, 90)), ("all", (0, 100))])
+def test_echoes_are_looked_at_where_their_rows_are(
+    runtime: CUDARuntime, normalisation: str, scored: tuple[int, int]
+) -> None:
+    """ "d" repeats positions 40 to 89 of "a", whose prompt of 100 tokens stands still; its last token comes alone."""
+    wanted = Reconstruction("a", 100, (40, 90), 141, normalisation)
+    place = {"b": (1, 9)}
+    for chunk, first_row in (((100, 140), 1), ((140, 141), 0)):
+        begin, end = chunk
+        rows = {**place, "d": (end - begin, end)} if first_row else {"d": (end - begin, end), **place}
+        runtime.begin(StepMessage(reconstruct={"d": wanted}), ())
+        assert runtime.observing, "such a step takes no graph of the whole model"
+        step = runtime.step(batch(rows))
+        (row,) = step.echoes
+        assert (row.tokens, row.first) == (slice(first_row, first_row + end - begin), begin)
+        assert row.table_1B.tolist() == [list(range(12 * first_row, 12 * first_row + 12))]
+        assert (row.scored, row.normalised, row.sink) == (scored, normalisation, 4)
+        assert row.peak_LHS.shape == (L, H, 100)
+        assert step.decode_rows == (1 if first_row else 2) and not step.captures
+    assert runtime.reconstructions._seen["a"].whole == {(40, 90)}
+    runtime.end()
+    assert not runtime.observing
+    runtime.begin(StepMessage(), {"a"})
+    assert not runtime.reconstructions._seen
+    assert not runtime.step(batch({"d": (1, 141)})).echoes

@@ -32,11 +32,11 @@ pytestmark = pytest.mark.e2e
 PART, OVERLAP, W, SINK = 150, 8, 32, 4
 
 
-def repeat(prompt: list[int], instruction: list[int]) -> list[tuple[tuple[int, int], list[int]]]:
-    """(positions, the whole text) of every part of a prompt's repetition."""
+def repeat(prompt: list[int], instruction: list[int], tokens: int) -> list[tuple[tuple[int, int], list[int]]]:
+    """(positions, the whole text) of every part, of so many tokens, of a prompt's repetition."""
     texts = []
-    for first in range(0, len(prompt), PART):
-        part = (first, min(first + PART, len(prompt)))
+    for first in range(0, len(prompt), tokens):
+        part = (first, min(first + tokens, len(prompt)))
         again = prompt[first - OVERLAP : first] if first else []
         texts.append((part, prompt + instruction + again + prompt[slice(*part)]))
     return texts
@@ -60,10 +60,12 @@ def peaks(layer: Layer, tokens: int, part: tuple[int, int], chunk: bool) -> np.n
     return found
 
 
-def naive_scores(policy: str, reference: ReferenceLlama, prompt: list[int], instruction: list[int]) -> Scores:
+def naive_scores(
+    policy: str, reference: ReferenceLlama, prompt: list[int], instruction: list[int], part_tokens: int = PART
+) -> Scores:
     tokens, chunk = len(prompt), PRESETS[policy].reconstruction == "chunk"
     found: list[np.ndarray] = [np.zeros((reference.heads, tokens))] * reference.layers
-    for part, text in repeat(prompt, instruction):
+    for part, text in repeat(prompt, instruction, part_tokens):
         layers: list[Layer] = []
         reference.forward(text, attention=layers)
         found = [np.maximum(f, peaks(layer, tokens, part, chunk)) for f, layer in zip(found, layers, strict=True)]
@@ -84,16 +86,20 @@ def naive_scores(policy: str, reference: ReferenceLlama, prompt: list[int], inst
     return joined
 
 
-@pytest.fixture(scope="module")
-def expected(tiny_model: Path) -> dict[str, list[Scores]]:
-    """By policy, the scores of each prompt."""
+def instruction_of(model: Path) -> list[int]:
     from vllm.tokenizers import get_tokenizer
 
     from vllm_defensive.engine.echo import instruction_ids
 
-    instruction = list(instruction_ids(get_tokenizer(str(tiny_model))))
+    instruction = list(instruction_ids(get_tokenizer(str(model))))
     assert instruction
-    reference = ReferenceLlama(tiny_model)
+    return instruction
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path) -> dict[str, list[Scores]]:
+    """By policy, the scores of each prompt."""
+    reference, instruction = ReferenceLlama(tiny_model), instruction_of(tiny_model)
     return {p: [naive_scores(p, reference, prompt, instruction) for prompt in PROMPTS] for p in ("kvzip", "echokv")}
 
 

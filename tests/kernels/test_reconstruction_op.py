@@ -204,6 +204,18 @@ def test_later_echoes_and_other_requests_change_nothing() -> None:
     assert torch.equal(*peaks)
 
 
+@pytest.mark.parametrize(("head_size", "key_bytes"), [(64, 2), (128, 2), (128, 1), (512, 2)])
+@pytest.mark.parametrize(("heads", "group"), [(1, 1), (2, 7), (8, 4), (64, 1)])
+def test_a_call_never_takes_more_than_it_says(heads: int, group: int, head_size: int, key_bytes: int) -> None:
+    """The log-sum-exp of every row and span: of few echoes over many keys, and of many."""
+    block_m, block_t, _, _ = reconstruction.tiles(head_size, key_bytes, 2)
+    for echoes in (1, 7, 64, 127, 512, 2112):
+        rows, most = echoes * group, reconstruction.bytes_at_most(echoes, heads * group)
+        for keys in (echoes, 4000, 131072, 1 << 20):
+            _, spans = reconstruction.spans_of(keys, -(-rows // block_m), heads, block_t)
+            assert 4 * spans * heads * rows <= most, (echoes, keys)
+
+
 def test_no_echoes_change_nothing() -> None:
     pages, peak = make_pages(2, 8, 1, 16, 32), torch.zeros(1, 20, device=DEVICE)
     reconstruction_scores(

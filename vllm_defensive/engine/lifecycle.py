@@ -68,6 +68,7 @@ class Life:
         block of it that it may have.
     echo_tokens: how many tokens of its prompt one echo repeats; 0: its policy takes no second look.
     sums_attention: of its policy; looked up once, for it is asked of each relative of a request that is planned for.
+    reads_window: of its policy, too: whether workers keep its window's queries.
     """
 
     request: Request
@@ -86,10 +87,12 @@ class Life:
     ready_tokens: int = 0
     cached: bool = False
     sums_attention: bool = field(init=False)
+    reads_window: bool = field(init=False)
 
     def __post_init__(self) -> None:
         policy = PRESETS.get(self.settings.policy)  # there is none called "none"
         self.sums_attention = policy is not None and policy.accumulates
+        self.reads_window = policy is not None and policy.needs_window
 
     def turn(self, phase: Phase) -> None:
         assert phase in _NEXT[self.phase], f"{self.request.request_id}: {self.phase.name} to {phase.name}"
@@ -260,7 +263,7 @@ class Lifecycle:
             end = life.request.num_computed_tokens
             if life.sums_attention:
                 message.accumulate[request_id] = life.stop
-            elif end > life.stop - self._window:
+            elif life.reads_window and end > life.stop - self._window:
                 message.observe[request_id] = (life.stop - self._window, life.stop)
             if end >= life.stop:
                 self._watched.discard(request_id)

@@ -100,6 +100,11 @@ class Policy:
         return self.reconstruction != "none"
 
     @property
+    def needs_window(self) -> bool:
+        """Whether the window must have been seen: by all but those that go by the second pass alone."""
+        return self._function.reads != "echo"
+
+    @property
     def needs_values(self) -> bool:
         """Whether scores read the values."""
         return self.value_weight != "none" or self._function.values != "none"

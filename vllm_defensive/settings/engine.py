@@ -89,8 +89,9 @@ class EvictionConfig(BaseModel):
 
     @property
     def served(self) -> list[str]:
-        """The policies that a request may be evicted by."""
-        return list(dict.fromkeys(policy for name in self.choices if name != NONE for policy in stands_for(name)))
+        """The policies that a request may be evicted by, those included that serve who cannot be repeated."""
+        named = [policy for name in self.choices if name != NONE for policy in stands_for(name)]
+        return list(dict.fromkeys([*named, *(other for name in named if (other := PRESETS[name].fallback))]))
 
     @property
     def described(self) -> str:

@@ -7,14 +7,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from vllm_defensive.plan import StepMessage
+from vllm_defensive.worker.reconstruction import Reconstructions
 from vllm_defensive.worker.window import WindowQueries
 
 
 class Runtime(ABC):
     """`begin` and `end` bracket each real step; outside of them batches are dummies."""
 
-    def __init__(self, windows: WindowQueries) -> None:
+    def __init__(self, windows: WindowQueries, reconstructions: Reconstructions) -> None:
         self.windows = windows
+        self.reconstructions = reconstructions
         self._message: StepMessage | None = None
         self._held: set[str] = set()  # past their stop, and not scored yet
 
@@ -38,6 +40,7 @@ class Runtime(ABC):
 
     def forget(self, request_id: str) -> None:
         self.windows.drop(request_id)
+        self.reconstructions.drop(request_id)
         self._held.discard(request_id)
 
     def drop_untaken(self) -> None:
@@ -46,5 +49,5 @@ class Runtime(ABC):
 
     @property
     def observing(self) -> bool:
-        """Whether queries of this step are to be kept."""
-        return self._message is not None and bool(self._message.observe)
+        """Whether queries of this step are to be kept, or looked at."""
+        return self._message is not None and bool(self._message.observe or self._message.reconstruct)

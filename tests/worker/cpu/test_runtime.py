@@ -12,7 +12,7 @@ from tests.evictions import eviction
 from vllm_defensive.plan import Reconstruction, StepMessage
 from vllm_defensive.worker.cpu.accumulation import Accumulations
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
-from vllm_defensive.worker.cpu.reconstruction import Reconstructions
+from vllm_defensive.worker.cpu.reconstruction import CPUReconstructions
 from vllm_defensive.worker.cpu.runtime import CPURuntime
 from vllm_defensive.worker.window import WindowQueries
 
@@ -55,7 +55,7 @@ def test_a_step_asked_twice_answers_the_same() -> None:
     view = PageView.from_layers(list(torch.zeros(2, 60, 3, 4, 4)))
     order_ND = torch.arange(8).view(4, 2)
     codec = PageCodec(order_ND, order_ND)
-    sums, echoes = Accumulations(view, codec, [1.0, 1.0]), Reconstructions(view, codec, [1.0, 1.0])
+    sums, echoes = Accumulations(view, codec, [1.0, 1.0]), CPUReconstructions(view, codec, [1.0, 1.0])
     ids = ("gone", "seen", "summed", "echo")
     runtime = CPURuntime(view, WindowQueries(2, 4, 6, 2, torch.float32), sums, echoes, lambda _: ids)
     runtime.install(eviction(30, (50, 51), block_tokens=4, request_id="gone"), torch.full((2, 3), 2))
@@ -75,7 +75,7 @@ def test_a_step_asked_twice_answers_the_same() -> None:
     for ours, other in zip(once.accumulations, twice.accumulations, strict=True):
         assert ours.mass_LHT is other.mass_LHT and (ours.tokens, ours.end) == (other.tokens, other.end)
     (ours,), (other,) = once.echoes, twice.echoes
-    assert ours.seen is other.seen and (ours.tokens, ours.begin, ours.end) == (slice(17, 22), 10, 15)
+    assert ours.peak_LHT is other.peak_LHT and (ours.tokens, ours.begin, ours.end) == (slice(17, 22), 10, 15)
     assert ours.pages_LHB.shape == (2, 3, 4), "of the blocks that hold its tokens"
     for name, value in vars(once.evicted).items():
         assert torch.equal(value, getattr(twice.evicted, name)), name

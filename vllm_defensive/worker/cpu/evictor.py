@@ -81,7 +81,7 @@ class CPUEvictor(Evictor):
     def _score(self, score: Score) -> Scored:
         policy = PRESETS[score.policy]
         seen = self._runtime.accumulations if policy.accumulates else self._runtime.windows
-        seen_L = seen.pop(score.request_id) if policy.aggregate != "echo" else None
+        seen_L = seen.pop(score.request_id) if policy.needs_window else None
         echo_L = self._runtime.reconstructions.pop(score.request_id, score.region) if policy.reconstructs else None
         pages_LHB = self._view.of_blocks(torch.tensor(score.source_blocks))
         scored = Scored(score, policy, seen_L, pages_LHB, policy.first_value(score.region.shared_blocks), echo_L)

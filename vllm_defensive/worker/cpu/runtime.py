@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm_defensive.plan import Eviction
 from vllm_defensive.worker.cpu.accumulation import Accumulation, Accumulations
 from vllm_defensive.worker.cpu.pages import PageView
-from vllm_defensive.worker.cpu.reconstruction import EchoRow, Reconstructions
+from vllm_defensive.worker.cpu.reconstruction import CPUReconstructions, EchoRow
 from vllm_defensive.worker.cpu.tables import BatchTable, RequestTable
 from vllm_defensive.worker.runtime import Runtime
 from vllm_defensive.worker.window import Capture, WindowQueries
@@ -48,19 +48,20 @@ class Step:
 class CPURuntime(Runtime):
     """The tables of evicted requests, and what each batch reads of them."""
 
+    reconstructions: CPUReconstructions
+
     def __init__(
         self,
         view: PageView,
         windows: WindowQueries,
         accumulations: Accumulations,
-        reconstructions: Reconstructions,
+        reconstructions: CPUReconstructions,
         request_ids: Callable[[Any], Sequence[str]],
     ) -> None:
         """request_ids: from vLLM's common attention metadata to the request id of each batch row."""
-        super().__init__(windows)
+        super().__init__(windows, reconstructions)
         self.attention_view = view.attention_view()
         self.accumulations = accumulations
-        self.reconstructions = reconstructions
         self.tables: dict[str, RequestTable] = {}
         self._view = view
         self._request_ids = request_ids
@@ -70,7 +71,6 @@ class CPURuntime(Runtime):
         super().forget(request_id)
         self.tables.pop(request_id, None)
         self.accumulations.drop(request_id)
-        self.reconstructions.drop(request_id)
 
     def install(self, eviction: Eviction, pages_LH: Tensor) -> None:
         """Make an eviction known to the steps that come. pages_LH: int, packed pages of each head."""
@@ -122,7 +122,7 @@ class CPURuntime(Runtime):
         assert self._message is not None
         wanted = self._message.reconstruct
         return tuple(
-            self.reconstructions.plan(wanted[request_id], *_chunk(common, row), common.block_table_tensor[row])
+            self.reconstructions.row(wanted[request_id], *_chunk(common, row), common.block_table_tensor[row])
             for row, request_id in enumerate(ids)
             if request_id in wanted
         )

@@ -12,7 +12,7 @@ from vllm_defensive.worker.cpu.backend import EvictionCPUBackend, EvictionCPUImp
 from vllm_defensive.worker.cpu.evictor import CPUEvictor
 from vllm_defensive.worker.cpu.generators import without_discarded
 from vllm_defensive.worker.cpu.pages import PageView
-from vllm_defensive.worker.cpu.reconstruction import Reconstructions
+from vllm_defensive.worker.cpu.reconstruction import CPUReconstructions
 from vllm_defensive.worker.cpu.runtime import CPURuntime
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.window import WindowQueries
@@ -39,7 +39,7 @@ class EvictionCPUWorker(EvictionWorker, CPUWorker):
         windows = WindowQueries(len(layers), self.eviction.window, first.num_heads, first.head_size, dtype)
         scales = [layer.impl.scale for layer in layers]
         accumulations = Accumulations(view, codec, scales)
-        reconstructions = Reconstructions(view, codec, scales)
+        reconstructions = CPUReconstructions(view, codec, scales)
         runtime = CPURuntime(view, windows, accumulations, reconstructions, compat.request_ids_of(self.model_runner))
         for index, layer in enumerate(layers):
             assert isinstance(layer.impl, EvictionCPUImpl)

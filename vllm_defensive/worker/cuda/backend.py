@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import (
 )
 
 from vllm_defensive.worker.cuda import launches
-from vllm_defensive.worker.cuda.launches import PackedRows
+from vllm_defensive.worker.cuda.launches import EchoRow, PackedRows
 from vllm_defensive.worker.cuda.runtime import CUDARuntime
 from vllm_defensive.worker.window import Capture
 from vllm_defensive_kernels import DecodeWorkspace
@@ -33,13 +33,15 @@ from vllm_defensive_kernels import DecodeWorkspace
 @dataclass
 class EvictionMetadata:
     """num_actual_tokens: as in vLLM's own. stock: vLLM's metadata of tokens `[stock_from, ...)`, or None: no such rows.
-    ours: rows that our kernel serves, after vLLM. captures: window queries to keep.
+    ours: rows that our kernel serves, after vLLM. captures: window queries to keep. echoes: rows whose queries score
+    the tokens before them.
 
     Every other attribute is `stock`'s, to read and to write: models reach into the metadata before they attend (Gemma 4
     takes the look-ahead within images off its global layers)."""
 
     num_actual_tokens: int
     captures: tuple[Capture, ...]
+    echoes: tuple[EchoRow, ...]
     stock: Any
     stock_from: int
     ours: tuple[PackedRows, ...]
@@ -89,7 +91,7 @@ class EvictionMetadataBuilder(AttentionMetadataBuilder):
             ours.append(_packed_rows(common, runtime, (begin, end), tokens, longest, None))
         if first < common.num_reqs:
             stock = super().build(0, _rest(common, first, stock_from, step.packed_runs), fast_build)
-        return EvictionMetadata(common.num_actual_tokens, step.captures, stock, stock_from, tuple(ours))
+        return EvictionMetadata(common.num_actual_tokens, step.captures, step.echoes, stock, stock_from, tuple(ours))
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         if self.runtime is None:
@@ -209,6 +211,10 @@ class EvictionImpl(AttentionImpl):
         assert runtime is not None
         for capture in metadata.captures:
             capture.take(self.layer_index, query)
+        for row in metadata.echoes:  # their keys are there: vLLM has written the layer's before it called this
+            launches.reconstruct(
+                row, query, runtime.pages, self.layer_index, scale=self.scale, key_scale=layer._k_scale_float
+            )
         if metadata.stock is not None:
             rest = slice(metadata.stock_from, None)
             super().forward(layer, query[rest], key[rest], value[rest], kv_cache, metadata.stock, output[rest])

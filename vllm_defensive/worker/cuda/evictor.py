@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from vllm_defensive.policy import (
 )
 from vllm_defensive.settings.engine import EvictionConfig
 from vllm_defensive.worker.cuda import launches
+from vllm_defensive.worker.cuda.launches import EchoRow
 from vllm_defensive.worker.cuda.runtime import CUDARuntime
 from vllm_defensive.worker.evictor import Evictor
 from vllm_defensive.worker.projections import Projections
@@ -62,12 +63,13 @@ class LayerScales:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request's tensors: window queries `[L, W, Q, D]`, block table int32 `[1, blocks]` and its scored tokens; the
-    part of both whose values weigh."""
+    """One request's tensors: window queries `[L, W, Q, D]` and what a second look saw, fp32 `[L, H, S]`, None if they
+    are not read; block table int32 `[1, blocks]` and its scored tokens; the part of both whose values weigh."""
 
     score: Score
     policy: Policy
-    window_LWQD: Tensor
+    window_LWQD: Tensor | None
+    peak_LHS: Tensor | None
     table_1B: Tensor
     tokens: RaggedTokens
     value_table_1B: Tensor
@@ -134,13 +136,33 @@ class CUDAEvictor(Evictor):
             if packed and stop <= max_tokens:
                 source = (0,) * -(-stop // region.block_tokens)
                 score = Score("warm-up", policy, self._config.keep, region, source)
-                scored = self._weigh(score, self._runtime.windows.blank())
+                peak_LHS = self._runtime.reconstructions.blank(stop) if PRESETS[policy].reconstructs else None
+                scored = self._weigh(score, self._runtime.windows.blank(), peak_LHS)
                 self._copy(scored, Packing(region, (0,) * packed))
+        looks = {PRESETS[policy].reconstruction for policy in policies} - {"none"}
+        for normalised in sorted(looks) if max_tokens > self._config.window else ():
+            self._warm_up_echoes(normalised, max_tokens)
+
+    def _warm_up_echoes(self, normalised: str, max_tokens: int) -> None:
+        """Of as long a prompt as there may be: only then a launch shares its keys out, and merges what comes of it."""
+        query_TQD = self._runtime.windows.blank()[0]
+        document, pages = max_tokens - len(query_TQD), self._pages
+        blocks = -(-max_tokens // pages.page_tokens)
+        table_1B = torch.zeros(1, blocks, dtype=torch.int32, device=pages.key_PND.device)
+        peak_LHS = self._runtime.reconstructions.blank(document)
+        row = EchoRow(slice(0, len(query_TQD)), document, table_1B, peak_LHS, (0, document), normalised, 0)
+        scales = self._scales[0]
+        launches.reconstruct(row, query_TQD, pages, 0, scale=scales.logits, key_scale=scales.key)
 
     def _score(self, score: Score) -> Scored:
-        return self._weigh(score, self._runtime.windows.pop(score.request_id))
+        policy, peak_LHS, window_LWQD = PRESETS[score.policy], None, None
+        if policy.reconstructs:
+            peak_LHS = self._runtime.reconstructions.pop(score.request_id, score.region)
+        if policy.needs_window:
+            window_LWQD = self._runtime.windows.pop(score.request_id)
+        return self._weigh(score, window_LWQD, peak_LHS)
 
-    def _weigh(self, score: Score, window_LWQD: Tensor) -> Scored:
+    def _weigh(self, score: Score, window_LWQD: Tensor | None, peak_LHS: Tensor | None) -> Scored:
         device, region = self._pages.key_PND.device, score.region
         table_1B = compat.to_device(score.source_blocks, device)[None]
         policy, scored = PRESETS[score.policy], region.stop - region.window
@@ -149,7 +171,7 @@ class CUDAEvictor(Evictor):
             # A copy, as kernels are compiled for where a tensor begins: anew for the middle of one.
             value_table_1B = table_1B[:, first_value:].clone()
             value_tokens = RaggedTokens.of([max(scored - first_value * region.block_tokens, 0)], device)
-        prompt = Prompt(score, policy, window_LWQD, table_1B, tokens, value_table_1B, value_tokens)
+        prompt = Prompt(score, policy, window_LWQD, peak_LHS, table_1B, tokens, value_table_1B, value_tokens)
         return Scored(prompt, self._scores(prompt))
 
     def _pack(self, scored: Scored, eviction: Eviction) -> Selection:
@@ -181,7 +203,8 @@ class CUDAEvictor(Evictor):
 
     def _score_some(self, prompt: Prompt, group: slice, weighed: bool) -> list[LayerScores]:
         """A group of layers, their attention in one launch. weighed: by the norms of their values."""
-        policy, window, scales = prompt.policy, prompt.window_LWQD.shape[1], self._scales[group.start]
+        policy, window, scales = prompt.policy, prompt.score.region.window, self._scales[group.start]
+        assert prompt.window_LWQD is not None, "of policies whose formula the kernels have"
         observed = launches.observe(
             policy,
             prompt.window_LWQD,
@@ -192,9 +215,12 @@ class CUDAEvictor(Evictor):
             scale=scales.logits,
             key_scale=scales.key,
         )
+        attention = Attention.of(policy, observed.score_LHT, observed.mean_LHT, window)
+        if prompt.peak_LHS is not None:
+            attention = replace(attention, echo_HT=prompt.peak_LHS[group, :, : prompt.tokens.total])
         return settle(
             policy,
-            Attention.of(policy, observed.score_LHT, observed.mean_LHT, window),
+            attention,
             self._norms(prompt, range(group.start, group.stop)) if weighed else None,
             window=window,
             keep_ratio=prompt.score.keep,
@@ -226,10 +252,12 @@ class CUDAEvictor(Evictor):
     def _score_in_torch(self, prompt: Prompt, layer: int) -> LayerScores:
         """For policies that read no tensor of the model, and formulas that the kernels do not have."""
         policy, scales = prompt.policy, self._scales[layer]
+        window_LWQD, peak_LHS = prompt.window_LWQD, prompt.peak_LHS
         return score_layer(
             policy,
             layer=layer,
-            query_WQD=prompt.window_LWQD[layer] if policy.needs_queries else None,
+            query_WQD=window_LWQD[layer] if window_LWQD is not None and policy.needs_queries else None,
+            echo_HS=None if peak_LHS is None else peak_LHS[layer],
             key_HSD=self._read(prompt, layer, self._pages.key_PND, scales.key if policy.needs_keys else None),
             value_HSD=self._read(prompt, layer, self._pages.value_PND, scales.value if policy.needs_values else None),
             output_QDM=self._projections.slices(layer) if policy.needs_projection else None,
@@ -238,7 +266,7 @@ class CUDAEvictor(Evictor):
             keep_ratio=prompt.score.keep,
             evictable=prompt.score.region.tokens,
             reduce_heads=self._reduce_heads,
-            window=prompt.window_LWQD.shape[1],
+            window=prompt.score.region.window,
             first_head=self._rank[0] * self._pages.num_kv_heads,
         )
 
@@ -247,7 +275,7 @@ class CUDAEvictor(Evictor):
         that shape and no more: nobody looks at them."""
         heads, stop = self._pages.num_kv_heads, prompt.score.region.stop
         if scale is None:
-            return prompt.window_LWQD.new_empty(1).expand(heads, stop, self._pages.head_size)
+            return data_PND.new_empty(1).expand(heads, stop, self._pages.head_size)
         heads_H1 = torch.arange(heads, device=data_PND.device)[:, None]
         page_HB = self._pages.page_of(layer, heads_H1, prompt.table_1B)
         data_HSD = data_PND[page_HB].flatten(1, 2)[:, :stop]

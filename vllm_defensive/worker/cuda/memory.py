@@ -10,6 +10,7 @@ from vllm.utils.math_utils import cdiv
 from vllm_defensive.worker.cuda.launches import SCORES_AT_A_TIME
 from vllm_defensive.worker.cuda.runtime import widest_launch
 from vllm_defensive.worker.projections import Projections
+from vllm_defensive_kernels import reconstruction
 
 SCORE_COPIES = 8  # of all layers' scores: weighed, stacked, sorted (with int64 indices), and what sorting takes
 SETTLE_COPIES = 16  # of those of the layers that are weighed in one go: temporaries, those of another sort among them
@@ -32,8 +33,9 @@ class BesideCache:
     """Bytes at most, by what holds them.
 
     decode: partial results of the widest launch. state: what each request keeps, and the rows' slots. windows: queries
-    of all windows that one step keeps. projections: what `Projections` holds once every policy has been seen.
+    of all windows that are kept at a time. projections: what `Projections` holds once every policy has been seen.
     scores: weighing the longest prompt, and taking the projections apart while at it.
+    echoes: peaks of the longest prompt, one at a time, and what a launch takes; nothing without a second look.
     """
 
     decode: int
@@ -41,6 +43,7 @@ class BesideCache:
     windows: int
     projections: int
     scores: int
+    echoes: int
 
     @property
     def total(self) -> int:
@@ -56,13 +59,16 @@ class BesideCache:
         max_tokens: int,
         max_requests: int,
         prompts_at_once: int,
+        echoes_at_once: int,
     ) -> BesideCache:
-        """By count of the tensors. max_tokens: of a prompt. prompts_at_once: whose windows are kept in one step."""
+        """By count of the tensors. max_tokens: of a prompt. prompts_at_once: whose windows are kept at a time.
+        echoes_at_once: tokens of an echo in one step; 0: there are none."""
         rows, splits = widest_launch(max_requests, model.num_query_heads, model.num_kv_heads)
         heads, layer = model.num_layers * model.num_kv_heads, model.num_kv_heads * max_tokens
         at_a_time = min(model.num_layers * layer, max(SCORES_AT_A_TIME, layer))
         queries = model.num_layers * model.num_query_heads * model.head_size * model.dtype.itemsize
         lasting, passing = projections.bytes_at_most()
+        launch = reconstruction.bytes_at_most(echoes_at_once, model.num_query_heads)
         return cls(
             decode=rows * splits * model.num_query_heads * (model.head_size + 1) * 4,
             # Fresh blocks, the heads' first pages, shared blocks, growth and row of each request, in int32.
@@ -70,4 +76,5 @@ class BesideCache:
             windows=prompts_at_once * window * queries,
             projections=lasting,
             scores=(SCORE_COPIES * model.num_layers * layer + SETTLE_COPIES * at_a_time) * 4 + passing,
+            echoes=0 if not echoes_at_once else heads * max_tokens * 4 + launch,
         )

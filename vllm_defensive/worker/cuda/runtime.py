@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_defensive.compat import worker as compat
-from vllm_defensive.plan import Eviction
+from vllm_defensive.plan import Eviction, Reconstruction
+from vllm_defensive.worker.cuda.launches import EchoRow
+from vllm_defensive.worker.reconstruction import Reconstructions
 from vllm_defensive.worker.runtime import Runtime
 from vllm_defensive.worker.window import Capture, WindowQueries
 from vllm_defensive_kernels import DecodeWorkspace, PackedState, PagedKV
@@ -29,9 +31,11 @@ NOBODY = -1  # the slot of a row that was not evicted, or that pads a graph
 @dataclass(frozen=True)
 class Step:
     """One batch. decode_rows: leading rows with at most one query token each, which our kernel serves, evicted or not.
-    packed_runs: among the others, the runs `[first, last)` of evicted rows; the rest of them is stock vLLM's."""
+    packed_runs: among the others, the runs `[first, last)` of evicted rows; the rest of them is stock vLLM's.
+    echoes: rows, of either kind, whose queries score the tokens before them."""
 
     captures: tuple[Capture, ...]
+    echoes: tuple[EchoRow, ...]
     decode_rows: int
     packed_runs: tuple[tuple[int, int], ...]
 
@@ -52,7 +56,7 @@ class CUDARuntime(Runtime):
         """index_of: the model runner's own table, from request id to an index below max_requests: our slot too.
         max_blocks: the most fresh blocks that one request can fill."""
         device = pages.key_PND.device
-        super().__init__(windows)
+        super().__init__(windows, Reconstructions(pages.num_layers, pages.num_kv_heads, device))
         self.pages = pages
         self.state = PackedState.empty(max_requests, max_blocks, pages.num_layers, pages.num_kv_heads, device)
         self.slot_R = torch.full((max_requests,), NOBODY, dtype=torch.int32, device=device)
@@ -93,11 +97,7 @@ class CUDARuntime(Runtime):
         longer = np.flatnonzero(np.diff(starts) > 1)
         # vLLM sorts rows by their number of new tokens; one-token rows that came later would simply take the stock path
         decode_rows = int(longer[0]) if len(longer) else rows
-        return Step(
-            self._captures(common, starts) if self.observing else (),
-            decode_rows,
-            _runs(slots >= 0, decode_rows),
-        )
+        return Step(*self._looks(common, starts), decode_rows, _runs(slots >= 0, decode_rows))
 
     def _write_slots(self, slots: np.ndarray) -> None:
         if (slots == NOBODY).all():
@@ -108,16 +108,36 @@ class CUDARuntime(Runtime):
             compat.copy_to_device(slots, self.slot_R[: len(slots)])
             self._all_nobody = False
 
-    def _captures(self, common: Any, starts: np.ndarray) -> tuple[Capture, ...]:
-        assert self._message is not None
+    def _looks(self, common: Any, starts: np.ndarray) -> tuple[tuple[Capture, ...], tuple[EchoRow, ...]]:
+        """What becomes of this step's queries: which are kept, and which score a document."""
+        message = self._message
+        if message is None or not self.observing:
+            return (), ()
         row_of_index = {int(index): row for row, index in enumerate(common.req_idx[: common.num_reqs])}
-        ends = common.seq_lens_cpu_upper_bound.numpy()  # exact for prompts: no draft token is among theirs
-        captures = []
-        for request_id, observed in self._message.observe.items():
-            row = row_of_index[self._index_of[request_id]]
-            start, stop, end = int(starts[row]), int(starts[row + 1]), int(ends[row])
-            captures.append(self.windows.plan(request_id, observed, (end - (stop - start), end), start))
-        return tuple(c for c in captures if c is not None)
+        wanted = (*message.observe, *message.reconstruct)
+        at = {request_id: _place(common, starts, row_of_index[self._index_of[request_id]]) for request_id in wanted}
+        captures = (self.windows.plan(r, seen, at[r].chunk, at[r].tokens.start) for r, seen in message.observe.items())
+        echoes = (self._echo(part, at[r], common.block_table_tensor) for r, part in message.reconstruct.items())
+        return tuple(c for c in captures if c is not None), tuple(echoes)
+
+    def _echo(self, wanted: Reconstruction, place: _Place, table_RB: Tensor) -> EchoRow:
+        peak_LHT, table_1B = self.reconstructions.plan(wanted, place.chunk), table_RB[place.row : place.row + 1]
+        how = wanted.scored, wanted.normalisation, wanted.sinks
+        return EchoRow(place.tokens, place.chunk[0], table_1B, peak_LHT, *how)
+
+
+class _Place(NamedTuple):
+    """Where a request's new tokens are: row, positions `[begin, end)`, and their rows among the batch's tokens."""
+
+    row: int
+    chunk: tuple[int, int]
+    tokens: slice
+
+
+def _place(common: Any, starts: np.ndarray, row: int) -> _Place:
+    start, stop = int(starts[row]), int(starts[row + 1])
+    end = int(common.seq_lens_cpu_upper_bound.numpy()[row])  # exact for prompts: no draft token is among theirs
+    return _Place(row, (end - (stop - start), end), slice(start, stop))
 
 
 def _runs(evicted_R: np.ndarray, first: int) -> tuple[tuple[int, int], ...]:

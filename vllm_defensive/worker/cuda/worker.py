@@ -9,7 +9,9 @@ from vllm.utils.math_utils import cdiv
 
 from vllm_defensive.compat import worker as compat
 from vllm_defensive.engine.spec import EvictableSpec
+from vllm_defensive.packing import ECHO_OVERHEAD, ECHO_TOKENS
 from vllm_defensive.platforms import PLATFORMS
+from vllm_defensive.policy import PRESETS
 from vllm_defensive.worker.cuda.backend import EvictionImpl
 from vllm_defensive.worker.cuda.evictor import CUDAEvictor, LayerScales
 from vllm_defensive.worker.cuda.memory import BesideCache, Model
@@ -49,14 +51,18 @@ class EvictionGPUWorker(EvictionWorker):
         context = self.vllm_config.compilation_config.static_forward_context
         first, scheduler = context[names[0]], self.vllm_config.scheduler_config
         dtype, page_tokens = self.model_config.dtype, self.cache_config.block_size
+        # One step's; but who is repeated waits for its turn with its window.
+        waits = any(PRESETS[name].reconstructs and PRESETS[name].needs_window for name in self.eviction.served)
         prompts = max(1, scheduler.max_num_batched_tokens // self.eviction.min_tokens)
+        echoes = min(scheduler.max_num_batched_tokens, ECHO_TOKENS + ECHO_OVERHEAD)
         return BesideCache.of(
             Model(len(names), first.num_heads, first.num_kv_heads, first.head_size, dtype, page_tokens),
             self._projections(names, first),
             window=self.eviction.window,
             max_tokens=self.model_config.max_model_len,
             max_requests=scheduler.max_num_seqs,
-            prompts_at_once=min(prompts, scheduler.max_num_seqs),
+            prompts_at_once=scheduler.max_num_seqs if waits else min(prompts, scheduler.max_num_seqs),
+            echoes_at_once=echoes if self.eviction.reconstructs else 0,
         )
 
     def _projections(self, names: list[str], first: Any) -> Projections:
