@@ -18,6 +18,7 @@ from tests.e2e.engines import assert_all_returned, generate, random_prompts, wor
 from tests.e2e.test_kept_sets import KEEP, Scores
 from tests.reference_model import ReferenceLlama
 from vllm_defensive import packing
+from vllm_defensive.engine.echo import SHARE
 from vllm_defensive.plan import StepMessage
 from vllm_defensive.worker.cuda import launches
 
@@ -112,7 +113,7 @@ def test_a_last_chunk_of_one_token_is_looked_at(
         arguments["compilation_config"] = {"custom_ops": ["none"], "mode": 0, **sizes}
     size = len(formulas.instruction_of(model)) + PART - 1
     graphs.replays[0] = 0
-    with engine(model, "kvzip", max_num_batched_tokens=size, keep=KEEP, **arguments) as llm:
+    with engine(model, "kvzip", max_num_batched_tokens=SHARE * size, keep=KEEP, **arguments) as llm:
         (answer,) = generate(llm, PROMPTS[:1], 8)
     assert chunks[:4] == [size, size, 1, 1], "of two layers"
     assert eager or MODE != "pretend" or graphs.replays[0] == 7, "the answer's steps, and no others"
