@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from tests.kernels.cases import int32, randn, select_pages
@@ -39,7 +40,18 @@ def test_exactly_the_best_are_listed_in_order_and_of_equals_the_first(
         assert listed.flatten().tolist() == sorted(100 + t for t in order[: int(count_R[row])])
 
 
-@pytest.mark.parametrize("policy", PRESETS.values(), ids=lambda policy: policy.name)
+def one_of_each_kind() -> list[ParameterSet]:
+    """Policies; of those that are selected in the same way all but the first are slow."""
+    seen, parameters = set(), []
+    for policy in PRESETS.values():
+        kind = (policy.scope, policy.layer_budget, policy.head_budget, policy.stages, policy.guard, policy.keep_all)
+        marks = [pytest.mark.slow] if kind in seen else []
+        parameters.append(pytest.param(policy, id=policy.name, marks=marks))
+        seen.add(kind)
+    return parameters
+
+
+@pytest.mark.parametrize("policy", one_of_each_kind())
 @pytest.mark.parametrize("decimals", [0, 6])
 def test_every_policy_keeps_the_same_with_the_kernel_and_without(policy, decimals: int) -> None:  # type: ignore[no-untyped-def]
     both = randn(2, 3, 2, 96).abs().round(decimals=decimals)  # 0 decimals: many ties
