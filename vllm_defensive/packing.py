@@ -28,6 +28,9 @@ ECHO_TOKENS = 2048
 """Tokens of a prompt that one echo repeats (KVzip's chunk)."""
 ECHO_OVERHEAD = 64
 """Room for what else an echo takes: an instruction, a few tokens that say which part is meant, one to be sampled."""
+ECHO_REQUESTS = 16
+"""How many requests may be there that an echo is still to serve: each holds its whole prompt, and perhaps a window,
+until its turn comes. Others wait outside."""
 _LEAST_ECHO_TOKENS = 64
 
 

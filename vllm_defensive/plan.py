@@ -81,6 +81,7 @@ class StepMessage:
         queries.
     reconstruct: echo's id -> what its tokens of this step are looked at for.
     held: requests that reached their stop in this step and are scored in a later one.
+    released: of these, requests that are served whole after all: nothing has to be kept of them.
     scores, evictions: to be carried out in this order right after this step's forward pass.
     """
 
@@ -88,8 +89,9 @@ class StepMessage:
     accumulate: dict[str, int] = field(default_factory=dict)
     reconstruct: dict[str, Reconstruction] = field(default_factory=dict)
     held: list[str] = field(default_factory=list)
+    released: list[str] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
     evictions: list[Eviction] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return any((self.observe, self.accumulate, self.reconstruct, self.held, self.scores, self.evictions))
+        return any(vars(self).values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from vllm_defensive.policy import PRESETS, public_names
+from vllm_defensive.policy import PRESETS
 from vllm_defensive.settings.engine import NONE, TURN_OFF, EvictionConfig, option_name, stands_for
 from vllm_defensive_kernels import MAX_HEAD_SIZE
 
@@ -48,7 +48,7 @@ def choose_policies(settings: EvictionConfig, platform: Platform) -> EvictionCon
     if settings.policy == NONE:
         raise ValueError(
             f"{option_name('per_request')}=True: name the policies that requests may choose, which a GPU compiles at "
-            f"start, with {option_name('policies')} (--kv-eviction-policies {','.join(public_names()[-2:])})"
+            f"start, with {option_name('policies')} (--kv-eviction-policies auto)"
         )
     named = dict.fromkeys((settings.policy, *stands_for(settings.policy)))
     return settings.model_copy(update={"policies": tuple(named)})

@@ -155,6 +155,17 @@ def test_auto_is_the_recommended_policy_for_the_kind_of_request(
     assert resolve(settings, fields, 400).policy == expected
 
 
+def test_behind_a_boundary_at_the_prompts_end_nothing_is_asked() -> None:
+    settings = config.parse({"policy": "auto"})
+    assert resolve(settings, {"kv_eviction_boundary": 400}, 400).policy == "halokv"
+    assert resolve(settings, {"kv_eviction_boundary": 399}, 400).policy == "echokv"
+
+
+def test_a_gpus_list_that_has_auto_has_what_it_stands_for() -> None:
+    settings = config.parse({"policy": "snapkv", "policies": "auto"})
+    assert settings.allows("echokv") and settings.allows("halokv") and not settings.allows("adakv")
+
+
 def test_auto_may_be_asked_for_wherever_its_policies_are_served() -> None:
     everywhere = config.parse({"policy": "none", "per_request": True})
     assert resolve(everywhere, {"kv_eviction": "auto"}, 400).policy == "halokv"

@@ -165,6 +165,7 @@ ENGINE: dict[str, dict[str, str | None]] = {
         "Scheduler.update_from_output": "scheduler_output, model_runner_output",
         "Scheduler._free_request": "request, ...",
         "Scheduler._preempt_request": "request, timestamp, ...",
+        "Scheduler.reset_prefix_cache": "reset_running_requests, ...",
         "Scheduler.finish_requests": "request_ids, finished_status",
         "Scheduler.make_stats": "...",
         **_has(
@@ -177,7 +178,7 @@ ENGINE: dict[str, dict[str, str | None]] = {
     "vllm.v1.core.sched.interface": _has("PauseState", "PAUSED_ALL"),
     "vllm.v1.core.sched.output": _has("SchedulerOutput", "num_scheduled_tokens"),
     "vllm.v1.metrics.stats": {
-        **_has("SchedulerStats", "waiting_lora_adapters"),
+        **_has("SchedulerStats", "waiting_lora_adapters num_running_reqs num_waiting_reqs"),
         "PrefillStats.finalize": "num_cached_tokens",
     },
     "vllm.v1.kv_cache_spec_registry": {

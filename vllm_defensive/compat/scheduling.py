@@ -63,6 +63,7 @@ def bound_allocations(
     noted: Mapping[str, Noted],
     admits: Callable[[Any], bool],
     note_ready: Callable[[str], None],
+    note_refused: Callable[[str], None],
 ) -> None:
     """P9, on one scheduler's cache manager. Why: most decode steps write into a block that is there already, and vLLM
     walks through its block managers all the same, which takes a quarter of its time for such a step; and nobody asks us
@@ -71,7 +72,7 @@ def bound_allocations(
     vLLM skips such requests itself, and has a hook for admission.
 
     noted: by request id. admits: whether a request may have blocks, if it is new. note_ready: is told of each
-    allocation, and of whose.
+    allocation, and of whose. note_refused: of each that found no memory.
     """
     allocate, nothing = kv_cache.allocate_slots, kv_cache.empty_kv_cache_blocks
 
@@ -85,7 +86,7 @@ def bound_allocations(
         if not admits(request):
             return None
         blocks = allocate(request, num_new_tokens, *args, num_lookahead_tokens=num_lookahead_tokens, **kwargs)
-        note_ready(request.request_id)
+        (note_refused if blocks is None else note_ready)(request.request_id)
         return blocks
 
     kv_cache.allocate_slots = allocate_slots

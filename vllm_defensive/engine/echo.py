@@ -12,6 +12,7 @@ largest attention that was seen, nothing is seen twice.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,15 +22,16 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_defensive.engine.lifecycle import Life, Lifecycle, Phase
-from vllm_defensive.packing import ECHO_OVERHEAD
+from vllm_defensive.engine.lifecycle import ECHOING, PREFILL, Life, Lifecycle
+from vllm_defensive.packing import ECHO_OVERHEAD, ECHO_REQUESTS
 from vllm_defensive.plan import Reconstruction
 from vllm_defensive.policy import PRESETS
 
 INSTRUCTION = "\n\nRepeat the previous context exactly:\n\n"
 SHARE = 4
-"""A step has at most a fourth of its tokens from an echo: each costs as much as some three of a prefill's, for it looks
-twice at up to twice as many keys, and nobody's decode should wait longer for it than for a chunk of a prompt."""
+"""Where others decode, a step has at most a fourth of its tokens from an echo: each costs as much as some three of a
+prefill's, for it looks twice at up to twice as many keys, and nobody should wait longer for it than for a chunk of a
+prompt."""
 OVERLAP = 8
 """Tokens before its part that an echo of a later part begins with: they say which part is meant."""
 
@@ -52,7 +54,37 @@ class Echoes:
         self._count = 0
         self._ended: set[str] = set()  # echoes whose outputs nobody wants
         self._admitted = scheduler.max_num_active_reqs
-        self.most_tokens = max(1, scheduler.max_num_scheduled_tokens // SHARE)  # of a step
+        self._refused = self._preempted = False  # in this step: there was no memory for the echo; somebody lost his
+        self.most_tokens = 0  # that an echo may take of this step
+
+    @property
+    def running(self) -> bool:
+        """Whether an echo is among the scheduler's running requests."""
+        return self._echo is not None and self._echo.status == RequestStatus.RUNNING
+
+    @property
+    def waiting(self) -> bool:
+        """Whether an echo is among those that wait."""
+        return self._echo is not None and self._echo.status == RequestStatus.WAITING
+
+    def lets_in(self, life: Life | None) -> bool:
+        """Whether a request that holds nothing may come in. Nobody may while an echo waits, be it for memory or for
+        the place of an adapter: whoever comes then could take that from it time and again."""
+        if self.waiting:
+            return False
+        if life is None or not life.echo_tokens:
+            return True
+        lives = self._lifecycle.lives.values()
+        return sum(other.echo_tokens > 0 and other.phase in (PREFILL, ECHOING) for other in lives) < ECHO_REQUESTS
+
+    def refuse(self, request_id: str) -> None:
+        """There was no memory for this request in this step."""
+        self._refused = self._refused or self.owns(request_id)
+
+    def end(self) -> None:
+        """End the echo that is there: its blocks are wanted back. Another one begins when it may."""
+        if self._echo is not None:
+            self._abort()
 
     def owns(self, request_id: str) -> bool:
         return self._echo is not None and self._echo.request_id == request_id
@@ -63,10 +95,15 @@ class Echoes:
         """Before a step is scheduled: the echo of a request that is gone is ended, and the next one begins."""
         if self._echo is not None and not self._served():
             self._abort()
-        if self._echo is None and self._lifecycle.echoing:
+        self._refused = self._preempted = False
+        scheduler = self._scheduler
+        if self._echo is None and self._lifecycle.echoing and scheduler.pause_state != PauseState.PAUSED_ALL:
             self._start(next(iter(self._lifecycle.echoing.values())))
+        if self._echo is not None:
+            alone = all(self.owns(r.request_id) or stands_still(self._lifecycle, r) for r in scheduler.running)
+            self.most_tokens = max(1, scheduler.max_num_scheduled_tokens // (1 if alone else SHARE))
         # It has a slot of its own in the workers: it must not wait for one of those that wait for it.
-        self._scheduler.max_num_active_reqs = self._admitted + (self._echo is not None)
+        scheduler.max_num_active_reqs = self._admitted + (self._echo is not None)
 
     def scheduled(self, tokens: Mapping[str, int]) -> None:
         """After a step was scheduled, with so many tokens of each request."""
@@ -82,7 +119,7 @@ class Echoes:
             )
             last = echo.num_computed_tokens >= echo.num_tokens and self._part[1] == life.stop
             self._lifecycle.reconstruct(life, echo.request_id, part, last=last)
-        elif not tokens:
+        elif not tokens and self._refused and not self._preempted:
             self._make_way()
 
     def processed(self, outputs: Iterable[Any]) -> None:
@@ -102,6 +139,7 @@ class Echoes:
 
     def preempted(self, request: Request) -> None:
         """A request has lost its blocks, and waits. An echo would have to be resumed over them."""
+        self._preempted = True
         if self.owns(request.request_id):
             self._abort()
 
@@ -128,7 +166,8 @@ class Echoes:
             SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False),
             None,
             client_index=life.request.client_index,
-            arrival_time=life.request.arrival_time,
+            # Later than the request that it serves: whoever is thrown out by that, it goes first.
+            arrival_time=math.nextafter(life.request.arrival_time, math.inf),
             lora_request=life.request.lora_request,
             priority=life.request.priority,
         )
@@ -144,13 +183,10 @@ class Echoes:
             manager.num_cached_block[echo.request_id] = len(blocks)
 
     def _make_way(self) -> None:
-        """Nobody could be scheduled. If that is because the echo finds no memory while all others stand still for
-        echoes of their own, the last of these gives its blocks back; if there is none, the request is served whole."""
+        """Nobody could be scheduled, and the echo found no memory. If all others stand still for echoes of their own,
+        the last of these gives its blocks back; if there is none, the request is served whole."""
         scheduler, life = self._scheduler, self._life
-        assert self._echo is not None and life is not None
-        waiting = self._echo.status == RequestStatus.WAITING
-        if not waiting or scheduler.pause_state == PauseState.PAUSED_ALL:
-            return
+        assert life is not None
         if any(request.num_in_flight_tokens for request in scheduler.running):
             return
         others = [r for r in scheduler.running if r is not life.request and stands_still(self._lifecycle, r)]
@@ -164,4 +200,4 @@ class Echoes:
 
 def stands_still(lifecycle: Lifecycle, request: Request) -> bool:
     life = lifecycle.lives.get(request.request_id)
-    return life is not None and life.phase is Phase.ECHOING
+    return life is not None and life.phase is ECHOING

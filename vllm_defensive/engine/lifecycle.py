@@ -135,7 +135,9 @@ class Lifecycle:
         self.echoing: dict[str, Life] = {}
         self.packing: dict[str, Life] = {}
         self.scheduled = self.processed = 0  # steps
-        self._held: list[str] = []  # began to echo since the workers were last told
+        # Since the workers were last told: requests that began to stand still, and that were given up.
+        self._held: list[str] = []
+        self._released: list[str] = []
         self._reconstruct: dict[str, Reconstruction] = {}
         self._watched: set[str] = set()  # in `lives`, and their last tokens before the stop are still to be scheduled
         self._planned: dict[str, Eviction] = {}
@@ -195,6 +197,7 @@ class Lifecycle:
     def give_up(self, life: Life) -> list[KVCacheBlock]:
         """There is no room for echoes: the request goes on over its originals. Returns blocks that are to go back."""
         del self.echoing[life.request.request_id]
+        self._released.append(life.request.request_id)
         return self._leave_whole(life)
 
     def _leave_whole(self, life: Life) -> list[KVCacheBlock]:
@@ -258,6 +261,7 @@ class Lifecycle:
         message = StepMessage(scores=[eviction.score for eviction in evictions], evictions=evictions)
         message.reconstruct, self._reconstruct = self._reconstruct, {}
         message.held, self._held = [r for r in self._held if r in self.echoing], []
+        message.released, self._released = self._released, []
         for request_id in [r for r in self._watched if r in num_scheduled_tokens]:
             life = self.lives[request_id]
             end = life.request.num_computed_tokens

@@ -45,7 +45,9 @@ class Outlook:
         brief = request.max_tokens == 1 and request.num_prompt_tokens == stop and not request.resumable
         life = Life(request, settings, stop, Phase.PREFILL, brief, echo_tokens=repeats)
         count = 0 if brief and self.settings.audit is None else self._budget(life, 0)[1]
-        beside = count + echo_blocks(stop, self.max_model_len, self.block_tokens) if repeats else count
+        beside = count
+        if repeats:
+            beside += echo_blocks(stop, self.max_model_len, self.block_tokens) + self.blocks_beside(repeats)
         if not count or not self._fits(request, beside, blocks_of):
             life.turn(Phase.WHOLE)
         return life

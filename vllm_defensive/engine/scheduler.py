@@ -58,8 +58,9 @@ class _EvictionMixin(Scheduler):
         scheduling.bound_allocations(
             self.kv_cache_manager,
             self._lives,
-            lambda request: not self._answers or self._admits(request),
+            self._admits,
             manager.note_ready,
+            self._echoes.refuse,
         )
 
     def add_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -115,14 +116,17 @@ class _EvictionMixin(Scheduler):
         return min(num_new_tokens, stop - num_computed_tokens) if stop else num_new_tokens
 
     def _admits(self, request: Request) -> bool:
-        """Whether the request has blocks already, or may have its first ones: if none run, or if all that do, it
-        included, are expected to fit into the pool until they end.
+        """Whether the request has blocks already, or may have its first ones: where admission is steady, if none run,
+        or if all that do, it included, are expected to fit into the pool until they end.
 
         Originals of a prefill under way, and blocks of sessions that wait for input, are left to vLLM's own gate.
         """
-        assert self._answers is not None
         blocks_of = self.eviction_manager.req_to_blocks
-        if blocks_of.get(request.request_id) or not self.running:
+        if blocks_of.get(request.request_id):
+            return True
+        if not self._echoes.lets_in(self.eviction_manager.life(request.request_id)):
+            return False
+        if not self._answers or not self.running:
             return True
         # As answers grow, less is left of them: who did not fit does not until one ends, or the expectation changes.
         question = (request.request_id, len(self.running), self._answers.mean)
@@ -171,6 +175,12 @@ class _EvictionMixin(Scheduler):
             self._amendments.apply(of_client.outputs, hashed_tokens)
         return outputs
 
+    def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
+        """vLLM's; all blocks are to be free then, and an echo may hold some though it waits."""
+        if reset_running_requests:
+            self._echoes.end()
+        return super().reset_prefix_cache(reset_running_requests, *args, **kwargs)
+
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         self._echoes.preempted(request)
@@ -192,6 +202,8 @@ class _EvictionMixin(Scheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
+            stats.num_running_reqs -= self._echoes.running  # nobody asked for these
+            stats.num_waiting_reqs -= self._echoes.waiting
             lifecycle, pool = self.eviction_manager.lifecycle, self.kv_cache_manager.block_pool
             used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # block 0 is vLLM's null block
             now = Pool(used, lifecycle.packed_blocks, lifecycle.saved_blocks)

@@ -107,7 +107,8 @@ class EvictionConfig(BaseModel):
         return any(PRESETS[name].reconstructs for name in self.served)
 
     def meant(self, policy: str, *, boundary: bool = False, score: ScoredBy | None = None) -> str:
-        """The policy that a request is evicted by which names this one. boundary: it names one. score: its own."""
+        """The policy that a request is evicted by which names this one. boundary: it names one, and something comes
+        behind it. score: its own."""
         if policy != AUTO:
             return policy
         by = self.score if score is None else score
@@ -115,7 +116,8 @@ class EvictionConfig(BaseModel):
 
     def allows(self, policy: str) -> bool:
         """Whether a request may name this policy, one that `known_policy` knows."""
-        return self.policies is None or policy in (NONE, self.policy, *self.policies)
+        named = (NONE, self.policy, *(self.policies or ()))
+        return self.policies is None or policy in named or any(policy in stands_for(name) for name in named)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON, from which `parse` makes the same settings: vLLM hashes it, and prints it with its config."""

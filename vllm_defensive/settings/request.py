@@ -89,7 +89,8 @@ def resolve(
         if settings.boundary is not None and begin < settings.boundary < end:
             way_out = f"inside an image, video or audio; choose {' or '.join(str(b) for b in (begin, end) if b)}"
             raise _wrong("kv_eviction_boundary", settings.boundary, way_out)
-    meant = engine.meant(settings.policy, boundary=settings.boundary is not None, score=settings.score)
+    asks_later = settings.boundary is not None and settings.boundary < num_prompt_tokens
+    meant = engine.meant(settings.policy, boundary=asks_later, score=settings.score)
     return settings.model_copy(update={"policy": meant})
 
 

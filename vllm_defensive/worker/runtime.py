@@ -23,7 +23,7 @@ class Runtime(ABC):
     def begin(self, message: StepMessage, gone: Iterable[str]) -> None:
         """A real step starts. gone: requests that ended, were preempted, or enter the batch (anew): whatever we knew of
         them is void."""
-        for request_id in gone:
+        for request_id in (*gone, *message.released):
             self.forget(request_id)
         self._held.update(message.held)
         self._held.difference_update(score.request_id for score in message.scores)

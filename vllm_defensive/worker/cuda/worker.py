@@ -9,7 +9,7 @@ from vllm.utils.math_utils import cdiv
 
 from vllm_defensive.compat import worker as compat
 from vllm_defensive.engine.spec import EvictableSpec
-from vllm_defensive.packing import ECHO_OVERHEAD, ECHO_TOKENS
+from vllm_defensive.packing import ECHO_OVERHEAD, ECHO_REQUESTS, ECHO_TOKENS
 from vllm_defensive.platforms import PLATFORMS
 from vllm_defensive.policy import PRESETS
 from vllm_defensive.worker.cuda.backend import EvictionImpl
@@ -61,7 +61,7 @@ class EvictionGPUWorker(EvictionWorker):
             window=self.eviction.window,
             max_tokens=self.model_config.max_model_len,
             max_requests=scheduler.max_num_seqs,
-            prompts_at_once=scheduler.max_num_seqs if waits else min(prompts, scheduler.max_num_seqs),
+            prompts_at_once=min(prompts + ECHO_REQUESTS * waits, scheduler.max_num_seqs),
             echoes_at_once=echoes if self.eviction.reconstructs else 0,
         )
 
