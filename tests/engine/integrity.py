@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
-from vllm_defensive.engine.lifecycle import Life, Phase
+from vllm_defensive.engine.life import Life, Phase
 
 
 def held_blocks(manager: EvictionBlockManager, request_id: str) -> int:

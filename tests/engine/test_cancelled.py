@@ -8,7 +8,7 @@ import pytest
 
 from tests.engine.harness import Harness, text
 from tests.engine.integrity import held_blocks, released
-from vllm_defensive.engine.lifecycle import Phase
+from vllm_defensive.engine.life import Phase
 
 MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 

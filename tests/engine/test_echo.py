@@ -12,7 +12,7 @@ from vllm.v1.core.sched.interface import PauseState
 from tests.engine.harness import Harness, text
 from tests.engine.integrity import held_blocks, released
 from vllm_defensive import packing
-from vllm_defensive.engine.lifecycle import Phase
+from vllm_defensive.engine.life import Phase
 from vllm_defensive.packing import ECHO_OVERHEAD, ECHO_TOKENS, echo_tokens
 
 MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])

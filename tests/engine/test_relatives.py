@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_defensive.engine.lifecycle import Life, Phase
+from vllm_defensive.engine.life import Life, Phase
 from vllm_defensive.engine.sharing import Relatives, worth_sharing
 from vllm_defensive.settings.request import RequestSettings
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.engine.harness import Harness, text
 from tests.engine.integrity import released
-from vllm_defensive.engine.lifecycle import Phase
+from vllm_defensive.engine.life import Phase
 
 W, N = 32, 32
 MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])

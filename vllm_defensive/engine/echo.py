@@ -22,7 +22,8 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_defensive.engine.lifecycle import ECHOING, PREFILL, Life, Lifecycle
+from vllm_defensive.engine.life import ECHOING, PREFILL, Life
+from vllm_defensive.engine.lifecycle import Lifecycle
 from vllm_defensive.packing import ECHO_OVERHEAD, ECHO_REQUESTS
 from vllm_defensive.plan import Reconstruction
 from vllm_defensive.policy import PRESETS

@@ -15,7 +15,8 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
-from vllm_defensive.engine.lifecycle import Life, Lifecycle, Phase
+from vllm_defensive.engine.life import Life, Phase
+from vllm_defensive.engine.lifecycle import Lifecycle
 from vllm_defensive.engine.outlook import Outlook
 from vllm_defensive.packing import Region
 from vllm_defensive.plan import Eviction

@@ -1,123 +1,20 @@
-"""The life of a request that may be evicted, from its first allocation until its blocks are freed.
-
-    phase     how it is left                           positional blocks of the request      packed blocks
-    PREFILL   the allocation that reaches its stop     all `ceil(tokens / N)`                none
-    ECHOING   the step that ends its last echo         all, and its echo holds them too      `K` fresh ones, empty
-    PACKING   the step that packs has been processed   all                                   `K` fresh ones
-    PACKED                                             `[0, s)` and from `g` on; null        `K`
-                                                       blocks keep the other positions
-    WHOLE                                              all                                   none
-
-ECHOING are those whose policy looks at the document again (`echo.py`); all others go on to PACKING at once. A request
-is WHOLE if nothing is to be gained by its eviction, or if it could not be carried out. From every phase a request may
-be finished, aborted or preempted, which gives all its blocks back and ends its life; one that is resumed begins anew,
-and passes the same stop again.
-
-A request that waits has a life as well, an outlook: it is thrown away at the next look, for what the request shares
-with others, and whether it fits, may have changed.
-"""
+"""The lives of one scheduler's requests, whose phases are `life.py`'s: transitions, and what others are told of them."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
 from vllm_defensive.counts import REMEMBERED, Totals
+from vllm_defensive.engine.life import Life, Phase
 from vllm_defensive.packing import Packing, Region
 from vllm_defensive.plan import Eviction, Reconstruction, Score, StepMessage
-from vllm_defensive.policy import PRESETS
 from vllm_defensive.settings.engine import NONE
 from vllm_defensive.settings.request import RequestSettings
-
-
-class Phase(Enum):
-    PREFILL = "its stop lies ahead"
-    ECHOING = "its stop was reached, and it stands still: others repeat its prompt for it"
-    PACKING = "its stop was reached: originals and packed blocks are there side by side"
-    PACKED = "its originals have gone back"
-    WHOLE = "nothing of it will be evicted"
-
-
-# Names by themselves: members of an enumeration are slow to find, and these are asked for all the time.
-PREFILL, ECHOING = Phase.PREFILL, Phase.ECHOING
-
-_NEXT = {
-    Phase.PREFILL: (Phase.ECHOING, Phase.PACKING, Phase.WHOLE),
-    Phase.ECHOING: (Phase.PACKING, Phase.WHOLE),
-    Phase.PACKING: (Phase.PACKED, Phase.WHOLE),
-    Phase.PACKED: (),
-    Phase.WHOLE: (),
-}
-
-
-@dataclass(eq=False)
-class Life:
-    """stop: `T`, where the request is evicted: its boundary, or the end of its prompt (again, if it was preempted).
-    brief: it ends with its prefill. is_echo: it is a request of our own, which repeats another's prompt.
-    hit_tokens: what the prefix cache served.
-    eviction, blocks: what it holds packed, from ECHOING or PACKING on.
-    echoed: positions before this one have been repeated. repeated: tokens that its echoes have taken so far.
-    fence: the step that packs; 0 where that is the step that reached the stop.
-    ready_tokens: up to here the request has slots, and no block is left to hash. cached: the prefix cache has every
-        block of it that it may have.
-    echo_tokens: how many tokens of its prompt one echo repeats; 0: its policy takes no second look.
-    sums_attention: of its policy; looked up once, for it is asked of each relative of a request that is planned for.
-    reads_window: of its policy, too: whether workers keep its window's queries.
-    """
-
-    request: Request
-    settings: RequestSettings
-    stop: int
-    phase: Phase
-    brief: bool = False
-    is_echo: bool = False
-    hit_tokens: int = 0
-    echo_tokens: int = 0
-    eviction: Eviction | None = None
-    blocks: list[KVCacheBlock] = field(default_factory=list)
-    echoed: int = 0
-    repeated: int = 0
-    fence: int = 0
-    ready_tokens: int = 0
-    cached: bool = False
-    sums_attention: bool = field(init=False)
-    reads_window: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        policy = PRESETS.get(self.settings.policy)  # there is none called "none"
-        self.sums_attention = policy is not None and policy.accumulates
-        self.reads_window = policy is not None and policy.needs_window
-
-    def turn(self, phase: Phase) -> None:
-        assert phase in _NEXT[self.phase], f"{self.request.request_id}: {self.phase.name} to {phase.name}"
-        self.phase = phase
-
-    @property
-    def ahead(self) -> bool:
-        """Whether its stop is still to be reached."""
-        return self.phase is PREFILL
-
-    @property
-    def packing(self) -> Packing | None:
-        return None if self.eviction is None else self.eviction.packing
-
-    @property
-    def accumulates(self) -> bool:
-        """Whether every query up to its stop must be computed: the request reads nobody's blocks."""
-        return self.sums_attention and self.ahead
-
-    @property
-    def next_part(self) -> tuple[int, int]:
-        """Positions that its next echo repeats."""
-        assert self.eviction is not None
-        first = max(self.echoed, self.eviction.region.tokens[0])
-        return first, min(first + self.echo_tokens, self.stop)
 
 
 class Lifecycle:

@@ -10,7 +10,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_defensive.engine.lifecycle import Life, Phase
+from vllm_defensive.engine.life import Life, Phase
 from vllm_defensive.engine.sharing import Relatives, worth_sharing
 from vllm_defensive.packing import Region, echo_blocks, echo_tokens
 from vllm_defensive.policy import PRESETS

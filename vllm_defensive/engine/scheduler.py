@@ -19,7 +19,7 @@ from vllm_defensive.engine.admission import ExpectedLength, Load, fits
 from vllm_defensive.engine.amendments import Amendments
 from vllm_defensive.engine.echo import Echoes
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
-from vllm_defensive.engine.lifecycle import ECHOING, PREFILL
+from vllm_defensive.engine.life import ECHOING, PREFILL
 from vllm_defensive.engine.stats import Ledger
 from vllm_defensive.settings.engine import KEY, from_vllm_config
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm.v1.request import Request
 
-from vllm_defensive.engine.lifecycle import PREFILL, Life
+from vllm_defensive.engine.life import PREFILL, Life
 
 # Of a thousand requests that wait for one document, this many are compared: the scheduler's step is not the place for
 # all of them, and what they share is seldom more than what the first of them do.
