@@ -182,13 +182,15 @@ def test_what_a_request_lasts_at_is_what_it_holds_later(tiny_model: Path) -> Non
 
 @pytest.mark.parametrize("asynchronous, drafts", [(False, 0), (True, 0), (False, 4)], ids=["sync", "async", "drafts"])
 @pytest.mark.parametrize("scheduling", ["fcfs", "priority"])
-def test_random_work_comes_to_its_end(tiny_model: Path, scheduling: str, asynchronous: bool, drafts: int) -> None:
+def test_random_work_comes_to_its_end(
+    tiny_model: Path, scheduling: str, asynchronous: bool, drafts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     h = Harness(
         tiny_model, num_blocks=30, keep=0.3, admission="steady", asynchronous=asynchronous, scheduling=scheduling,
         drafts=drafts, chunk=96, max_model_len=640,
     )  # fmt: skip
-    admits, said = h.scheduler._admits, list[bool]()
-    h.scheduler._admits = lambda request: said.append(admits(request)) or said[-1]
+    said = list[bool]()
+    monkeypatch.setattr(scheduler, "fits", lambda *args: said.append(fits(*args)) or said[-1])
     walk(h, seed=1, steps=500, max_len=640, abort=0.05)
     assert len(h.evictions) > 10
     assert not all(said)

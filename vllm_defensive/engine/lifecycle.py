@@ -1,4 +1,4 @@
-"""The lives of one scheduler's requests, whose phases are `life.py`'s: transitions, and what others are told of them."""
+"""The lives of one scheduler's requests, whose phases are in `life.py`: transitions, and what others are told."""
 
 from __future__ import annotations
 
