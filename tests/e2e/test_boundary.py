@@ -87,7 +87,7 @@ def test_protected_tokens_stay_whole(llm: Any, audits: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("kv_eviction", "best", "choose one of none, streamingllm"),
+        ("kv_eviction", "best", "choose one of none, auto, random, streamingllm"),
         ("kv_eviction_keep", 0, "(0, 1]"),
         ("kv_eviction_keep", "much", "(0, 1]"),
         ("kv_eviction_boundary", 701, "the prompt has 700 tokens"),

@@ -123,7 +123,7 @@ def test_totals_are_what_the_clients_were_told(server: Server) -> None:
     heard = set()  # the lists of last evictions, of which each API server has its own
     for status, answer in ask_each(server, "/kv_eviction"):
         assert status == 200
-        assert answer["totals"] == {**told, "prefix_hit_tokens": 0, "cancelled": 0}
+        assert answer["totals"] == {**told, "prefix_hit_tokens": 0, "cancelled": 0, "echo_tokens": 0}
         heard.add(json.dumps(answer["last_evictions"]))
     assert len(heard) == 2, "both API servers answered"
 
