@@ -18,7 +18,6 @@ from tests.e2e.engines import assert_all_returned, generate, random_prompts, wor
 from tests.e2e.test_kept_sets import KEEP, Scores
 from tests.reference_model import ReferenceLlama
 from vllm_defensive import packing
-from vllm_defensive.engine.echo import SHARE
 from vllm_defensive.plan import StepMessage
 from vllm_defensive.worker.cuda import launches
 
@@ -62,6 +61,7 @@ def settings(folder: Path) -> dict[str, Any]:
     return {"dtype": "float32", "audit": str(folder), "block_size": 32, "shared": "evict"}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kernels", ["reference"], indirect=True)
 def test_kept_sets_are_those_of_a_model_that_repeats_the_prompt(
     model: Path, expected: dict[str, list[Scores]], tmp_path: Path, kernels: str
@@ -106,14 +106,15 @@ def test_the_kernels_keep_the_same(
 def test_a_last_chunk_of_one_token_is_looked_at(
     model: Path, expected: dict[str, list[Scores]], tmp_path: Path, kernels: str, eager: bool, chunks: list[int]
 ) -> None:
-    """It counts as decode, and a graph of the whole model must not swallow it."""
+    """It counts as decode, and a graph of the whole model must not swallow it. Nobody else is there, so that an echo
+    has the whole of a step."""
     arguments = {"enforce_eager": eager, "max_num_seqs": 4, **settings(tmp_path)}
     if not eager and MODE == "pretend":  # nothing compiled, so no graphs in pieces
         sizes = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 4]}
         arguments["compilation_config"] = {"custom_ops": ["none"], "mode": 0, **sizes}
     size = len(formulas.instruction_of(model)) + PART - 1
     graphs.replays[0] = 0
-    with engine(model, "kvzip", max_num_batched_tokens=SHARE * size, keep=KEEP, **arguments) as llm:
+    with engine(model, "kvzip", max_num_batched_tokens=size, keep=KEEP, **arguments) as llm:
         (answer,) = generate(llm, PROMPTS[:1], 8)
     assert chunks[:4] == [size, size, 1, 1], "of two layers"
     assert eager or MODE != "pretend" or graphs.replays[0] == 7, "the answer's steps, and no others"
