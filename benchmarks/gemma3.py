@@ -1,4 +1,4 @@
-"""Gemma 3 from a GGUF file to Hugging Face's names: what differs from the Llama of `benchmarks.models`.
+"""Gemma 3 from a GGUF file to Hugging Face's names: what differs from `benchmarks.llama`.
 
 The base model, not the instruction-tuned one: it has no chat format, so its folder gets a plain one (messages with
 blank lines between them). llama.cpp stores each norm weight w as 1 + w, and leaves q and k in Hugging Face's order.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.gguf_file import dequantised, field
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +52,6 @@ def hugging_face_name(gguf_name: str) -> str:
 
 def model_config(reader: GGUFReader) -> dict[str, Any]:
     """config.json of a Gemma 3 text model, from the metadata of its GGUF file."""
-    from benchmarks.models import field
 
     layers, head_dim = field(reader, "gemma3.block_count"), field(reader, "gemma3.attention.key_length")
     types = [
@@ -87,11 +88,10 @@ def model_config(reader: GGUFReader) -> dict[str, Any]:
 def load_weights(reader: GGUFReader) -> dict[str, torch.Tensor]:
     """All weights by their Hugging Face names, dequantised in float32 and rounded once, to bf16."""
     import torch
-    from gguf.quants import dequantize
 
     weights = {}
     for tensor in reader.tensors:
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        weight = dequantised(tensor)
         if tensor.name.endswith("norm.weight"):
             weight -= 1
         weights[hugging_face_name(tensor.name)] = weight.to(torch.bfloat16).contiguous()
@@ -115,8 +115,6 @@ def merges_of(tokens: list[str], scores: list[float], kinds: list[int]) -> list[
 def build_tokenizer(reader: GGUFReader) -> tuple[Tokenizer, dict[str, Any]]:
     """The SentencePiece BPE tokenizer in the file, and its tokenizer_config.json."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
-    from benchmarks.models import field
 
     tokens, kinds = field(reader, "tokenizer.ggml.tokens"), field(reader, "tokenizer.ggml.token_type")
     special = {

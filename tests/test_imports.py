@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
 
 from tests.processes import ROOT
 
@@ -38,15 +41,21 @@ ALLOWED = {
     "doctor": {"compat"},
     "plugin": {"compat", "startup", "limits", "serving"},
 }
-MODULES = {
-    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
-    for file in (ROOT / "vllm_defensive").rglob("*.py")
-}
 
 
-def imported(module: str) -> set[str]:
+def modules_of(package: str) -> dict[str, Path]:
+    return {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in (ROOT / package).rglob("*.py")
+    }
+
+
+MODULES, BENCHMARKS = modules_of("vllm_defensive"), modules_of("benchmarks")
+
+
+def imported(module: str, modules: Mapping[str, Path] = MODULES) -> set[str]:
     """Modules of the package that a module imports, at once or when it is called."""
-    return {name for node in statements(ast.parse(MODULES[module].read_text())) for name in names(node)}
+    return {name for node in statements(ast.parse(modules[module].read_text())) for name in names(node, modules)}
 
 
 def statements(tree: ast.AST) -> Iterator[ast.AST]:
@@ -57,13 +66,13 @@ def statements(tree: ast.AST) -> Iterator[ast.AST]:
             yield from statements(node)
 
 
-def names(node: ast.AST) -> Iterator[str]:
+def names(node: ast.AST, modules: Mapping[str, Path]) -> Iterator[str]:
     if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names if alias.name in MODULES)
-    if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+        yield from (alias.name for alias in node.names if alias.name in modules)
+    if isinstance(node, ast.ImportFrom) and node.module in modules:
         for alias in node.names:
             full = f"{node.module}.{alias.name}"
-            yield full if full in MODULES else node.module
+            yield full if full in modules else node.module
 
 
 def part_of(module: str) -> str:
@@ -77,9 +86,10 @@ def test_every_part_imports_only_what_the_map_allows() -> None:
         assert found <= ALLOWED[part], f"{module} imports {found - ALLOWED[part]}"
 
 
-def test_no_module_is_imported_by_what_it_imports() -> None:
+@pytest.mark.parametrize("modules", [MODULES, BENCHMARKS], ids=["vllm_defensive", "benchmarks"])
+def test_no_module_is_imported_by_what_it_imports(modules: Mapping[str, Path]) -> None:
     """A circle raises CycleError, which names it. Imports inside functions count."""
-    TopologicalSorter({module: imported(module) - {module} for module in MODULES}).prepare()
+    TopologicalSorter({module: imported(module, modules) - {module} for module in modules}).prepare()
 
 
 def test_of_the_engine_workers_and_limits_know_only_the_spec() -> None:

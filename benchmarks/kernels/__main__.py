@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks import lists
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -21,12 +23,9 @@ RESULTS = Path("benchmarks/results")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--tokens", type=numbers, default=[8192, 32768, 131072], help="prompt lengths")
-    parser.add_argument("--rows", type=numbers, default=[1, 8, 64], help="batch sizes of the decode step")
+    parser.add_argument("--tokens", type=lists.ints, default=[8192, 32768, 131072], help="prompt lengths")
+    parser.add_argument("--rows", type=lists.ints, default=[1, 8, 64], help="batch sizes of the decode step")
     parser.add_argument("--keep", type=float, default=0.2, help="fraction of the cache that is kept")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes in the interpreter, on the CPU")

@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks import lists
 from benchmarks.models import ensure_model
 from benchmarks.quality import contract, plan, records, report, texts, variants
 from benchmarks.quality.engine import FP8, Engine
@@ -39,22 +40,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group().add_argument
     what(
         "--policies",
-        type=_names,
+        type=lists.names,
         help="default: all that users can choose; also NAME@OPTION=VALUE+OPTION=VALUE, and fp8 (stock vLLM, fp8 cache)",
     )
     what("--contract", nargs=2, metavar=("A", "B"), help="two policies to take apart: all crosses of them are measured")
-    add("--keep", type=_floats, default=[0.5, 0.2, 0.1], help="nominal ratios; default: 0.5,0.2,0.1")
-    add("--contexts", type=_ints, default=[1024, 2048, 4096], help="prompt sizes in tokens; default: 1024,2048,4096")
-    add("--samples", type=_ints, default=[10, 10, 3], help="documents for each context; one number holds for all")
+    add("--keep", type=lists.floats, default=[0.5, 0.2, 0.1], help="nominal ratios; default: 0.5,0.2,0.1")
+    add(
+        "--contexts",
+        type=lists.ints,
+        default=[1024, 2048, 4096],
+        help="prompt sizes in tokens; default: 1024,2048,4096",
+    )
+    add("--samples", type=lists.ints, default=[10, 10, 3], help="documents for each context; one number holds for all")
     add("--data", type=Path, metavar="DIR", help=f"a folder with {' and '.join(FILES.values())}, plain, .gz or .xz")
     add(
         "--suites",
-        type=_names,
+        type=lists.names,
         help=f"default: {','.join(plan.SUITES)}; with --data: {','.join(plan.FILE_SUITES)}; with --contract: "
         f"{','.join(plan.CONTRACT_SUITES)}",
     )
-    add("--tasks", type=_names, default=[], help="limit suites of several tasks to these; default: all")
-    add("--protocols", type=_names, default=[plan.WINDOW, plan.AFTER], help="default: window,after")
+    add("--tasks", type=lists.names, default=[], help="limit suites of several tasks to these; default: all")
+    add("--protocols", type=lists.names, default=[plan.WINDOW, plan.AFTER], help="default: window,after")
     add("--seed", type=int, default=0, help="of the first document; default: 0")
     add("--dtype", default="bfloat16", help="default: %(default)s")
     add("--page-tokens", type=int, default=32, help="tokens a page; default: %(default)s")
@@ -141,18 +147,6 @@ def _log_run(chosen: argparse.Namespace, seconds: dict[str, list[float]], total:
     }
     with (chosen.out / "runs.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(run) + "\n")
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
-
-
-def _ints(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def _floats(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

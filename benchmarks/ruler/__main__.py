@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
+from benchmarks import lists
 from benchmarks.ruler import answers, package, samples, summary
 
 
@@ -20,23 +21,30 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ruler", description=__doc__)
     add = parser.add_argument
     add("--model", type=Path, help="model folder; default: SmolLM2-135M-Instruct, made if it is missing")
-    add("--tasks", type=_names, default=[], help="default: all thirteen")
-    add("--length", type=_ints, default=[4096], help="most tokens of a prompt with its answer; default: 4096")
+    add("--tasks", type=lists.names, default=[], help="default: all thirteen")
+    add("--length", type=lists.ints, default=[4096], help="most tokens of a prompt with its answer; default: 4096")
     add("--samples", type=int, default=5, help="of each task and length, from its first on; default: %(default)s")
-    add("--policies", type=_names, default=[], help="full: evict nothing; default: full and all that users can choose")
+    add(
+        "--policies",
+        type=lists.names,
+        default=[],
+        help="full: evict nothing; default: full and all that users can choose",
+    )
     add(
         "--keep",
-        type=_floats,
+        type=lists.floats,
         default=[0.75, 0.5, 0.25, 0.2, 0.125],
         help="shares of the cache that stay (kvpress counts what goes); default: 0.75,0.5,0.25,0.2,0.125",
     )
-    add("--protocol", type=_names, default=[answers.EXCLUDED], help="excluded, included or both; default: excluded")
+    add(
+        "--protocol", type=lists.names, default=[answers.EXCLUDED], help="excluded, included or both; default: excluded"
+    )
     add("--dtype", default="bfloat16", help="default: %(default)s")
     add("--page-tokens", type=int, default=32, help="tokens a page; default: %(default)s")
     add("--cache-gib", type=int, default=2, help="memory of the KV cache; default: %(default)s")
     add("--out", type=Path, default=package.CACHE / "answers.jsonl", help="file of the answers; default: %(default)s")
     add("--summary", action="store_true", help="ask nothing, only print the tables")
-    add("--compare", type=_names, default=[], help="A,B: the difference of two policies, in the tables")
+    add("--compare", type=lists.names, default=[], help="A,B: the difference of two policies, in the tables")
     chosen = parser.parse_args(arguments)
     for protocol in chosen.protocol:
         if protocol not in answers.PROTOCOLS:
@@ -103,18 +111,6 @@ def _samples(chosen: argparse.Namespace, root: Path, model: Path) -> Iterator[sa
             if len(columns[-1]) < chosen.samples:
                 print(f"{name}, {length} tokens: only {len(columns[-1])} samples fit", file=sys.stderr, flush=True)
     return (sample for number in zip_longest(*columns) for sample in number if sample)
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
-
-
-def _ints(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def _floats(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

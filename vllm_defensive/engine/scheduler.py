@@ -14,10 +14,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_defensive.compat import channels, contract, scheduling
 from vllm_defensive.counts import Pool
-from vllm_defensive.engine import echo
 from vllm_defensive.engine.admission import ExpectedLength, Load, fits
 from vllm_defensive.engine.amendments import Amendments
-from vllm_defensive.engine.echo import Echoes
+from vllm_defensive.engine.echo import Echoes, instruction_ids
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
 from vllm_defensive.engine.life import ECHOING, PREFILL
 from vllm_defensive.engine.stats import Ledger
@@ -47,7 +46,9 @@ class _EvictionMixin(Scheduler):
             manager.eviction, manager.lifecycle, self.requests, caching=manager.enable_caching
         )
         manager.outlook.max_model_len = self.max_model_len
-        self._echoes = Echoes(self, manager.lifecycle, echo.instruction_ids(self._tokenizer()))
+        # Of vLLM's structured output, which runs in this process; None if the model is served without one.
+        tokenizer = getattr(self.structured_output_manager, "tokenizer", None)
+        self._echoes = Echoes(self, manager.lifecycle, instruction_ids(tokenizer))
         self._ledger = Ledger(self.vllm_config.parallel_config.tensor_parallel_size)
         scheduling.bound_prefix_cache(
             self.kv_cache_manager.coordinator,
@@ -68,10 +69,6 @@ class _EvictionMixin(Scheduler):
         if self.requests.get(request.request_id) is request:  # and not more input of a session
             self.eviction_manager.outlook.relatives.add(request)
             self._amendments.expect(request)
-
-    def _tokenizer(self) -> Any:
-        """vLLM's own, which it has in this process for structured output; None if it runs without."""
-        return getattr(self.structured_output_manager, "tokenizer", None)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.eviction_manager.release_processed()

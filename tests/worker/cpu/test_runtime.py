@@ -81,3 +81,21 @@ def test_a_step_asked_twice_answers_the_same() -> None:
         assert torch.equal(value, getattr(twice.evicted, name)), name
     assert runtime.tables["gone"].growth_blocks == 2  # tokens 28 to 32
     assert runtime.windows.pop("seen").shape == (2, 4, 6, 2)
+
+
+def test_what_is_kept_of_a_request_that_stands_still_goes_when_it_is_given_up() -> None:
+    """A complete window stays while it is held, though no eviction has taken it, and peaks do."""
+    view = PageView.from_layers(list(torch.zeros(2, 60, 3, 4, 4)))
+    codec = PageCodec(torch.arange(8).view(4, 2), torch.arange(8).view(4, 2))
+    echoes = CPUReconstructions(view, codec, [1.0, 1.0])
+    windows = WindowQueries(2, 4, 6, 2, torch.float32)
+    runtime = CPURuntime(view, windows, Accumulations(view, codec, [1.0, 1.0]), echoes, lambda _: ())
+    windows.plan("served", (6, 10), (6, 10), 0)
+    runtime.begin(StepMessage(held=["served"]), ())
+    echoes.plan(Reconstruction("served", 10, (0, 10), 24, "all"), (10, 15))
+    runtime.end()
+    runtime.drop_untaken()
+    assert "served" in windows._buffers and "served" in echoes._seen
+    runtime.begin(StepMessage(released=["served"]), ())
+    runtime.drop_untaken()
+    assert not windows._buffers and not echoes._seen and not runtime._held
