@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from vllm_defensive.policy import PRESETS
-from vllm_defensive.settings.engine import NONE, TURN_OFF, EvictionConfig, option_name, stands_for
+from vllm_defensive.settings.engine import NONE, TURN_OFF, EvictionConfig, option_name
 from vllm_defensive_kernels import MAX_HEAD_SIZE
 
 
@@ -50,7 +50,7 @@ def choose_policies(settings: EvictionConfig, platform: Platform) -> EvictionCon
             f"{option_name('per_request')}=True: name the policies that requests may choose, which a GPU compiles at "
             f"start, with {option_name('policies')} (--kv-eviction-policies auto)"
         )
-    named = dict.fromkeys((settings.policy, *stands_for(settings.policy)))
+    named = dict.fromkeys((settings.policy, *settings.stands_for(settings.policy)))
     return settings.model_copy(update={"policies": tuple(named)})
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_defensive import platforms
+from vllm_defensive import learned, platforms
 from vllm_defensive.compat import contract
 from vllm_defensive.compat import serving as patches
 from vllm_defensive.platforms import refusal
-from vllm_defensive.settings.engine import KEY, EvictionConfig, parse
+from vllm_defensive.settings.engine import KEY, EvictionConfig, option_name, parse
 
 SCHEDULER = "vllm_defensive.engine.scheduler.make_scheduler"
 
@@ -34,7 +34,7 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
 
     platform = platforms.current()
     worker, block = platform
-    settings = platforms.choose_policies(settings, platform)
+    settings = platforms.choose_policies(with_learned_score(settings, engine_args), platform)
     for name, ours, unset in (("scheduler_cls", SCHEDULER, None), ("worker_cls", worker, "auto")):
         chosen = getattr(engine_args, name)
         if chosen not in (unset, ours):
@@ -52,6 +52,26 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
         patches.patch_bodies(checks.check_body)
     additional[KEY] = settings.as_json()
     status.configure(additional[KEY])
+    return settings
+
+
+def with_learned_score(settings: EvictionConfig, engine_args: Any) -> EvictionConfig:
+    """The settings with the model's learned score, the one that was named or the one that is found.
+
+    Raises ValueError for a file that is none or another model's, and for settings that go by one where there is none.
+    """
+    model, place = engine_args.model, (engine_args.revision, engine_args.download_dir)
+    if settings.learned is not None:
+        learned.check(learned.load(settings.learned), settings.learned, learned.fingerprint(model, *place))
+        return settings
+    if (found := learned.find(model, *place)) is not None:
+        return settings.model_copy(update={"learned": str(found)})
+    wanted = [("score", settings.score)] if settings.score == "learned" else []
+    wanted += [("policy", settings.policy), *(("policies", policy) for policy in settings.policies or ())]
+    for field, value in wanted:
+        if value == "learned" or not settings.is_there(value):
+            way_out = f"{model} has no learned score yet; make it with {learned.COMMAND} {model}"
+            raise ValueError(f"{option_name(field)}={value}: {way_out}")
     return settings
 
 

@@ -65,6 +65,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="bfloat16", help="default: %(default)s")
     add("--page-tokens", type=int, default=32, help="tokens a page; default: %(default)s")
     add("--cache-gib", type=int, default=2, help="memory of the KV cache; default: %(default)s")
+    add("--learned", metavar="FILE", help="learned score; default: the model's own, where one is found")
     add("--out", type=Path, help=f"folder of the records; default: {RESULTS}; with --contract: {CONTRACT_RESULTS}")
     add("--report", action="store_true", help="measure nothing, only write the report")
     chosen = parser.parse_args(arguments)
@@ -125,6 +126,7 @@ def measure(chosen: argparse.Namespace, store: records.Records, names: list[str]
 
 def _engine(chosen: argparse.Namespace, **other: Any) -> Engine:
     shape = {"dtype": chosen.dtype, "page_tokens": chosen.page_tokens, "cache_gib": chosen.cache_gib}
+    shape["learned"] = chosen.learned
     return Engine(chosen.model or ensure_model(), **{**shape, **other})
 
 

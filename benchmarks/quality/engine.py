@@ -44,6 +44,7 @@ class Engine:
         page_tokens: int = 32,
         max_model_len: int = 8192,
         audit: str | None = None,
+        learned: str | None = None,
         stock: bool = False,
         **arguments: Any,
     ) -> None:
@@ -69,7 +70,7 @@ class Engine:
 
         torch.set_num_threads(1)
         # Settings measured side by side share their whole prompt; each must be evicted as if it were alone.
-        own: dict[str, Any] = {"per_request": True, "shared": "evict", **({} if audit is None else {"audit": audit})}
+        own: dict[str, Any] = {"per_request": True, "shared": "evict", "audit": audit, "learned": learned}
         self.llm = LLM(
             str(model),
             dtype=dtype,

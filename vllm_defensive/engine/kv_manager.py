@@ -158,7 +158,8 @@ class EvictionBlockManager(FullAttentionManager):
 
         A hit leaves at least the observation window to be computed (all of the prompt, if the policy accumulates),
         since nobody caches queries, unless there is nothing to evict (all whole blocks are shared, say). That is
-        fixed here, because queries that were not computed cannot be had later.
+        fixed here, because queries that were not computed cannot be had later. A policy that reads no queries leaves
+        hits as they are, but for the last token, whose step is the one that evicts.
         """
         self.lifecycle.waiting.pop(request_id, None)  # it may have grown since the last time
         life = self.life(request_id)
@@ -167,7 +168,7 @@ class EvictionBlockManager(FullAttentionManager):
         if not self.plan(life)[1]:
             life.turn(Phase.WHOLE)
             return None
-        return 0 if life.accumulates else max(0, life.stop - self.eviction.window)
+        return 0 if life.accumulates else max(0, life.stop - (self.eviction.window if life.reads_window else 1))
 
     def note_hit(self, request_id: str, num_tokens: int) -> None:
         """The prefix cache serves so many tokens to a request that is still to be evicted, if it is admitted now."""

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm_defensive.compat.scheduling import register_spec
 from vllm_defensive.packing import ECHO_OVERHEAD
 from vllm_defensive.policy import PRESETS
-from vllm_defensive.settings.engine import EvictionConfig, stands_for
+from vllm_defensive.settings.engine import EvictionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class EvictableSpec(FullAttentionSpec):
         lengths = range(max(1, max_tokens - self.block_size), max_tokens + 1)
         eviction = self.eviction
         packed = max(eviction.budget_blocks(eviction.region(length, 0, self.block_size)) for length in lengths)
-        if any(name in PRESETS and PRESETS[name].reconstructs for name in stands_for(eviction.policy)):
+        if any(name in PRESETS and PRESETS[name].reconstructs for name in eviction.stands_for(eviction.policy)):
             # An echo's positions end where the model's do: it and the prompt are no longer than the longest prompt.
             packed += cdiv(ECHO_OVERHEAD, self.block_size)
         return super().max_memory_usage_bytes(vllm_config) + packed * self.page_size_bytes

@@ -66,8 +66,11 @@ class Policy:
     """A second look: the model repeats the prompt, and a token's score is the largest attention that any query of that
     pass pays it, if that is larger than its score from elsewhere. Normalised over the chunk that is being repeated
     (with the first tokens and the repetition so far, as in KVzip), or over all that a query sees."""
+    learned: bool = False
+    """What a second look would see is foretold instead, from each token's own key and value, by weights that were
+    learned for the model (`vllm_defensive_kernels.learned`)."""
     fallback: str | None = None
-    """Of policies with a second look: the one that serves a request which cannot be repeated."""
+    """The policy that serves a request which cannot be repeated, or whose keys stand at positions of their own."""
     keeps_window: bool = True
     """Whether the window is kept whatever its scores."""
     score: Callable[..., Tensor] | None = None
@@ -86,7 +89,7 @@ class Policy:
     @property
     def needs_keys(self) -> bool:
         """Whether scores read the keys."""
-        return self._function.reads in ("queries", "keys")
+        return self.learned or self._function.reads in ("queries", "keys")
 
     @property
     def accumulates(self) -> bool:
@@ -101,13 +104,14 @@ class Policy:
 
     @property
     def needs_window(self) -> bool:
-        """Whether the window must have been seen: by all but those that go by the second pass alone."""
+        """Whether the window must have been seen: by all but those that go by the second pass alone, seen or
+        foretold."""
         return self._function.reads != "echo"
 
     @property
     def needs_values(self) -> bool:
         """Whether scores read the values."""
-        return self.value_weight != "none" or self._function.values != "none"
+        return self.learned or self.value_weight != "none" or self._function.values != "none"
 
     @property
     def needs_projection(self) -> bool:
@@ -143,8 +147,10 @@ class Policy:
             raise ValueError(f"{wrong}`score` goes with aggregate='custom' and with no other")
         if self.accumulates and self.value_weight != "none":
             raise ValueError(f"{wrong}aggregate='accumulated' goes without value_weight")
-        if self._function.reads == "echo" and not self.reconstructs:
-            raise ValueError(f"{wrong}aggregate={self.aggregate!r} needs a reconstruction")
+        if self._function.reads == "echo" and not (self.reconstructs or self.learned):
+            raise ValueError(f"{wrong}aggregate={self.aggregate!r} needs a reconstruction, or learned=True")
+        if self.learned and self.reconstructs:
+            raise ValueError(f"{wrong}learned=True stands for a second look: choose reconstruction='none'")
         if self._function.weighs and self.weight_across != "none":
             raise ValueError(f"{wrong}aggregate={self.aggregate!r} weighs values itself: choose weight_across='none'")
         if self.stages == "mass" and self.aggregate not in ("mean", "cake", "defensive"):

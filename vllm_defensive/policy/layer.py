@@ -55,7 +55,7 @@ class Attention:
     local_H: Tensor | None = None
     """These two: see `LayerScores`."""
     echo_HT: Tensor | None = None
-    """The largest attention that a query of a second pass over the prompt pays."""
+    """The largest attention that a query of a second pass over the prompt pays, seen or foretold."""
 
     @classmethod
     def of(cls, policy: Policy, scores_HT: Tensor, mean_HT: Tensor, window: int) -> "Attention":

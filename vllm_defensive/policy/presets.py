@@ -234,6 +234,31 @@ _ROWS = (
         fallback="halokv",
     ),
     Policy(
+        name="learnedkv",
+        summary="what a repeated prompt would attend to, foretold from each token's key and value by weights learned "
+        "for the model: no query is read, nothing is computed again",
+        source="docs/quality.md",
+        aggregate="echo",
+        scope="model",
+        value_weight="l2-gram",
+        pool_kernel=1,
+        learned=True,
+        fallback="halokv",
+    ),
+    Policy(
+        name="learned-halokv",
+        summary="halokv's scores, or the foretold ones where they are larger: for questions now and later, at no "
+        "second prefill",
+        source="docs/quality.md",
+        aggregate="defensive",
+        scope="model",
+        value_weight="l2-gram",
+        halo_tokens=8,
+        halo_weight=0.2,
+        learned=True,
+        fallback="halokv",
+    ),
+    Policy(
         name="keep-all",
         summary="keeps every token, packed as any policy packs: its output must equal stock vLLM's",
         source="tests",

@@ -50,7 +50,8 @@ def score_layer(
     scale: of the logits. keep_ratio: bounds stage 1 of "mass".
     reduce_heads: sums a tensor over the ranks that share this layer's heads; None on one rank.
     mass_HS: fp32, of policies that accumulate: `formulas.accumulate_attention` over every query of the prompt.
-    echo_HS: fp32, of policies that reconstruct: the largest attention that a query of the second pass pays.
+    echo_HS: fp32, of policies that reconstruct: the largest attention that a query of the second pass pays; of learned
+        ones: the same, foretold.
     first_head: of the layer's heads, where other ranks have the ones before it.
     """
     tokens = key_HSD.shape[1]

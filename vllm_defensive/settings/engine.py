@@ -22,15 +22,10 @@ TURN_OFF = "turn eviction off (--kv-eviction none, without --kv-eviction-per-req
 INTERNAL_POLICIES = "VLLM_DEFENSIVE_INTERNAL_POLICIES"
 
 
-AUTO_POLICIES = {"window": "halokv", "reconstruct": "echokv"}
+AUTO_POLICIES = {"window": "halokv", "reconstruct": "echokv", "learned": "learned-halokv"}
 """What `auto` stands for, by what a request is scored by."""
 
-ScoredBy = Literal["auto", "window", "reconstruct"]
-
-
-def stands_for(policy: str) -> tuple[str, ...]:
-    """The policies that requests may be evicted by which name this one."""
-    return tuple(AUTO_POLICIES.values()) if policy == AUTO else (policy,)
+ScoredBy = Literal["auto", "window", "reconstruct", "learned"]
 
 
 class EvictionConfig(BaseModel):
@@ -41,8 +36,14 @@ class EvictionConfig(BaseModel):
     policy: str = Field(description="eviction policy")
     score: ScoredBy = Field(
         "auto",
-        description="what the policy auto scores by: the observation window, or the prompt repeated, which costs a "
-        "second prefill; auto: the latter where a request names a boundary",
+        description="what the policy auto scores by: the observation window; or the prompt repeated, which costs a "
+        "second prefill; or a learned score and the window; auto: the last where a learned score is there, else the "
+        "second where a request names a boundary, else the first",
+    )
+    learned: str | None = Field(
+        None,
+        description="learned score, a file that `python -m vllm_defensive.learn` has written; without it the model's "
+        "own is looked for in vLLM's cache folder and in this package",
     )
     keep: float = Field(0.2, gt=0, le=1, description="fraction of each prompt's KV cache to keep")
     window: int = Field(
@@ -81,16 +82,17 @@ class EvictionConfig(BaseModel):
     @property
     def choices(self) -> list[str]:
         """The policies that a request may name, in the order of `--kv-eviction`'s values, internal ones last."""
+        there = [name for name in allowed_policies() if self.is_there(name)]
         if self.policies is None:
-            return allowed_policies()
+            return there
         chosen = {NONE, self.policy, *self.policies}
-        known = [name for name in allowed_policies() if name in chosen]
+        known = [name for name in there if name in chosen]
         return known + sorted(chosen.difference(known))
 
     @property
     def served(self) -> list[str]:
         """The policies that a request may be evicted by, those included that serve who cannot be repeated."""
-        named = [policy for name in self.choices if name != NONE for policy in stands_for(name)]
+        named = [policy for name in self.choices if name != NONE for policy in self.stands_for(name)]
         return list(dict.fromkeys([*named, *(other for name in named if (other := PRESETS[name].fallback))]))
 
     @property
@@ -106,18 +108,29 @@ class EvictionConfig(BaseModel):
         """Whether one of them takes a second look at a prompt."""
         return any(PRESETS[name].reconstructs for name in self.served)
 
+    def stands_for(self, policy: str) -> tuple[str, ...]:
+        """The policies that requests may be evicted by which name this one."""
+        return tuple(filter(self.is_there, AUTO_POLICIES.values())) if policy == AUTO else (policy,)
+
+    def is_there(self, policy: str) -> bool:
+        """Whether what the policy needs beside the model is there: a learned score."""
+        return self.learned is not None or policy not in PRESETS or not PRESETS[policy].learned
+
     def meant(self, policy: str, *, boundary: bool = False, score: ScoredBy | None = None) -> str:
         """The policy that a request is evicted by which names this one. boundary: it names one, and something comes
         behind it. score: its own."""
         if policy != AUTO:
             return policy
         by = self.score if score is None else score
-        return AUTO_POLICIES[("reconstruct" if boundary else "window") if by == "auto" else by]
+        if by == "auto":
+            by = "learned" if self.learned is not None else "reconstruct" if boundary else "window"
+        return AUTO_POLICIES[by]
 
     def allows(self, policy: str) -> bool:
         """Whether a request may name this policy, one that `known_policy` knows."""
         named = (NONE, self.policy, *(self.policies or ()))
-        return self.policies is None or policy in named or any(policy in stands_for(name) for name in named)
+        listed = self.policies is None or policy in named or any(policy in self.stands_for(name) for name in named)
+        return listed and self.is_there(policy)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON, from which `parse` makes the same settings: vLLM hashes it, and prints it with its config."""
@@ -189,7 +202,8 @@ def option_name(field: str) -> str:
 
 _ALLOWED = {
     "policy": lambda: f"choose one of {', '.join(allowed_policies())}",
-    "score": lambda: "choose one of auto, window, reconstruct",
+    "score": lambda: "choose one of auto, window, reconstruct, learned",
+    "learned": lambda: "name a file",
     "keep": lambda: "choose a value in (0, 1]",
     "window": lambda: "choose a whole number of tokens, 1 or more",
     "min_tokens": lambda: "choose a whole number of tokens, 1 or more",

@@ -15,6 +15,7 @@ from vllm_defensive.counts import WorkerReport
 from vllm_defensive.plan import Eviction, Score
 from vllm_defensive.policy import ReduceHeads, Selection
 from vllm_defensive.settings.engine import EvictionConfig
+from vllm_defensive.worker.learned import LearnedWeights, Lessons
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.report import pages_by_decile
 from vllm_defensive.worker.window import IncompleteError
@@ -43,6 +44,10 @@ class Evictor(ABC):
         self._decile_L = decile_L
         self._rank = rank
         self._reduce_heads = reduce_heads
+        self.learned: LearnedWeights | None = None
+        """Where a policy is served that goes by a learned score."""
+        self.lessons: Lessons | None = None
+        """While a score is being learned: what each second look adds to."""
         self._scored: dict[str, Any] = {}  # what `_score` returned, until it is packed
         self._reasons: tuple[type[Exception], ...] = (IncompleteError,) if rank[1] > 1 else (Exception,)
         self._report = WorkerReport()

@@ -4,19 +4,25 @@ pass, and reports what that took."""
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from vllm.distributed.communication_op import tensor_model_parallel_all_reduce
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_defensive import learned
 from vllm_defensive.compat import channels, contract
 from vllm_defensive.engine.spec import evictable_specs
 from vllm_defensive.limits import check_layers, evictable_group
 from vllm_defensive.policy import ReduceHeads
 from vllm_defensive.settings.engine import from_vllm_config
 from vllm_defensive.worker.evictor import Evictor, logger
+from vllm_defensive.worker.learned import LearnedWeights, Lessons
+from vllm_defensive.worker.rotation import Rotations
 from vllm_defensive.worker.runtime import Runtime
+from vllm_defensive_kernels.learned import Rotation
 
 
 def _forgetting(name: str) -> Any:
@@ -85,6 +91,9 @@ class EvictionWorker(Worker):
         layers = [context[name] for name in names]
         check_layers(names, layers, context)
         self._runtime, self._evictor = self.start_eviction(group, names, layers)
+        self._attention_names, self._attention_layers = names, layers
+        if self.eviction.learned is not None:
+            self.load_learned(self.eviction.learned)
         logger.info(
             "KV eviction is on: policy %s keeps %g of each prompt of %d tokens or more (window %d); "
             "pages of %d tokens, %d layers x %d KV heads = %d pages a block",
@@ -97,6 +106,40 @@ class EvictionWorker(Worker):
             spec.num_kv_heads,
             len(names) * spec.num_kv_heads,
         )
+
+    def load_learned(self, path: str) -> None:
+        """Go by this learned score from now on. Raises ValueError if it is none, or another model's."""
+        assert self._evictor is not None
+        score, first, (rank, ranks) = learned.load(path), self._attention_layers[0], self.tensor_rank
+        heads = first.num_kv_heads
+        learned.check_shape(score, path, len(self._attention_layers), ranks * heads, first.head_size)
+        rotations, own = self._rotations(score.facts.turned), slice(rank * heads, (rank + 1) * heads)
+        self._evictor.learned = LearnedWeights(score, rotations, own, first.kv_cache.device)
+
+    def _rotations(self, turned: Sequence[bool] | None) -> list[Rotation | None]:
+        names, layers = self._attention_names, self._attention_layers
+        found = Rotations(self.model_runner.get_model(), names, layers[0].head_size, turned)
+        return [found.of(layer) for layer in range(len(names))]
+
+    # -- called by `python -m vllm_defensive.learn`, on every rank ------------------------------------------------------
+
+    def start_learning(self) -> None:
+        """From now on each second look is learned from."""
+        assert self._evictor is not None
+        first = self._attention_layers[0]
+        rotations = self._rotations(None)
+        self._evictor.lessons = Lessons(len(rotations), first.num_kv_heads, first.head_size, rotations)
+
+    def hold_back(self, held_back: bool) -> None:
+        """Whether what comes is only compared with."""
+        assert self._evictor is not None and self._evictor.lessons is not None
+        self._evictor.lessons.held_back = held_back
+
+    def learned_so_far(self) -> bytes:
+        """What follows from the texts so far, as a safetensors file: weight_LHX and r2_LH, of this rank's heads."""
+        assert self._evictor is not None and self._evictor.lessons is not None
+        weight_LHX, r2_LH = self._evictor.lessons.solve()
+        return save({"weight_LHX": weight_LHX, "r2_LH": r2_LH})
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from vllm_defensive.settings.engine import EvictionConfig
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.cpu.runtime import CPURuntime
 from vllm_defensive.worker.evictor import Evictor
+from vllm_defensive.worker.learned import Lessons
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.report import layer_deciles
 
@@ -85,9 +86,19 @@ class CPUEvictor(Evictor):
         echo_L = self._runtime.reconstructions.pop(score.request_id, score.region) if policy.reconstructs else None
         pages_LHB = self._view.of_blocks(torch.tensor(score.source_blocks))
         scored = Scored(score, policy, seen_L, pages_LHB, policy.first_value(score.region.shared_blocks), echo_L)
+        if self.lessons is not None and echo_L is not None:
+            self._teach(self.lessons, scored, echo_L)
         if not policy.layers_apart:
             self._score_all(scored)
         return scored
+
+    def _teach(self, lessons: Lessons, scored: Scored, echo_L: Tensor) -> None:
+        stop = scored.score.region.stop
+        (room,) = self._room(scored.pages_LHB[:1])
+        whole = replace(scored, first_value=0)
+        for layer, peak_HT in enumerate(echo_L):
+            key_HTD, value_HTD = self._read(whole, layer, room)
+            lessons.add(layer, key_HTD[:, :stop], value_HTD[:, :stop], peak_HT[:, :stop])
 
     def _score_all(self, scored: Scored) -> None:
         """Layers share one budget: every one is scored before the first is packed. What was read for the one is kept
@@ -106,15 +117,20 @@ class CPUEvictor(Evictor):
         skipped = key_HTD.shape[1] - value_HTD.shape[1]
         gram = policy.value_weight == "l2-gram"
         seen = None if scored.seen_L is None else scored.seen_L[layer]
+        key_HSD, value_HSD = key_HTD[:, : region.stop], value_HTD[:, : region.stop - skipped]
+        echo_HS = None if scored.echo_L is None else scored.echo_L[layer]
+        if policy.learned:
+            assert self.learned is not None, f"{policy.name} needs a learned score"
+            echo_HS = self.learned.peaks(layer, key_HSD, value_HSD)
         return score_layer(
             policy,
             layer=layer,
             query_WQD=None if policy.accumulates else seen,
             mass_HS=seen if policy.accumulates else None,
-            echo_HS=None if scored.echo_L is None else scored.echo_L[layer],
+            echo_HS=echo_HS,
             window=region.window,
-            key_HSD=key_HTD[:, : region.stop],
-            value_HSD=value_HTD[:, : region.stop - skipped],
+            key_HSD=key_HSD,
+            value_HSD=value_HSD,
             output_QDM=self._projections.slices(layer) if policy.needs_projection else None,
             factor_QDC=self._projections.factor(layer) if gram else None,
             scale=self._scales[layer],

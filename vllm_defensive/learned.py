@@ -1,0 +1,170 @@
+"""A learned score's file: weights that foretell, for one model, what a repeated prompt would attend to.
+
+`python -m vllm_defensive.learn MODEL` writes it. One safetensors file:
+
+    weight_LHX   fp32 [L, H, 2*D + 1]   of the evictable layers, in their order, and all KV heads of the model: weights of
+                                        a token's key before RoPE, of its value, and a constant (kernels: `learned.py`)
+
+and as metadata the fields of `Facts`, as JSON under the name `facts`.
+
+A file belongs to a model by the model's weight files (`fingerprint`): whoever fine-tunes a model has another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+VERSION = 1
+"""Of the formula that the weights are for; grows when the same weights would mean another score."""
+COMMAND = "python -m vllm_defensive.learn"
+PACKAGED = Path(__file__).parent / "learned_scores"
+_FORMATS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+class Facts(BaseModel):
+    """What a file says of itself."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    version: int
+    fingerprint: str | None
+    """Of the model's weight files; None if they were not found as files."""
+    model: str
+    """The name that it was learned under."""
+    turned: list[bool]
+    """Of each layer, whether RoPE turns its keys."""
+    texts: list[str]
+    """Where the texts came from."""
+    tokens: int
+    """How many tokens were learned from."""
+    r2: list[float]
+    """Of each layer, the share of the logarithm's variance that is foretold on texts that were held back."""
+    checks: dict[str, float] = {}
+    """What was measured with it, by name."""
+
+
+class LearnedScore(BaseModel):
+    """A file's contents. weight_LHX: fp32, on the CPU."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    facts: Facts
+    weight_LHX: Tensor
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file, whole or not at all. Raises OSError."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        metadata = {"facts": self.facts.model_dump_json()}
+        part.write_bytes(save({"weight_LHX": self.weight_LHX.contiguous()}, metadata))
+        part.replace(path)
+
+
+def load(path: str | os.PathLike[str]) -> LearnedScore:
+    """Read a file. Raises ValueError, one line, if it is none, or of another version."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            facts = Facts.model_validate_json((file.metadata() or {}).get("facts", ""))
+            weight_LHX = file.get_tensor("weight_LHX")
+    except (OSError, SafetensorError, ValidationError) as error:
+        raise ValueError(f"{path}: no learned score ({str(error).splitlines()[0]}); make one with {COMMAND}") from None
+    if facts.version != VERSION:
+        raise ValueError(f"{path}: of version {facts.version}, and this is {VERSION}; learn it anew with {COMMAND}")
+    if weight_LHX.dim() != 3 or weight_LHX.dtype != torch.float32 or len(facts.turned) != len(weight_LHX):
+        raise ValueError(f"{path}: no learned score (its weights have another shape); make one with {COMMAND}")
+    return LearnedScore(facts=facts, weight_LHX=weight_LHX)
+
+
+# -- which file belongs to a model ------------------------------------------------------------------------------------
+
+
+def fingerprint(model: str, revision: str | None = None, cache: str | None = None) -> str | None:
+    """Of a model's weight files: their sizes, and samples from all over them. 32 hex digits.
+
+    model: a folder, or a name on the hub whose files are in the local cache (`cache`, or the hub's own). None: there
+    are no files here to look at.
+    """
+    folder = _folder(model, revision, cache)
+    files = next((found for pattern in _FORMATS if (found := sorted(folder.glob(pattern)))), []) if folder else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for sample in (sample for file in files for sample in _samples(file)):
+        digest.update(sample)
+    return digest.hexdigest()[:32]
+
+
+def _folder(model: str, revision: str | None, cache: str | None) -> Path | None:
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model, "config.json", cache_dir=cache, revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _samples(path: Path) -> Iterator[bytes]:
+    """The file's size, and pieces of it. A training step changes all of a matrix, so that a few are enough."""
+    size = path.stat().st_size
+    yield size.to_bytes(8)
+    with path.open("rb") as file:
+        for i in range(_SAMPLES):
+            file.seek(i * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
+            yield file.read(_SAMPLE_BYTES)
+
+
+def path_for(fingerprint: str) -> Path:
+    """Where a model's file belongs: in vLLM's cache folder, which people who run containers keep."""
+    import vllm.envs as envs
+
+    return Path(envs.VLLM_CACHE_ROOT) / "kv_eviction" / f"{fingerprint}.safetensors"
+
+
+def find(model: str, revision: str | None = None, cache: str | None = None) -> Path | None:
+    """The file of a model, learned by the user or part of this package. None: there is none."""
+    if (of_model := fingerprint(model, revision, cache)) is None:
+        return None
+    candidates = (path_for(of_model), PACKAGED / f"{of_model}.safetensors")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def check(score: LearnedScore, path: str, of_model: str | None) -> None:
+    """Raises ValueError, one line, if a file is another model's. of_model: `fingerprint`."""
+    if None not in (of_model, score.facts.fingerprint) and of_model != score.facts.fingerprint:
+        raise ValueError(f"{path}: learned for {score.facts.model}, of other weights; make this model's with {COMMAND}")
+
+
+def check_shape(score: LearnedScore, path: str, layers: int, heads: int, size: int) -> None:
+    """Raises ValueError, one line, unless the weights are for so many evictable layers, KV heads of the model, and
+    numbers of a head."""
+    wanted, found = (layers, heads, 2 * size + 1), tuple(score.weight_LHX.shape)
+    if found != wanted:
+        raise ValueError(
+            f"{path}: learned for {score.facts.model}, whose layers, KV heads or head size are others ({found}, not "
+            f"{wanted}); make this model's with {COMMAND}"
+        )
+
+
+def summary(score: LearnedScore, path: str) -> dict[str, Any]:
+    """For people: which file, of which model, how good."""
+    facts = score.facts
+    r2 = sum(facts.r2) / len(facts.r2) if facts.r2 else None
+    return {"path": path, "model": facts.model, "tokens": facts.tokens, "r2": r2, **facts.checks}
+
+

@@ -1,0 +1,101 @@
+"""What a learned score foretells of a request's tokens, and the sums from which one is learned, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vllm_defensive.learned import LearnedScore
+from vllm_defensive_kernels.learned import SINKS, Rotation, foretold_peaks, unrotate
+
+FLOOR = 1e-6
+"""Attention below this is as good as none; without a floor, logarithms of nothing would be what is learned."""
+RIDGE = 0.003
+"""Of the standardised features, a token."""
+
+
+class LearnedWeights:
+    """One rank's share of a learned score: the weights of its heads, and how each layer turns its keys."""
+
+    def __init__(
+        self, score: LearnedScore, rotations: Sequence[Rotation | None], heads: slice, device: torch.device | str
+    ) -> None:
+        self.weight_LHX = score.weight_LHX[:, heads].to(device).contiguous()
+        self.rotations = rotations
+
+    def peaks(self, layer: int, key_HTD: Tensor, value_HTD: Tensor) -> Tensor:
+        """fp32 `[H, T]` of the first T tokens of a request. The values of the first of them may be missing: such tokens
+        have zero."""
+        tokens, there = key_HTD.shape[1], value_HTD.shape[1]
+        position_T = torch.arange(tokens - there, tokens, device=key_HTD.device)
+        found_HT = foretold_peaks(
+            key_HTD[:, tokens - there :], value_HTD, position_T, self.weight_LHX[layer], self.rotations[layer]
+        )
+        return torch.nn.functional.pad(found_HT, (tokens - there, 0))
+
+
+class Lessons:
+    """Sums over tokens from which a learned score is solved: nothing is kept of a token itself.
+
+    The features of a token are its key before RoPE, its value, and 1; what they are to foretell is the logarithm of the
+    largest attention that a repetition of its text pays it. One Gram matrix a head holds the products of all of these:
+    features, then the target. Texts come in two kinds, those that are learned from and those that are held back.
+    """
+
+    def __init__(
+        self, num_layers: int, num_kv_heads: int, head_size: int, rotations: Sequence[Rotation | None]
+    ) -> None:
+        shape = (num_layers, num_kv_heads, 2 * head_size + 2, 2 * head_size + 2)
+        self._rotations = rotations
+        self._gram_LHYY = torch.zeros(shape, dtype=torch.float64)
+        self._held_LHYY = torch.zeros_like(self._gram_LHYY)
+        self.held_back = False
+        """Whether what comes now is held back."""
+
+    def add(self, layer: int, key_HTD: Tensor, value_HTD: Tensor, peak_HT: Tensor) -> None:
+        """The tokens of a whole text, from its first on."""
+        position_T = torch.arange(key_HTD.shape[1], device=key_HTD.device)
+        key_HTD = unrotate(key_HTD, position_T, self._rotations[layer])
+        one_HT1 = torch.ones_like(key_HTD[..., :1])
+        target_HT1 = peak_HT.clamp_min(FLOOR).log().unsqueeze(-1)
+        row_HTY = torch.cat([key_HTD, value_HTD.float(), one_HT1, target_HT1], dim=-1)[:, SINKS:]
+        sums = self._held_LHYY if self.held_back else self._gram_LHYY
+        sums[layer] += (row_HTY.mT @ row_HTY).double().cpu()
+
+    @property
+    def tokens(self) -> int:
+        """Learned from so far."""
+        return round(float(self._gram_LHYY[0, 0, -2, -2]))
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """(weight_LHX, fp32; share of the target's variance that it foretells on the texts held back, `[L, H]`)."""
+        weight_LHX = solve(self._gram_LHYY)
+        return weight_LHX.float(), foretold_share(self._held_LHYY, weight_LHX)
+
+
+def solve(gram_LHYY: Tensor) -> Tensor:
+    """Ridge regression on standardised features, in closed form. fp64 `[..., Y, Y]` -> `[..., X]`, the constant last.
+
+    (Z'Z / n + RIDGE) w = Z'y / n, for features less their mean, over their standard deviation.
+    """
+    count = gram_LHYY[..., -2, -2, None]
+    mean_LHF = gram_LHYY[..., :-2, -2] / count
+    target_mean = gram_LHYY[..., -1, -2, None] / count
+    covariance = gram_LHYY[..., :-2, :-2] / count[..., None] - mean_LHF[..., :, None] * mean_LHF[..., None, :]
+    spread_LHF = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt() + FLOOR
+    correlation = covariance / (spread_LHF[..., :, None] * spread_LHF[..., None, :])
+    correlation.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
+    with_target = (gram_LHYY[..., :-2, -1] / count - mean_LHF * target_mean) / spread_LHF
+    weight_LHF = torch.linalg.solve(correlation, with_target) / spread_LHF
+    constant = target_mean - (weight_LHF * mean_LHF).sum(dim=-1, keepdim=True)
+    return torch.cat([weight_LHF, constant], dim=-1)
+
+
+def foretold_share(gram_LHYY: Tensor, weight_LHX: Tensor) -> Tensor:
+    """1 - residual / variance, of the texts that these sums are of. fp32 `[...]`"""
+    error_LHY = torch.cat([weight_LHX, -torch.ones_like(weight_LHX[..., :1])], dim=-1)
+    residual = torch.einsum("...y,...yz,...z->...", error_LHY, gram_LHYY, error_LHY)
+    variance = gram_LHYY[..., -1, -1] - gram_LHYY[..., -1, -2].square() / gram_LHYY[..., -2, -2]
+    return (1 - residual / variance.clamp_min(FLOOR)).float()
