@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_defensive.learned import LearnedScore
@@ -63,6 +64,16 @@ class Lessons:
         row_HTY = torch.cat([key_HTD, value_HTD.float(), one_HT1, target_HT1], dim=-1)[:, SINKS:]
         sums = self._held_LHYY if self.held_back else self._gram_LHYY
         sums[layer] += (row_HTY.mT @ row_HTY).double().cpu()
+
+    def save(self, path: str) -> None:
+        """Write the sums so far into a safetensors file. Raises OSError, or SafetensorError."""
+        save_file({"gram_LHYY": self._gram_LHYY, "held_LHYY": self._held_LHYY}, path)
+
+    def load(self, path: str) -> None:
+        """Go on from sums that `save` wrote. Raises what safetensors does, and RuntimeError for other shapes."""
+        sums = load_file(path)
+        self._gram_LHYY.copy_(sums["gram_LHYY"])
+        self._held_LHYY.copy_(sums["held_LHYY"])
 
     @property
     def tokens(self) -> int:
