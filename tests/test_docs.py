@@ -9,7 +9,7 @@ from pathlib import Path
 import vllm_defensive
 from vllm_defensive.policy.presets import PRESETS, public_names
 from vllm_defensive.serving.cli import flag_of
-from vllm_defensive.settings.engine import KEY, NONE, EvictionConfig, allowed_policies
+from vllm_defensive.settings.engine import FLAGS, KEY, NONE, EvictionConfig, allowed_policies
 from vllm_defensive.settings.request import RequestSettings
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ def table_rows(first_cell: str, text: str = README) -> list[list[str]]:
 
 
 def test_readme_lists_every_flag_with_its_default() -> None:
-    defaults = {name: field.default for name, field in EvictionConfig.model_fields.items()}
+    defaults = {name: EvictionConfig.model_fields[name].default for name in FLAGS}
     expected = {flag_of(name): "off" if default is None else str(default) for name, default in defaults.items()}
     expected[flag_of("policy")] = NONE
     assert {row[0].strip("`"): row[2].strip("`") for row in table_rows("flag")} == expected

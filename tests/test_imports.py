@@ -22,11 +22,13 @@ ALLOWED = {
     "compat": {"plan", "counts", "__init__"},  # __init__: our version, which a refusal names
     "platforms": {"settings", "policy"},
     "limits": {"platforms", "settings", "audit", "engine"},  # engine: the spec by which an evictable layer is known
-    "startup": {"platforms", "settings", "compat", "serving"},
+    "learned": set(),
+    "startup": {"learned", "platforms", "settings", "compat", "serving", "tools"},  # tools: one makes what is missing
     "serving": {"platforms", "settings", "compat", "counts"},
     "engine": {"settings", "compat", "policy", *_SHARED},
     "audit": {"compat", "policy", "plan"},
     "worker": {
+        "learned",
         "settings",
         "compat",
         "policy",
@@ -36,8 +38,9 @@ ALLOWED = {
         "engine",
         *_SHARED,
     },  # engine: the spec, again
-    "tools": {"audit", "settings"},
+    "tools": {"audit", "learned", "packing", "platforms", "settings", "worker"},  # worker: what a request asks of it
     "planner": {"tools"},
+    "learn": {"tools"},
     "doctor": {"compat"},
     "plugin": {"compat", "startup", "limits", "serving"},
 }

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from tests.processes import run_python
-from vllm_defensive import platforms, startup
+from vllm_defensive import learned, platforms, startup
 
 
 def arguments(**changes: Any) -> Any:
     """Engine arguments as they are before vLLM settles them."""
     defaults = {"scheduler_cls": None, "worker_cls": "auto", "block_size": None}
+    defaults |= {"model": "none", "revision": None, "download_dir": None}
     return SimpleNamespace(**{**defaults, "additional_config": {"kv_eviction": {"policy": "snapkv"}}, **changes})
 
 
@@ -194,3 +195,48 @@ def test_without_a_policy_nothing_is_set(additional: dict[str, Any] | None) -> N
     assert startup.prepare(chosen) is None
     assert (chosen.scheduler_cls, chosen.worker_cls, chosen.block_size) == (None, "auto", None)
     assert not chosen.additional_config or chosen.additional_config == {"other": 1}
+
+
+def learning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, works: bool = True) -> list[str]:
+    """A model in `tmp_path`, whose score is made as by the command. Returns the models that it was made of."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    made: list[str] = []
+
+    def in_own_process(engine_args: Any) -> None:
+        made.append(engine_args.model)
+        if not works:
+            raise ValueError("no room")
+        learned.path_for("").write_bytes(b"a score")
+
+    monkeypatch.setattr(learned, "path_for", lambda of_model: tmp_path / "score")
+    monkeypatch.setattr(startup.learn, "in_own_process", in_own_process)
+    return made
+
+
+def test_a_learned_score_is_made_where_it_is_asked_for_and_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = learning(monkeypatch, tmp_path)
+    asked = {"kv_eviction": {"policy": "learnedkv", "learn": True}}
+    for _ in range(2):  # the second one, as another API server, finds it
+        settings = startup.prepare(arguments(model=str(tmp_path), additional_config=asked))
+        assert settings is not None and settings.learned == str(tmp_path / "score")
+    assert made == [str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"policy": "auto", "learn": True}, "^no room$"),
+        (
+            {"policy": "learnedkv"},
+            "^kv_eviction=learnedkv: .* has no learned score yet; make it with python -m ",
+        ),
+    ],
+)
+def test_without_a_score_that_is_asked_for_nothing_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    learning(monkeypatch, tmp_path, works=False)
+    with pytest.raises(ValueError, match=message):
+        startup.prepare(arguments(model=str(tmp_path), additional_config={"kv_eviction": settings}))

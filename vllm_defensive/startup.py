@@ -76,7 +76,7 @@ def with_learned_score(settings: EvictionConfig, engine_args: Any) -> EvictionCo
         found = learned.find(model, *place)
     if found is not None:
         return settings.model_copy(update={"learned": str(found)})
-    wanted = [("score", settings.score)] if settings.score == "learned" else []
+    wanted: list[tuple[str, str]] = [("score", settings.score)] if settings.score == "learned" else []
     wanted += [("policy", settings.policy), *(("policies", policy) for policy in settings.policies or ())]
     for field, value in wanted:
         if value == "learned" or not settings.is_there(value):

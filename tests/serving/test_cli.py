@@ -15,6 +15,8 @@ POLICIES = ", ".join(config.allowed_policies())
 FLAGS: dict[str, tuple[str, str | None, Any]] = {
     "--kv-eviction": ("none", "adakv", "adakv"),
     "--kv-eviction-score": ("auto", "window", "window"),
+    "--kv-eviction-learned": ("None", "some.safetensors", "some.safetensors"),
+    "--kv-eviction-learn": ("False", None, True),
     "--kv-eviction-keep": ("0.2", "0.35", 0.35),
     "--kv-eviction-window": ("32", "16", 16),
     "--kv-eviction-min-tokens": ("256", "100", 100),
@@ -26,7 +28,7 @@ FLAGS: dict[str, tuple[str, str | None, Any]] = {
 }
 WRONG = [
     ("--kv-eviction", "snapkb", f"choose one of {POLICIES}"),
-    ("--kv-eviction-score", "both", "choose one of auto, window, reconstruct"),
+    ("--kv-eviction-score", "both", "choose one of auto, window, reconstruct, learned"),
     ("--kv-eviction-keep", "1.3", "choose a value in (0, 1]"),
     ("--kv-eviction-keep", "half", "choose a value in (0, 1]"),
     ("--kv-eviction-window", "0", "choose a whole number of tokens, 1 or more"),
@@ -96,6 +98,7 @@ def test_defaults_are_filled_in(parser: Any) -> None:
     expected = {
         "policy": "snapkv",
         "score": "auto",
+        "learn": False,
         "keep": 0.2,
         "window": 32,
         "min_tokens": 256,

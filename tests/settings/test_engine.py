@@ -35,7 +35,10 @@ POLICIES = ", ".join(config.allowed_policies())
         ({"policy": "snapkv", "shared": "both"}, "kv_eviction_shared=both: choose one of keep, evict"),
         ({"policy": "snapkv", "admission": "late"}, "kv_eviction_admission=late: choose one of eager, steady"),
         ({"policy": "snapkv", "policies": 7}, f"kv_eviction_policies=7: choose from {POLICIES}, separated by commas"),
-        ({"policy": "auto", "score": "both"}, "kv_eviction_score=both: choose one of auto, window, reconstruct"),
+        (
+            {"policy": "auto", "score": "both"},
+            "kv_eviction_score=both: choose one of auto, window, reconstruct, learned",
+        ),
         ({"keep": 7}, "kv_eviction_keep=7: choose a value in (0, 1]"),
         ({"keep": 0.3}, f"kv_eviction_keep: give kv_eviction as well, one of {POLICIES}"),
         ({"policy": "none", "keep": 7}, "kv_eviction_keep=7: choose a value in (0, 1]"),
@@ -49,7 +52,9 @@ def test_wrong_values_name_option_value_and_what_is_allowed(raw: dict[str, Any],
 
 
 def test_unknown_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"kv_eviction_kepp: unknown setting, choose from policy, score, keep, window"):
+    with pytest.raises(
+        ValueError, match=r"kv_eviction_kepp: unknown setting, choose from policy, score, learned, learn, keep, window"
+    ):
         config.parse({"policy": "snapkv", "kepp": 0.3})
 
 
@@ -102,6 +107,14 @@ def test_requests_may_name_listed_policies_the_servers_own_and_none(names: Any) 
 
 def test_without_a_list_requests_may_name_any_policy() -> None:
     settings = config.parse({"policy": "snapkv"})
+    there = [name for name in config.allowed_policies() if name not in ("learnedkv", "learned-halokv")]
+    assert settings is not None and settings.choices == there
+    assert [name for name in PRESETS if not settings.allows(name)] == ["learnedkv", "learned-halokv"]
+
+
+@pytest.mark.parametrize("what", [{"learned": "a file"}, {"learning": True}])
+def test_learned_policies_are_there_where_there_is_a_score_or_one_is_being_made(what: dict[str, Any]) -> None:
+    settings = config.parse({"policy": "snapkv", **what})
     assert settings is not None and settings.choices == config.allowed_policies()
     assert all(map(settings.allows, PRESETS))
 
@@ -185,5 +198,5 @@ def test_how_to_score_is_a_question_of_auto_alone() -> None:
     with pytest.raises(RequestFieldError, match="kv_eviction_score='window': goes with kv_eviction='auto'"):
         resolve(settings, {"kv_eviction_score": "window"}, 400)
     for wrong in ("both", True, 1):
-        with pytest.raises(RequestFieldError, match="choose one of auto, window, reconstruct"):
+        with pytest.raises(RequestFieldError, match="choose one of auto, window, reconstruct, learned"):
             resolve(settings, {"kv_eviction": "auto", "kv_eviction_score": wrong}, 400)

@@ -54,7 +54,8 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
 
     class Parser(FlexibleArgumentParser):
         def error(self, message: str) -> NoReturn:
-            self.exit(2, f"{self.prog}: error: {message}\n")  # without the usage of all of vLLM's arguments
+            sys.stderr.write(f"{self.prog}: error: {message}\n")  # without the usage of all of vLLM's arguments
+            raise SystemExit(2)
 
     parser = Parser(prog=learned.COMMAND, description="Make a learned score of a model, and try it.")
     group = parser.add_argument_group("Learning", "What is learned from; all other arguments are the engine's.")
@@ -71,7 +72,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
     group.add_argument("--length", type=int, help=f"tokens of a text (default: {LENGTH}, or fewer)")
     group.add_argument("--out", type=Path, metavar="FILE", help="the file (default: where a server looks for it)")
     group.add_argument("--no-check", action="store_true", help="do not try it on the texts that were held back")
-    parser = EngineArgs.add_cli_args(parser)
+    EngineArgs.add_cli_args(parser)
     for given in argv:
         if given.startswith(_OWN):
             parser.error(f"{given}: this command chooses its own; leave it out")
@@ -85,7 +86,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
         job = Job(tuple(args.texts), args.tokens, args.length, args.out, check=not args.no_check)
         return job, EngineArgs.from_cli_args(args)
     except (ValueError, OSError) as error:
-        parser.error(_one_line(error))
+        parser.error(f"{args.model}: {_one_line(error)}")
 
 
 def in_own_process(engine_args: Any) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import load
 
 from vllm_defensive import learned
 from vllm_defensive.packing import ECHO_OVERHEAD, ECHO_TOKENS
-from vllm_defensive.settings.engine import KEY, NONE, EvictionConfig
+from vllm_defensive.settings.engine import KEY, NONE
 from vllm_defensive.tools import learn_checks, learn_texts
 from vllm_defensive.tools.learn_state import State
 
@@ -240,15 +240,15 @@ def prepared(engine_args: Any) -> Any:
     """Arguments of a plain engine with this model: eager, alone, with our settings. Those given stay as they are."""
     from vllm.engine.arg_utils import EngineArgs
 
-    settings = EvictionConfig(
-        policy=NONE,
-        per_request=True,
-        policies=(TEACHER, *learn_checks.POLICIES),
-        learning=True,
-        shared="evict",  # what is compared shares its whole prompt, and must be evicted as if it were alone
-        window=_WINDOW,
-        min_tokens=_WINDOW,
-    )
+    settings = {
+        "policy": NONE,
+        "per_request": True,
+        "policies": [TEACHER, *learn_checks.POLICIES],
+        "learning": True,
+        "shared": "evict",  # what is compared shares its whole prompt, and must be evicted as if it were alone
+        "window": _WINDOW,
+        "min_tokens": _WINDOW,
+    }
     made = copy.copy(engine_args)
     made.__class__ = EngineArgs
     known = {field.name: field for field in fields(EngineArgs)}
@@ -261,7 +261,7 @@ def prepared(engine_args: Any) -> Any:
     made.disable_log_stats = True
     made.logits_processors = [learn_checks.processor()]
     additional = {name: value for name, value in (made.additional_config or {}).items() if name != KEY}
-    made.additional_config = {**additional, KEY: settings.as_json()}
+    made.additional_config = {**additional, KEY: settings}
     return made
 
 
