@@ -46,6 +46,7 @@ class _EvictionMixin(Scheduler):
             manager.eviction, manager.lifecycle, self.requests, caching=manager.enable_caching
         )
         manager.outlook.max_model_len = self.max_model_len
+        manager.outlook.own_positions = self.vllm_config.model_config.uses_mrope
         # Of vLLM's structured output, which runs in this process; None if the model is served without one.
         tokenizer = getattr(self.structured_output_manager, "tokenizer", None)
         self._echoes = Echoes(self, manager.lifecycle, instruction_ids(tokenizer))
