@@ -36,7 +36,8 @@ def add_flags(parser: Any, supported: bool = True) -> None:
     )
     metavars = {"policy": "POLICY", "keep": "RATIO", "window": "TOKENS", "min_tokens": "TOKENS", "audit": "DIR"}
     metavars |= {
-        "score": "auto|window|reconstruct",
+        "score": "auto|window|reconstruct|learned",
+        "learned": "FILE",
         "shared": "keep|evict",
         "admission": "eager|steady",
         "policies": "POLICY,...",

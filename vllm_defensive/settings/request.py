@@ -1,7 +1,8 @@
 """What one request may ask for, over the OpenAI API (`vllm_xargs`) or `SamplingParams.extra_args`.
 
     kv_eviction            a policy's name, "auto", or "none"
-    kv_eviction_score      of auto: "window", or "reconstruct" for a second look at the prompt; else by its boundary
+    kv_eviction_score      of auto: "window"; "reconstruct" for a second look at the prompt; "learned" for the learned
+                           score; else the server's choice
     kv_eviction_keep       fraction kept, in (0, 1]
     kv_eviction_boundary   evict when this many prompt tokens are computed; the rest of the prompt sees what was
                            kept, and is itself kept whole ("compress the document, then ask")
@@ -91,6 +92,8 @@ def resolve(
             raise _wrong("kv_eviction_boundary", settings.boundary, way_out)
     asks_later = settings.boundary is not None and settings.boundary < num_prompt_tokens
     meant = engine.meant(settings.policy, boundary=asks_later, score=settings.score)
+    if not engine.is_there(meant):
+        raise _wrong("kv_eviction_score", settings.score, "this server has no learned score for its model")
     return settings.model_copy(update={"policy": meant})
 
 
@@ -152,7 +155,7 @@ def _field_name(name: str) -> str:
 
 _ALLOWED = {
     "kv_eviction": "choose one of {choices}",
-    "kv_eviction_score": "choose one of auto, window, reconstruct",
+    "kv_eviction_score": "choose one of auto, window, reconstruct, learned",
     "kv_eviction_keep": "choose a number in (0, 1]",
     "kv_eviction_boundary": "choose a whole number of prompt tokens, 1 or more",
     "kv_eviction_protect": "choose a whole number of prompt tokens, 0 or more",
