@@ -21,6 +21,7 @@ _OPTIONS = (
     "sinks",
     "window_bias",
     "guard",
+    "echo_weight",
 )
 
 

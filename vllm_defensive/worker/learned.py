@@ -14,6 +14,8 @@ FLOOR = 1e-6
 """Attention below this is as good as none; without a floor, logarithms of nothing would be what is learned."""
 RIDGE = 0.003
 """Of the standardised features, a token."""
+NO_SPREAD = 1e-4
+"""A feature that varies by less of its size is taken as constant: what is left of its variance is rounding."""
 
 
 class LearnedWeights:
@@ -60,9 +62,10 @@ class Lessons:
         key_HTD = unrotate(key_HTD, position_T, self._rotations[layer])
         one_HT1 = torch.ones_like(key_HTD[..., :1])
         target_HT1 = peak_HT.clamp_min(FLOOR).log().unsqueeze(-1)
-        row_HTY = torch.cat([key_HTD, value_HTD.float(), one_HT1, target_HT1], dim=-1)[:, SINKS:]
+        # In fp64: keys with a bias are far from zero, beside how much they vary.
+        row_HTY = torch.cat([key_HTD, value_HTD.float(), one_HT1, target_HT1], dim=-1)[:, SINKS:].double()
         sums = self._held_LHYY if self.held_back else self._gram_LHYY
-        sums[layer] += (row_HTY.mT @ row_HTY).double().cpu()
+        sums[layer] += (row_HTY.mT @ row_HTY).cpu()
 
     @property
     def tokens(self) -> int:
@@ -84,7 +87,9 @@ def solve(gram_LHYY: Tensor) -> Tensor:
     mean_LHF = gram_LHYY[..., :-2, -2] / count
     target_mean = gram_LHYY[..., -1, -2, None] / count
     covariance = gram_LHYY[..., :-2, :-2] / count[..., None] - mean_LHF[..., :, None] * mean_LHF[..., None, :]
-    spread_LHF = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt() + FLOOR
+    size_LHF = (gram_LHYY.diagonal(dim1=-2, dim2=-1)[..., :-2] / count).sqrt()
+    spread_LHF = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    spread_LHF = torch.maximum(spread_LHF, NO_SPREAD * size_LHF).clamp_min(FLOOR)
     correlation = covariance / (spread_LHF[..., :, None] * spread_LHF[..., None, :])
     correlation.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
     with_target = (gram_LHYY[..., :-2, -1] / count - mean_LHF * target_mean) / spread_LHF
