@@ -18,7 +18,7 @@ from benchmarks.kernels.report import Report, Row
 ROOT = Path(__file__).parents[2]
 OPS = {
     "window_scores", "value_norm L1", "value_norm L2", "select", "compact", "reconstruction_scores",
-    "ragged_paged_decode",
+    "learned_scores", "learned_page_scores", "ragged_paged_decode",
 }  # fmt: skip
 LAUNCHES = "vllm_defensive/worker/cuda/launches.py"
 MACHINE = Machine("a GPU", "1", "13", "2", "3", "3.12", "python -m benchmarks.kernels")
