@@ -2,8 +2,9 @@
 
 `python -m vllm_defensive.learn MODEL` writes it. One safetensors file:
 
-    weight_LHX   fp32 [L, H, 2*D + 1]   of the evictable layers, in their order, and all KV heads of the model: weights of
-                                        a token's key before RoPE, of its value, and a constant (kernels: `learned.py`)
+    weight_LHX   fp32 [L, H, 2*D + 1]   of the evictable layers, in their order, and all KV heads of the model: weights
+                                        of a token's key before RoPE and of its value, and a constant (kernels:
+                                        `learned.py`)
 
 and as metadata the fields of `Facts`, as JSON under the name `facts`.
 
@@ -166,5 +167,3 @@ def summary(score: LearnedScore, path: str) -> dict[str, Any]:
     facts = score.facts
     r2 = sum(facts.r2) / len(facts.r2) if facts.r2 else None
     return {"path": path, "model": facts.model, "tokens": facts.tokens, "r2": r2, **facts.checks}
-
-

@@ -66,8 +66,8 @@ def with_learned_score(settings: EvictionConfig, engine_args: Any) -> EvictionCo
         return settings
     if (found := learned.find(model, *place)) is not None:
         return settings.model_copy(update={"learned": str(found)})
-    wanted = [("score", settings.score)] if settings.score == "learned" else []
-    wanted += [("policy", settings.policy), *(("policies", policy) for policy in settings.policies or ())]
+    wanted = [("score", str(settings.score)), ("policy", settings.policy)]
+    wanted += [("policies", policy) for policy in settings.policies or ()]
     for field, value in wanted:
         if value == "learned" or not settings.is_there(value):
             way_out = f"{model} has no learned score yet; make it with {learned.COMMAND} {model}"

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.cases import Case, Shape, close, make_cache, shuffled
-from vllm_defensive_kernels import RaggedTokens, Rotation, learned_page_scores, learned_scores, reference
+from vllm_defensive.worker.cuda import launches
+from vllm_defensive_kernels import RaggedTokens, Rotation, learned_page_scores, reference
 from vllm_defensive_kernels.learned import foretold_peaks
 
 CHECKED = 512  # tokens
@@ -27,8 +28,14 @@ def learned_cases(shape: Shape, tokens: int) -> Iterator[Case]:
     flops = 2 * 2 * H * tokens * D
     whole, few = (RaggedTokens.of([count], shape.device) for count in (tokens, min(CHECKED, tokens)))
 
+    out_HT = torch.empty(H, tokens, device=shape.device)
+
     def in_place(scored: RaggedTokens = whole) -> Tensor:
-        return learned_scores(pages, 0, blocks[None], scored, weight_HX, rotation)
+        out = out_HT[:, : scored.total]
+        launches.foretell(
+            weight_HX, rotation, pages, 0, blocks[None], scored, key_scale=1.0, value_scale=1.0, out_HT=out
+        )
+        return out
 
     def check() -> None:
         expected = torch.empty(H, few.total, device=shape.device)

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.e2e.engines import assert_all_returned, audit_of, engine, generate, random_prompts, worker_of
-from tests.e2e.test_kept_sets import KEEP, Scores, W, best_tokens, greedy_pages
+from tests.e2e.engines import Answer, assert_all_returned, audit_of, engine, generate, random_prompts, worker_of
+from tests.e2e.test_kept_sets import KEEP, N, Scores, W, best_tokens, greedy_pages
 from tests.learned_scores import peaks, score_of
 from tests.policy import naive
 from tests.reference_model import Layer, ReferenceLlama
+from vllm_defensive.learned import load
 from vllm_defensive.policy import PRESETS
 
 pytestmark = pytest.mark.e2e
@@ -44,16 +45,36 @@ def naive_scores(policy: str, reference: ReferenceLlama, prompt: list[int], weig
     return found
 
 
+def most_cached(policy: str, tokens: int) -> int:
+    """Of a prompt that the prefix cache has, how many of its tokens may come from there."""
+    return (tokens - (W if PRESETS[policy].needs_queries else 1)) // N * N
+
+
+def assert_kept(
+    folder: Path, reference: ReferenceLlama, score: Path, answers: list[tuple[str, list[int], Answer]]
+) -> None:
+    """answers: with the policy and the prompt of each, up to where it was evicted."""
+    weight_LHX, known = load(score).weight_LHX.double().numpy(), {}
+    for policy, prompt, answer in answers:
+        audit, name = audit_of(folder, answer.request_id), (policy, len(prompt))
+        assert audit.policy == policy and audit.stop == len(prompt)
+        if name not in known:
+            known[name] = naive_scores(policy, reference, prompt, weight_LHX)
+        for (layer, head), pages in greedy_pages(
+            PRESETS[policy], known[name], len(prompt), audit.packed_blocks
+        ).items():
+            kept = best_tokens(PRESETS[policy], known[name][layer][0][head], None, len(prompt), pages * N)
+            assert audit.positions(layer, head).tolist() == sorted(kept), (policy, layer, head)
+
+
 @pytest.mark.parametrize(
     "chunk, asynchronous", [(48, False), (130, True), (512, False)], ids=["chunks48", "async-chunks130", "chunks512"]
 )
-def test_kept_sets_are_those_of_the_formulas(
-    tiny_model: Path, tmp_path: Path, chunk: int, asynchronous: bool
-) -> None:
+def test_kept_sets_are_those_of_the_formulas(tiny_model: Path, tmp_path: Path, chunk: int, asynchronous: bool) -> None:
     """Of prompts that end there or go on behind a boundary, beside others; a second time the prefix cache has them, and
     nothing is computed again for a policy that reads no queries."""
     reference, path = ReferenceLlama(tiny_model), tmp_path / "score.safetensors"
-    weight_LHX = score_of(reference, tiny_model, path).weight_LHX.double().numpy()
+    score_of(reference, tiny_model, path)
     rest = random_prompts((77,), seed=9)[0]
     rows: list[tuple[str, int, dict[str, Any]]] = [
         *[(policy, i, {}) for policy in POLICIES for i in range(len(PROMPTS))],
@@ -68,15 +89,6 @@ def test_kept_sets_are_those_of_the_formulas(
         assert_all_returned(llm)
         assert not worker_of(llm)._runtime.windows._buffers
     for (policy, i, _), answer in zip(rows, turns[1], strict=False):
-        last = len(PROMPTS[i]) - (W if policy == "learned-halokv" else 1)
-        assert answer.cached_tokens == last // 32 * 32
-    scores = {(p, i): naive_scores(p, reference, PROMPTS[i], weight_LHX) for p in POLICIES for i in range(len(PROMPTS))}
-    for turn in turns:
-        for (policy, i, _), answer in zip(rows, turn, strict=False):
-            audit = audit_of(tmp_path, answer.request_id)
-            assert audit.policy == policy and audit.stop == len(PROMPTS[i])
-            chosen = greedy_pages(PRESETS[policy], scores[policy, i], audit.stop, audit.packed_blocks)
-            for (layer, head), pages in chosen.items():
-                of_head = scores[policy, i][layer][0][head]
-                kept = best_tokens(PRESETS[policy], of_head, None, audit.stop, pages * 32)
-                assert audit.positions(layer, head).tolist() == sorted(kept), (policy, layer, head)
+        assert answer.cached_tokens == most_cached(policy, len(PROMPTS[i]))
+    each = [(p, PROMPTS[i], answer) for turn in turns for (p, i, _), answer in zip(rows, turn, strict=False)]
+    assert_kept(tmp_path, reference, path, each)

@@ -121,7 +121,7 @@ class EvictionWorker(Worker):
         found = Rotations(self.model_runner.get_model(), names, layers[0].head_size, turned)
         return [found.of(layer) for layer in range(len(names))]
 
-    # -- called by `python -m vllm_defensive.learn`, on every rank ------------------------------------------------------
+    # -- called by `python -m vllm_defensive.learn`, on every rank -----------------------------------------------------
 
     def start_learning(self) -> None:
         """From now on each second look is learned from."""
