@@ -251,6 +251,15 @@ WORKER: dict[str, dict[str, str | None]] = {
         "Attention",
         "get_attn_backend head_size impl kv_cache kv_cache_dtype kv_sharing_target_layer_name num_heads num_kv_heads",
     ),
+    "vllm.model_executor.layers.attention_layer_base": {"AttentionLayerBase": None},
+    "vllm.model_executor.custom_op": {"CustomOp.forward": "...", "CustomOp.forward_native": "..."},
+    "vllm.model_executor.layers.rotary_embedding.base": _has(
+        "RotaryEmbeddingBase", "cos_sin_cache head_size is_neox_style"
+    ),
+    "vllm.model_executor.layers.rotary_embedding.mrope": _has("MRotaryEmbedding", "mrope_section"),
+    "vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope": _has(
+        "Phi3LongRoPEScaledRotaryEmbedding", "original_max_position_embeddings use_long_rope"
+    ),
     "vllm.model_executor.layers.linear": {
         "UnquantizedLinearMethod": None,
         **_has("LinearBase", "quant_method"),
