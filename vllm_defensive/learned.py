@@ -49,6 +49,8 @@ class Facts(BaseModel):
     """Where the texts came from."""
     tokens: int
     """How many tokens were learned from."""
+    balance: float = 1.0
+    """What foretold attention is multiplied by, so that it competes with the window's on one scale."""
     r2: list[float]
     """Of each layer, the share of the logarithm's variance that is foretold on texts that were held back."""
     checks: dict[str, float] = {}

@@ -21,7 +21,6 @@ _OPTIONS = (
     "sinks",
     "window_bias",
     "guard",
-    "echo_weight",
 )
 
 

@@ -60,9 +60,8 @@ def assert_kept(
         assert audit.policy == policy and audit.stop == len(prompt)
         if name not in known:
             known[name] = naive_scores(policy, reference, prompt, weight_LHX)
-        for (layer, head), pages in greedy_pages(
-            PRESETS[policy], known[name], len(prompt), audit.packed_blocks
-        ).items():
+        chosen = greedy_pages(PRESETS[policy], known[name], len(prompt), audit.packed_blocks)
+        for (layer, head), pages in chosen.items():
             kept = best_tokens(PRESETS[policy], known[name][layer][0][head], None, len(prompt), pages * N)
             assert audit.positions(layer, head).tolist() == sorted(kept), (policy, layer, head)
 

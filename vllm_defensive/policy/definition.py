@@ -69,8 +69,6 @@ class Policy:
     learned: bool = False
     """What a second look would see is foretold instead, from each token's own key and value, by weights that were
     learned for the model (`vllm_defensive_kernels.learned`)."""
-    echo_weight: float = 1.0
-    """What such attention, seen or foretold, is multiplied by before the larger score counts."""
     fallback: str | None = None
     """The policy that serves a request which cannot be repeated, or whose keys stand at positions of their own."""
     keeps_window: bool = True

@@ -74,7 +74,7 @@ def weigh(
         scores_HT = formulas.halo(scores_HT, policy.halo_tokens, policy.halo_weight)
     if attention.echo_HT is not None:
         # As it is: neither clamp nor halo are meant for it.
-        scores_HT = torch.maximum(scores_HT, policy.echo_weight * attention.echo_HT)
+        scores_HT = torch.maximum(scores_HT, attention.echo_HT)
     if norm_HT is not None and (skipped := tokens - norm_HT.shape[-1]):
         assert not policy.needs_all_values, f"{policy.name} needs the values of all tokens"
         scores_HT = scores_HT[..., skipped:]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_defensive.learned import LearnedScore
+from vllm_defensive.policy import LayerScores
 from vllm_defensive_kernels.learned import SINKS, Rotation, foretold_peaks, unrotate
 
 FLOOR = 1e-6
@@ -25,17 +26,17 @@ class LearnedWeights:
         self, score: LearnedScore, rotations: Sequence[Rotation | None], heads: slice, device: torch.device | str
     ) -> None:
         self.weight_LHX = score.weight_LHX[:, heads].to(device).contiguous()
-        self.rotations = rotations
+        self.rotations, self.balance = rotations, score.facts.balance
 
     def peaks(self, layer: int, key_HTD: Tensor, value_HTD: Tensor) -> Tensor:
-        """fp32 `[H, T]` of the first T tokens of a request. The values of the first of them may be missing: such tokens
-        have zero."""
+        """What a second look would see, on the window's scale: fp32 `[H, T]`, of the first T tokens of a request. The
+        values of the first of them may be missing: such tokens have zero."""
         tokens, there = key_HTD.shape[1], value_HTD.shape[1]
         position_T = torch.arange(tokens - there, tokens, device=key_HTD.device)
         found_HT = foretold_peaks(
             key_HTD[:, tokens - there :], value_HTD, position_T, self.weight_LHX[layer], self.rotations[layer]
         )
-        return torch.nn.functional.pad(found_HT, (tokens - there, 0))
+        return torch.nn.functional.pad(found_HT.mul_(self.balance), (tokens - there, 0))
 
 
 class Lessons:
@@ -55,6 +56,7 @@ class Lessons:
         self._held_LHYY = torch.zeros_like(self._gram_LHYY)
         self.held_back = False
         """Whether what comes now is held back."""
+        self._ratios: list[Tensor] = []
 
     def add(self, layer: int, key_HTD: Tensor, value_HTD: Tensor, peak_HT: Tensor) -> None:
         """The tokens of a whole text, from its first on."""
@@ -67,6 +69,22 @@ class Lessons:
         sums = self._held_LHYY if self.held_back else self._gram_LHYY
         sums[layer] += (row_HTY.mT @ row_HTY).cpu()
 
+    def compare(self, window: Sequence[LayerScores], foretold: Sequence[LayerScores]) -> None:
+        """What both say of one text, all layers."""
+        ends = [best_quarter(torch.cat([scores.scores_HE.flatten() for scores in some])) for some in (window, foretold)]
+        self._ratios.append((ends[0] / ends[1]).cpu())
+
+    @property
+    def balance(self) -> float:
+        """What brings foretold scores onto the window's scale: the geometric mean over the texts compared so far of the
+        ratio of what the best quarter of all tokens and heads has at least. 1 without any.
+
+        Foretold attention is that of queries which look for the very token: nearly everywhere larger than the window's,
+        so that the larger of the two, as they are, would hardly ever be the window's.
+        """
+        ratios = [ratio for ratio in self._ratios if ratio.isfinite() and ratio > 0]
+        return float(torch.stack(ratios).log().mean().exp()) if ratios else 1.0
+
     @property
     def tokens(self) -> int:
         """Learned from so far."""
@@ -76,6 +94,12 @@ class Lessons:
         """(weight_LHX, fp32; share of the target's variance that it foretells on the texts held back, `[L, H]`)."""
         weight_LHX = solve(self._gram_LHYY)
         return weight_LHX.float(), foretold_share(self._held_LHYY, weight_LHX)
+
+
+def best_quarter(score_X: Tensor) -> Tensor:
+    """The least of the best quarter of all that are finite."""
+    score_X = score_X[score_X.isfinite()]
+    return score_X.topk(max(1, len(score_X) // 4)).values[-1]
 
 
 def solve(gram_LHYY: Tensor) -> Tensor:

@@ -135,6 +135,11 @@ class EvictionWorker(Worker):
         assert self._evictor is not None and self._evictor.lessons is not None
         self._evictor.lessons.held_back = held_back
 
+    def balance(self) -> float:
+        """What follows from the texts that have been evicted by both scores, this one's and the window's."""
+        assert self._evictor is not None and self._evictor.lessons is not None
+        return self._evictor.lessons.balance
+
     def learned_so_far(self) -> bytes:
         """What follows from the texts so far, as a safetensors file: weight_LHX and r2_LH, of this rank's heads."""
         assert self._evictor is not None and self._evictor.lessons is not None

@@ -178,6 +178,10 @@ class CUDAEvictor(Evictor):
         prompt = Prompt(score, policy, window_LWQD, peak_LHS, table_1B, tokens, value_table_1B, value_tokens)
         return Scored(prompt, self._scores(prompt))
 
+    def _scores_by(self, scored: Scored, policy: Policy) -> list[LayerScores]:
+        window_LWQD = scored.prompt.window_LWQD if policy.needs_window else None
+        return self._scores(replace(scored.prompt, policy=policy, window_LWQD=window_LWQD))
+
     def _teach(self, lessons: Lessons, score: Score, peak_LHS: Tensor) -> None:
         table_1B = compat.to_device(score.source_blocks, self._pages.key_PND.device)[None]
         for layer, (peak_HS, scales) in enumerate(zip(peak_LHS, self._scales, strict=True)):
@@ -267,7 +271,7 @@ class CUDAEvictor(Evictor):
                 value_scale=scales.value,
                 out_HT=peak_HT,
             )
-        return peak_LHT
+        return peak_LHT.mul_(self.learned.balance)
 
     def _norms(self, prompt: Prompt, layers: range) -> Tensor:
         """Value norms of neighbouring layers, fp32 `[L, H, T]`."""
