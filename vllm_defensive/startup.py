@@ -9,6 +9,7 @@ from vllm_defensive.compat import contract
 from vllm_defensive.compat import serving as patches
 from vllm_defensive.platforms import refusal
 from vllm_defensive.settings.engine import KEY, EvictionConfig, option_name, parse
+from vllm_defensive.tools import learn
 
 SCHEDULER = "vllm_defensive.engine.scheduler.make_scheduler"
 
@@ -58,13 +59,22 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
 def with_learned_score(settings: EvictionConfig, engine_args: Any) -> EvictionConfig:
     """The settings with the model's learned score, the one that was named or the one that is found.
 
-    Raises ValueError for a file that is none or another model's, and for settings that go by one where there is none.
+    Where there is none and the settings say so it is made here, before anything of the engine is there: in the process
+    that asked for the engine, or, of several API servers, in the one that starts them, whose file the others find.
+
+    Raises ValueError for a file that is none or another model's, for settings that go by one where there is none, and
+    if it could not be made.
     """
+    if settings.learning is not None:
+        return settings
     model, place = engine_args.model, (engine_args.revision, engine_args.download_dir)
     if settings.learned is not None:
         learned.check(learned.load(settings.learned), settings.learned, learned.fingerprint(model, *place))
         return settings
-    if (found := learned.find(model, *place)) is not None:
+    if (found := learned.find(model, *place)) is None and settings.learn:
+        learn.in_own_process(engine_args)
+        found = learned.find(model, *place)
+    if found is not None:
         return settings.model_copy(update={"learned": str(found)})
     wanted = [("score", str(settings.score)), ("policy", settings.policy)]
     wanted += [("policies", policy) for policy in settings.policies or ()]

@@ -72,7 +72,9 @@ def test_a_second_look_teaches_what_the_cache_holds(model: Path, tmp_path: Path,
     score_of(reference, model, path)
     fields = [{"kv_eviction": "echokv", "kv_eviction_keep": KEEP}]
     with engine(model, "snapkv", **settings(tmp_path, path)) as llm:
-        llm.collective_rpc("start_learning")
+        assert llm.collective_rpc("watch_rotation") == [None]
+        generate(llm, [PROMPTS[1][:40]], 1)
+        assert llm.collective_rpc("start_learning") == [[True, True]]
         generate(llm, PROMPTS[:1], 2, extra_args=fields)
         (found,) = llm.collective_rpc("learned_so_far")
         lessons = worker_of(llm)._evictor.lessons

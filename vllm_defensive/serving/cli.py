@@ -42,7 +42,8 @@ def add_flags(parser: Any, supported: bool = True) -> None:
         "admission": "eager|steady",
         "policies": "POLICY,...",
     }
-    for name, field in config.EvictionConfig.model_fields.items():
+    for name in config.FLAGS:
+        field = config.EvictionConfig.model_fields[name]
         default = config.NONE if name == "policy" else field.default
         allowed = f": {', '.join(config.allowed_policies())}" if name == "policy" else ""
         # Values stay strings here: all of them are checked in one place, with one wording.
@@ -73,7 +74,7 @@ def refuse(arguments: Any) -> None:
 
     arguments: what was parsed, or `EngineArgs`.
     """
-    given = any(hasattr(arguments, config.option_name(name)) for name in config.EvictionConfig.model_fields)
+    given = any(hasattr(arguments, config.option_name(name)) for name in config.FLAGS)
     additional = getattr(arguments, "additional_config", None)
     if given or (isinstance(additional, dict) and additional.get(config.KEY) is not None):
         raise ValueError(contract.refusal(contract.check(contract.all_sides())))
@@ -82,7 +83,7 @@ def refuse(arguments: Any) -> None:
 def fold(namespace: argparse.Namespace) -> None:
     """Move our flags from `namespace` into `namespace.additional_config`. ValueError says in one line what is wrong."""
     given: dict[str, Any] = {}
-    for name in config.EvictionConfig.model_fields:
+    for name in config.FLAGS:
         value = namespace.__dict__.pop(config.option_name(name), None)
         if value is not None:
             given[name] = value

@@ -45,6 +45,15 @@ class EvictionConfig(BaseModel):
         description="learned score, a file that `python -m vllm_defensive.learn` has written; without it the model's "
         "own is looked for in vLLM's cache folder and in this package",
     )
+    learn: bool = Field(
+        False,
+        description="make the model's learned score before the engine is started, if none is found: what "
+        "`python -m vllm_defensive.learn` does, in a process of its own",
+    )
+    learning: Literal[True] | None = Field(
+        None,
+        description="set by that command alone: a learned score is made in this engine, which goes by it afterwards",
+    )
     keep: float = Field(0.2, gt=0, le=1, description="fraction of each prompt's KV cache to keep")
     window: int = Field(
         32, ge=1, description="observation window: the last prompt tokens, whose attention scores all others"
@@ -113,8 +122,9 @@ class EvictionConfig(BaseModel):
         return tuple(filter(self.is_there, AUTO_POLICIES.values())) if policy == AUTO else (policy,)
 
     def is_there(self, policy: str) -> bool:
-        """Whether what the policy needs beside the model is there: a learned score."""
-        return self.learned is not None or policy not in PRESETS or not PRESETS[policy].learned
+        """Whether what the policy needs beside the model is there, or will be: a learned score."""
+        there = self.learned is not None or self.learning is not None
+        return there or policy not in PRESETS or not PRESETS[policy].learned
 
     def meant(self, policy: str, *, boundary: bool = False, score: ScoredBy | None = None) -> str:
         """The policy that a request is evicted by which names this one. boundary: it names one, and something comes
@@ -148,6 +158,10 @@ class EvictionConfig(BaseModel):
         if PRESETS[policy].keep_all:
             return region.blocks if region.stop > region.window else 0
         return region.budget_blocks(self.keep if keep is None else keep)
+
+
+FLAGS = tuple(name for name in EvictionConfig.model_fields if name != "learning")
+"""The fields that users set, each of which has a flag."""
 
 
 def known_policy(name: str) -> str:
@@ -204,6 +218,8 @@ _ALLOWED = {
     "policy": lambda: f"choose one of {', '.join(allowed_policies())}",
     "score": lambda: "choose one of auto, window, reconstruct, learned",
     "learned": lambda: "name a file",
+    "learn": lambda: "choose true or false",
+    "learning": lambda: "leave it out",
     "keep": lambda: "choose a value in (0, 1]",
     "window": lambda: "choose a whole number of tokens, 1 or more",
     "min_tokens": lambda: "choose a whole number of tokens, 1 or more",
@@ -218,5 +234,5 @@ _ALLOWED = {
 def _describe(error: Any, name_of: Callable[[str], str]) -> str:
     field = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
-        return f"{name_of(field)}: unknown setting, choose from {', '.join(EvictionConfig.model_fields)}"
+        return f"{name_of(field)}: unknown setting, choose from {', '.join(FLAGS)}"
     return f"{name_of(field)}={error['input']}: {_ALLOWED[field]()}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_defensive.learned import LearnedScore
@@ -84,6 +85,16 @@ class Lessons:
         """
         ratios = [ratio for ratio in self._ratios if ratio.isfinite() and ratio > 0]
         return float(torch.stack(ratios).log().mean().exp()) if ratios else 1.0
+
+    def save(self, path: str) -> None:
+        """Write the sums so far into a safetensors file. Raises OSError, or SafetensorError."""
+        save_file({"gram_LHYY": self._gram_LHYY, "held_LHYY": self._held_LHYY}, path)
+
+    def load(self, path: str) -> None:
+        """Go on from sums that `save` wrote. Raises what safetensors does, and RuntimeError for other shapes."""
+        sums = load_file(path)
+        self._gram_LHYY.copy_(sums["gram_LHYY"])
+        self._held_LHYY.copy_(sums["held_LHYY"])
 
     @property
     def tokens(self) -> int:

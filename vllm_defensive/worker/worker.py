@@ -19,8 +19,9 @@ from vllm_defensive.limits import check_layers, evictable_group
 from vllm_defensive.policy import ReduceHeads
 from vllm_defensive.settings.engine import from_vllm_config
 from vllm_defensive.worker.evictor import Evictor, logger
+from vllm_defensive.worker.forced import FORCED
 from vllm_defensive.worker.learned import LearnedWeights, Lessons
-from vllm_defensive.worker.rotation import Rotations
+from vllm_defensive.worker.rotation import RotaryWatch, RotationError, Rotations
 from vllm_defensive.worker.runtime import Runtime
 from vllm_defensive_kernels.learned import Rotation
 
@@ -49,6 +50,7 @@ class EvictionWorker(Worker):
         self.eviction = config
         self._runtime: Runtime | None = None
         self._evictor: Evictor | None = None
+        self._watch: RotaryWatch | None = None
 
     @property
     def tensor_rank(self) -> tuple[int, int]:
@@ -123,28 +125,62 @@ class EvictionWorker(Worker):
 
     # -- called by `python -m vllm_defensive.learn`, on every rank -----------------------------------------------------
 
-    def start_learning(self) -> None:
-        """From now on each second look is learned from."""
-        assert self._evictor is not None
+    def watch_rotation(self) -> str | None:
+        """From now on it is seen which layers turn their keys. Returns why the model's keys cannot be had, or None."""
+        try:
+            self._watch = RotaryWatch(self.model_runner.get_model(), self._attention_names)
+        except RotationError as error:
+            return str(error)
+        return None
+
+    def start_learning(self, sums: str | None = None) -> list[bool] | str:
+        """From now on each second look is learned from, beside what is in this file of `save_lessons`.
+
+        Call `watch_rotation` first, and run a prompt. Returns which layers turn their keys, or why not.
+        """
+        assert self._evictor is not None and self._watch is not None
+        with self._watch:
+            turned = self._watch.turned()
         first = self._attention_layers[0]
-        rotations = self._rotations(None)
-        self._evictor.lessons = Lessons(len(rotations), first.num_kv_heads, first.head_size, rotations)
+        try:
+            rotations = self._rotations(turned)
+        except RotationError as error:
+            return str(error)
+        lessons = Lessons(len(rotations), first.num_kv_heads, first.head_size, rotations)
+        if sums is not None:
+            lessons.load(self._own(sums))
+        self._evictor.lessons = lessons
+        return turned
 
     def hold_back(self, held_back: bool) -> None:
         """Whether what comes is only compared with."""
-        assert self._evictor is not None and self._evictor.lessons is not None
-        self._evictor.lessons.held_back = held_back
+        self._lessons.held_back = held_back
+
+    def save_lessons(self, sums: str) -> None:
+        """Write this rank's sums into its file of this name. Raises OSError."""
+        self._lessons.save(self._own(sums))
 
     def balance(self) -> float:
         """What follows from the texts that have been evicted by both scores, this one's and the window's."""
-        assert self._evictor is not None and self._evictor.lessons is not None
-        return self._evictor.lessons.balance
+        return self._lessons.balance
 
     def learned_so_far(self) -> bytes:
-        """What follows from the texts so far, as a safetensors file: weight_LHX and r2_LH, of this rank's heads."""
+        """What follows from the texts so far, as a safetensors file: weight_LHX and r2_LH, of this rank's heads, and
+        how many tokens were learned from."""
+        weight_LHX, r2_LH = self._lessons.solve()
+        return save({"weight_LHX": weight_LHX, "r2_LH": r2_LH, "tokens": torch.tensor(self._lessons.tokens)})
+
+    def take_divergences(self) -> dict[str, list[float]]:
+        """See `Forced.take`. Empty on ranks that do not sample."""
+        return FORCED.take()
+
+    @property
+    def _lessons(self) -> Lessons:
         assert self._evictor is not None and self._evictor.lessons is not None
-        weight_LHX, r2_LH = self._evictor.lessons.solve()
-        return save({"weight_LHX": weight_LHX, "r2_LH": r2_LH})
+        return self._evictor.lessons
+
+    def _own(self, sums: str) -> str:
+        return f"{sums}.rank{self.tensor_rank[0]}.safetensors"
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any) -> Any:
