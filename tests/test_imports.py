@@ -18,12 +18,13 @@ ALLOWED = {
     "plan": {"packing"},
     "counts": {"plan"},
     "policy": set(),
+    "learned": set(),
     "settings": {"packing", "policy"},
     "compat": {"plan", "counts", "__init__"},  # __init__: our version, which a refusal names
     "platforms": {"settings", "policy"},
     "limits": {"platforms", "settings", "audit", "engine"},  # engine: the spec by which an evictable layer is known
-    "startup": {"platforms", "settings", "compat", "serving"},
-    "serving": {"platforms", "settings", "compat", "counts"},
+    "startup": {"learned", "platforms", "settings", "compat", "serving", "tools"},  # tools: a score may be made first
+    "serving": {"learned", "platforms", "settings", "compat", "counts"},
     "engine": {"settings", "compat", "policy", *_SHARED},
     "audit": {"compat", "policy", "plan"},
     "worker": {
@@ -31,13 +32,16 @@ ALLOWED = {
         "compat",
         "policy",
         "audit",
+        "learned",
         "limits",
         "platforms",
         "engine",
         *_SHARED,
     },  # engine: the spec, again
-    "tools": {"audit", "settings"},
+    # compat, platforms, worker: to make a learned score takes an engine
+    "tools": {"audit", "learned", "packing", "platforms", "settings", "worker"},
     "planner": {"tools"},
+    "learn": {"tools"},
     "doctor": {"compat"},
     "plugin": {"compat", "startup", "limits", "serving"},
 }

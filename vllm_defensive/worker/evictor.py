@@ -127,8 +127,19 @@ class Evictor(ABC):
             self._scored.pop(request_id, None)
 
     def forget_weights(self) -> None:
-        """The model has other weights now: what was derived from the old ones is not used again."""
+        """The model may have other weights now: what was derived from the old ones is not used again, but for a learned
+        score, which still says more than none."""
         self._projections.forget()
+        if self.learned is not None:
+            logger.warning_once(
+                "KV eviction: the model's weights may have changed, and its learned score is still the old one; make "
+                "another one, and load it with collective_rpc('load_learned', args=(FILE,))"
+            )
+            self._report.stale_score = True
+
+    def go_by(self, learned: LearnedWeights) -> None:
+        """Use this learned score from now on."""
+        self.learned, self._report.stale_score = learned, False
 
     def take_report(self) -> WorkerReport:
         """What was done since the last call."""

@@ -116,7 +116,9 @@ class EvictionWorker(Worker):
         heads = first.num_kv_heads
         learned.check_shape(score, path, len(self._attention_layers), ranks * heads, first.head_size)
         rotations, own = self._rotations(score.facts.turned), slice(rank * heads, (rank + 1) * heads)
-        self._evictor.learned = LearnedWeights(score, rotations, own, first.kv_cache.device)
+        self._evictor.go_by(LearnedWeights(score, rotations, own, first.kv_cache.device))
+        facts = learned.summary(score, path)
+        logger.info("KV eviction goes by a learned score: %s", ", ".join(f"{k} {v}" for k, v in facts.items()))
 
     def _rotations(self, turned: Sequence[bool] | None) -> list[Rotation | None]:
         names, layers = self._attention_names, self._attention_layers
