@@ -13,11 +13,15 @@ from vllm_defensive.learned import VERSION, Facts, LearnedScore, fingerprint
 SINKS = 4
 
 
-def random_score(model: Path, path: Path, layers: int, heads: int, size: int, seed: int = 0) -> LearnedScore:
-    """A score for this model, written to `path`: weights of nobody's learning, under which tokens differ."""
-    generator = torch.Generator().manual_seed(seed)
-    weight_LHX = torch.randn(layers, heads, 2 * size + 1, generator=generator) * size**-0.5
+def random_weights(layers: int, heads: int, size: int, seed: int = 0) -> torch.Tensor:
+    """fp32 [L, H, 2*D + 1]: nobody has learned them, but tokens differ under them."""
+    weight_LHX = torch.randn(layers, heads, 2 * size + 1, generator=torch.Generator().manual_seed(seed)) * size**-0.5
     weight_LHX[..., -1] -= 3
+    return weight_LHX
+
+
+def random_score(model: Path, path: Path, layers: int, heads: int, size: int, seed: int = 0) -> LearnedScore:
+    """A score for this model, written to `path`."""
     facts = Facts(
         version=VERSION,
         fingerprint=fingerprint(str(model)),
@@ -27,7 +31,7 @@ def random_score(model: Path, path: Path, layers: int, heads: int, size: int, se
         tokens=1,
         r2=[0.5] * layers,
     )
-    score = LearnedScore(facts=facts, weight_LHX=weight_LHX)
+    score = LearnedScore(facts=facts, weight_LHX=random_weights(layers, heads, size, seed))
     score.save(path)
     return score
 

@@ -75,6 +75,4 @@ def foretold_peaks(
     of_key, of_value, constant = weight_HX.split([size, size, 1], dim=1)
     log_HT = constant + (unrotate(key_HTD, position_T, rotation) @ of_key[..., None]).squeeze(-1)
     log_HT += (value_HTD.float() @ of_value[..., None]).squeeze(-1)
-    import os
-
-    return (log_HT if os.environ.get("NOCLIP") else log_HT.clamp_max_(0)).exp_().masked_fill_(position_T < SINKS, 1.0)
+    return log_HT.clamp_max_(0).exp_().masked_fill_(position_T < SINKS, 1.0)
