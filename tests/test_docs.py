@@ -51,11 +51,12 @@ def test_readme_lists_every_metric() -> None:
         GAUGES,
         KEEP_SHARE,
         KEPT_PAGES,
+        LEARNED,
         SECONDS,
     )
 
     expected = [*(name for name, _ in COUNTERS.values()), SECONDS[0], KEPT_PAGES[0], BY_POLICY[0], KEEP_SHARE[0]]
-    expected += [name for name, _ in GAUGES.values()]
+    expected += [*(name for name, _ in GAUGES.values()), LEARNED[0]]
     assert [row[0].strip("`") for row in table_rows("metric")] == expected
 
 

@@ -18,27 +18,28 @@ ALLOWED = {
     "plan": {"packing"},
     "counts": {"plan"},
     "policy": set(),
+    "learned": set(),
     "settings": {"packing", "policy"},
     "compat": {"plan", "counts", "__init__"},  # __init__: our version, which a refusal names
     "platforms": {"settings", "policy"},
     "limits": {"platforms", "settings", "audit", "engine"},  # engine: the spec by which an evictable layer is known
-    "learned": set(),
-    "startup": {"learned", "platforms", "settings", "compat", "serving", "tools"},  # tools: one makes what is missing
-    "serving": {"platforms", "settings", "compat", "counts"},
+    "startup": {"learned", "platforms", "settings", "compat", "serving", "tools"},  # tools: a score may be made first
+    "serving": {"learned", "platforms", "settings", "compat", "counts"},
     "engine": {"settings", "compat", "policy", *_SHARED},
     "audit": {"compat", "policy", "plan"},
     "worker": {
-        "learned",
         "settings",
         "compat",
         "policy",
         "audit",
+        "learned",
         "limits",
         "platforms",
         "engine",
         *_SHARED,
     },  # engine: the spec, again
-    "tools": {"audit", "learned", "packing", "platforms", "settings", "worker"},  # worker: what a request asks of it
+    # compat, platforms, worker: to make a learned score takes an engine
+    "tools": {"audit", "learned", "packing", "platforms", "settings", "worker"},
     "planner": {"tools"},
     "learn": {"tools"},
     "doctor": {"compat"},

@@ -12,11 +12,40 @@ __all__ = [
     "START",
     "random_weights",
     "tiny_tokenizer",
+    "write_tiny_cohere2",
     "write_tiny_gemma3",
     "write_tiny_gemma4",
     "write_tiny_llama",
     "write_tiny_qwen2_vl",
 ]
+
+
+def write_tiny_cohere2(folder: Path, seed: int = 0) -> Path:
+    """Write a random bf16 Cohere 2: two global layers, without positions, among four with a sliding window of 128
+    tokens. Return it."""
+    import torch
+    from transformers import Cohere2Config, Cohere2ForCausalLM, GenerationConfig
+
+    tokenizer = tiny_tokenizer(512)
+    special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = Cohere2Config(
+        num_hidden_layers=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        sliding_window=128,
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+        max_position_embeddings=4096,
+        **special_ids,
+    )
+    model = Cohere2ForCausalLM(config)
+    random_weights(model, seed)
+    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def write_tiny_gemma3(folder: Path, seed: int = 0, global_first: bool = False, head_size: int = 32) -> Path:

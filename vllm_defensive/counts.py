@@ -18,14 +18,17 @@ class WorkerReport:
 
     microseconds: spent on evictions. decile_pages: pages that they packed in each tenth of the layers, the first first.
     cancelled: request id -> why this step's eviction of it was not carried out. Its blocks are all still there.
+    stale_score: whether the model has other weights than its learned score was made for; None: as before.
     """
 
     microseconds: int = 0
     decile_pages: list[int] = field(default_factory=lambda: [0] * DECILES)
     cancelled: dict[str, str] = field(default_factory=dict)
+    stale_score: bool | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.microseconds or any(self.decile_pages) or self.cancelled)
+        done = self.microseconds or any(self.decile_pages) or self.cancelled
+        return bool(done) or self.stale_score is not None
 
     def add(self, microseconds: int, decile_pages: list[int]) -> None:
         self.microseconds += microseconds
@@ -49,24 +52,25 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Blocks of the pool now. Saved ones are counted request by request: originals that two requests would share count
-    twice."""
+class State:
+    """What is the case now. Blocks: of the pool; saved ones are counted request by request, so that originals that two
+    requests would share count twice. stale_score: see `WorkerReport`."""
 
     used_blocks: int = 0
     packed_blocks: int = 0
     saved_blocks: int = 0
+    stale_score: bool = False
 
 
 @dataclass
 class Increase:
     """What is new since the last statistics; as JSON it rides on vLLM's own after nearly every step: what is not new is
-    left out. records: `record_of` each eviction. pool: None if it is as it was. The others as in `WorkerReport`."""
+    left out. records: `record_of` each eviction. state: None if it is as it was. The others as in `WorkerReport`."""
 
     totals: Totals | None = None
     microseconds: int = 0
     decile_pages: list[int] = field(default_factory=list)
-    pool: Pool | None = None
+    state: State | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -74,7 +78,7 @@ class Increase:
 
     def dumps(self) -> str:
         parts = {name: part for name, part in vars(self).items() if part}
-        for name in ("totals", "pool"):
+        for name in ("totals", "state"):
             if name in parts:
                 parts[name] = vars(parts[name])
         return json.dumps(parts)
@@ -82,7 +86,7 @@ class Increase:
     @classmethod
     def loads(cls, text: str) -> Increase:
         read = json.loads(text)
-        for name, kind in (("totals", Totals), ("pool", Pool)):
+        for name, kind in (("totals", Totals), ("state", State)):
             if name in read:
                 read[name] = kind(**read[name])
         return cls(**read)

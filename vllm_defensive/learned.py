@@ -3,8 +3,8 @@
 `python -m vllm_defensive.learn MODEL` writes it. One safetensors file:
 
     weight_LHX   fp32 [L, H, 2*D + 1]   of the evictable layers, in their order, and all KV heads of the model: weights
-                                        of a token's key before RoPE, of its value, and a constant
-                                        (kernels: `learned.py`)
+                                        of a token's key before RoPE and of its value, and a constant (kernels:
+                                        `learned.py`)
 
 and as metadata the fields of `Facts`, as JSON under the name `facts`.
 
@@ -49,6 +49,8 @@ class Facts(BaseModel):
     """Where the texts came from."""
     tokens: int
     """How many tokens were learned from."""
+    balance: float = 1.0
+    """What foretold attention is multiplied by, so that it competes with the window's on one scale."""
     r2: list[float]
     """Of each layer, the share of the logarithm's variance that is foretold on texts that were held back."""
     checks: dict[str, float] = {}

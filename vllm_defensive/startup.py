@@ -76,8 +76,8 @@ def with_learned_score(settings: EvictionConfig, engine_args: Any) -> EvictionCo
         found = learned.find(model, *place)
     if found is not None:
         return settings.model_copy(update={"learned": str(found)})
-    wanted: list[tuple[str, str]] = [("score", settings.score)] if settings.score == "learned" else []
-    wanted += [("policy", settings.policy), *(("policies", policy) for policy in settings.policies or ())]
+    wanted = [("score", str(settings.score)), ("policy", settings.policy)]
+    wanted += [("policies", policy) for policy in settings.policies or ()]
     for field, value in wanted:
         if value == "learned" or not settings.is_there(value):
             way_out = f"{model} has no learned score yet; make it with {learned.COMMAND} {model}"

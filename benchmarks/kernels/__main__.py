@@ -36,6 +36,7 @@ def groups(options: argparse.Namespace) -> Iterator[tuple[str, Iterator[Case]]]:
     """(name, cases) of measurements that share inputs; the inputs are made when the first case is asked for."""
     from benchmarks.kernels.cases import LLAMA_8B, TINY, decode_case, eviction_cases
     from benchmarks.kernels.echo import echo_cases
+    from benchmarks.kernels.learned import learned_cases
 
     def decode(rows: int, tokens: int) -> Iterator[Case]:
         yield decode_case(shape, rows, tokens, options.keep)
@@ -43,6 +44,7 @@ def groups(options: argparse.Namespace) -> Iterator[tuple[str, Iterator[Case]]]:
     shape = TINY if options.smoke else LLAMA_8B
     for tokens in [160] if options.smoke else options.tokens:
         yield f"eviction of {tokens} tokens", eviction_cases(shape, tokens, options.keep)
+        yield f"learned scores of {tokens} tokens", learned_cases(shape, tokens)
         yield f"echoes of {tokens} tokens", echo_cases(shape, tokens)
         for rows in [2] if options.smoke else options.rows:
             yield f"decode of {rows} x {tokens} tokens", decode(rows, tokens)

@@ -19,7 +19,7 @@ KEEP = 0.2
 
 def settings() -> dict[str, tuple[ModuleType, dict[str, tuple[Any, ...]]]]:
     """Module and candidate constants of each op."""
-    from vllm_defensive_kernels import compaction, decode, norms, reconstruction, window
+    from vllm_defensive_kernels import compaction, decode, foretold, norms, reconstruction, window
 
     return {
         "ragged_paged_decode": (
@@ -32,6 +32,8 @@ def settings() -> dict[str, tuple[ModuleType, dict[str, tuple[Any, ...]]]]:
             {"BLOCK_T": (64, 128), "WARPS": (4, 8), "PEAK_M": (64, 128), "PEAK_STAGES": (2, 3), "PEAK_WARPS": (4, 8)},
         ),
         "value_norm L1": (norms, {"BLOCK_T": (64, 128), "BLOCK_C": (64, 128, 256), "STAGES": (2, 3, 4)}),
+        "learned_scores": (foretold, {"TILE": (2048, 4096, 8192), "WARP_NUMBERS": (512, 1024, 2048)}),
+        "learned_page_scores": (foretold, {"WARP_NUMBERS": (256, 512, 1024, 2048)}),
         "compact": (compaction, {"ROW_BYTES": (32, 64, 128, 256)}),
     }
 
@@ -61,11 +63,13 @@ def main(arguments: list[str]) -> int:
         return 2
     from benchmarks.kernels.cases import LLAMA_8B, Case, decode_case, eviction_cases
     from benchmarks.kernels.echo import echo_cases
+    from benchmarks.kernels.learned import learned_cases
     from benchmarks.kernels.machine import median_seconds
 
     def sources() -> Iterator[Callable[[], Iterator[Case]]]:
         yield lambda: iter([decode_case(LLAMA_8B, options.rows, options.tokens, KEEP)])
         yield lambda: echo_cases(LLAMA_8B, options.tokens)
+        yield lambda: learned_cases(LLAMA_8B, options.tokens)
         yield lambda: eviction_cases(LLAMA_8B, options.tokens, KEEP)
 
     for source in sources():

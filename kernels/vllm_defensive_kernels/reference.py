@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_defensive_kernels import echo, formulas
+from vllm_defensive_kernels.learned import Rotation, foretold_peaks
 from vllm_defensive_kernels.pages import PackedState, PagedKV, RaggedTokens
 
 
@@ -76,6 +77,29 @@ def value_norm(
             norm_HT = formulas.value_norm_l2(value_HTD, output_QDC)
         out_HT[:, span] = norm_HT * value_scale
     return out_HT
+
+
+def learned_scores(
+    pages: PagedKV, layer: int, table_RB: Tensor, tokens: RaggedTokens, weight_HX: Tensor, rotation: Rotation | None, *,
+    key_scale: float, value_scale: float, out_HT: Tensor,
+) -> Tensor:  # fmt: skip
+    """Reference of `foretold.learned_scores`."""
+    for row, (count, span) in enumerate(zip(tokens.counts, tokens.spans(), strict=True)):
+        key_HTD = _gather_heads(pages.key_PND, pages, layer, table_RB[row], count).float() * key_scale
+        value_HTD = _gather_heads(pages.value_PND, pages, layer, table_RB[row], count).float() * value_scale
+        position_T = torch.arange(count, device=key_HTD.device)
+        out_HT[:, span] = foretold_peaks(key_HTD, value_HTD, position_T, weight_HX, rotation)
+    return out_HT
+
+
+def learned_page_scores(
+    pages: PagedKV, page_P: Tensor, row_P: Tensor, position_PN: Tensor, weight_RX: Tensor, rotation: Rotation | None, *,
+    key_scale: float, value_scale: float,
+) -> Tensor:  # fmt: skip
+    """Reference of `foretold.learned_page_scores`: a page is a head of N tokens."""
+    key_PND, value_PND = pages.key_PND[page_P].float() * key_scale, pages.value_PND[page_P].float() * value_scale
+    score_PN = foretold_peaks(key_PND, value_PND, position_PN.clamp_min(0), weight_RX[row_P], rotation)
+    return score_PN.masked_fill_(position_PN < 0, 0.0)
 
 
 def list_kept(

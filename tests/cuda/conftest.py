@@ -16,10 +16,11 @@ import pytest
 
 MODE = os.environ.get("CUDA_TESTS", "")
 assert MODE in ("", "gpu", "pretend"), f"CUDA_TESTS={MODE}: choose gpu or pretend, or leave it unset"
-# What needs no platform is not run once more by the process that pretends.
+# What needs no platform is not run once more by the process that pretends; vLLM's modules on a GPU's platform want
+# tensors on the GPU, which tests of modules do not give them.
 collect_ignore_glob = {
     "": ["test_engine_*.py"],
-    "gpu": ["test_own_process.py"],
+    "gpu": ["test_own_process.py", "test_engine_rotation.py"],
     "pretend": ["test_own_process.py", "test_memory.py", "test_metadata.py", "test_runtime.py"],
 }[MODE]
 if MODE == "gpu":
@@ -45,9 +46,9 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Where `request.param` is "reference", the kernels' references run instead of them, unless there is a GPU: what
     takes these a millisecond takes the interpreter a second. `tests/kernels` holds the two to each other."""
     if MODE == "pretend" and request.param == "reference":
-        from vllm_defensive_kernels import compaction, decode, norms, reconstruction, selection, window
+        from vllm_defensive_kernels import compaction, decode, foretell, norms, reconstruction, selection, window
 
-        for module in (compaction, decode, norms, reconstruction, selection, window):
+        for module in (compaction, decode, foretell, norms, reconstruction, selection, window):
             monkeypatch.setattr(module, "runs_triton", lambda tensor: False)
     return str(request.param)
 
@@ -66,7 +67,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
         return call
 
-    names = "ragged_paged_decode", "window_scores", "value_norm", "reconstruction_scores", "list_kept", "compact"
-    for name in names:
+    scores = "window_scores", "value_norm", "reconstruction_scores", "learned_scores"
+    for name in (*scores, "ragged_paged_decode", "list_kept", "compact"):
         monkeypatch.setattr(launches, name, counted(name, getattr(launches, name)))
     yield calls

@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.cuda.conftest import MODE
 from tests.e2e import engines
-from vllm_defensive.policy import PRESETS
+from vllm_defensive.policy import PRESETS, Policy
 
 _MODES: dict[str, dict[str, Any]] = {
     # Operations that are compiled only have a torch twin inside vLLM; warm-ups would take the interpreter minutes.
@@ -25,6 +25,11 @@ _MODES: dict[str, dict[str, Any]] = {
 }
 
 
+def _on_gpus(policy: Policy) -> bool:
+    """Without a learned score."""
+    return not (policy.accumulates or policy.learned)
+
+
 def engine(model: Path, policy: str | None = None, **arguments: Any) -> AbstractContextManager[Any]:
     """An `LLM` with small chunks and a small pool, whose requests may choose any policy that a GPU has."""
     sizes = {
@@ -34,6 +39,6 @@ def engine(model: Path, policy: str | None = None, **arguments: Any) -> Abstract
         "max_num_batched_tokens": 128,
         "max_num_seqs": 8,
         "num_gpu_blocks_override": 400,
-        **({} if policy is None else {"policies": [name for name, p in PRESETS.items() if not p.accumulates]}),
+        **({} if policy is None else {"policies": [name for name, p in PRESETS.items() if _on_gpus(p)]}),
     }
     return engines.engine(model, policy, **{**_MODES[MODE], **sizes, **arguments})

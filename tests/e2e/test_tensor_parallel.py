@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.e2e.engines import Answer, engine, generate, largest_difference, metrics_of, pool_of, random_prompts
+from tests.learned_scores import peaks, random_weights, score_of
 from tests.reference_model import Layer, ReferenceLlama, decode_logprobs
 from vllm_defensive import audit
 from vllm_defensive.policy import PRESETS, LayerScores, ReduceHeads, score_layer, select
@@ -17,9 +18,10 @@ from vllm_defensive.policy import PRESETS, LayerScores, ReduceHeads, score_layer
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 PER_HEAD = ("random", "streamingllm", "h2o", "tova", "snapkv", "pyramidkv", "cake")
-SHARED_BUDGET = ("defensivekv", "layer-defensivekv")
+SHARED_BUDGET = ("defensivekv", "layer-defensivekv", "learnedkv", "learned-halokv")
 PROMPTS = random_prompts((300, 601, 96), seed=4)
 KEEP, W, N = 0.3, 32, 32
+SCORE = "score.safetensors"
 FLOAT_NOISE = 2e-4  # a few hundred float32 roundings of logits up to 16
 
 Run = dict[str, list[tuple[Answer, audit.Audit]]]
@@ -29,6 +31,8 @@ def run(model: Path, folder: Path, ranks: int) -> tuple[Run, dict[str, float]]:
     """Of each policy, the answers and what was kept."""
     found: Run = {}
     settings: dict[str, Any] = {"dtype": "float32", "audit": str(folder), "enable_prefix_caching": False}
+    settings["learned"] = str(folder / SCORE)
+    score_of(ReferenceLlama(model), model, folder / SCORE)
     with engine(model, "snapkv", tensor_parallel_size=ranks, max_num_batched_tokens=200, **settings) as llm:
         for policy in (*PER_HEAD, *SHARED_BUDGET):
             fields = [{"kv_eviction": policy, "kv_eviction_keep": KEEP}] * len(PROMPTS)
@@ -94,6 +98,7 @@ def kept_by_rank(
     """bool `[L, 1, T]`: the selection over one KV head of each layer; together: by sums over both heads."""
     stop = layers[0].key_HTD.shape[1]
     evictable = (0, stop // N * N)
+    weight_LHX = random_weights(reference.layers, reference.heads, reference.head_size)
 
     def score(index: int, head: int, reduce_heads: ReduceHeads) -> LayerScores:
         layer, size = layers[index], reference.query_heads // reference.heads
@@ -111,7 +116,13 @@ def kept_by_rank(
             keep_ratio=KEEP,
             evictable=evictable,
             reduce_heads=reduce_heads,
+            echo_HS=foretold(index, head) if PRESETS[policy].learned else None,
         )
+
+    def foretold(index: int, head: int) -> Tensor:
+        layer = layers[index]
+        arrays = (x[head : head + 1].double().numpy() for x in (layer.key_HTD, layer.value_HTD, weight_LHX[index]))
+        return torch.from_numpy(peaks(*arrays, reference._theta)).float()
 
     def sum_of_all(index: int) -> Tensor:
         parts: list[Tensor] = []

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.e2e.engines import assert_all_returned, audit_of, engine, generate, random_prompts
+from tests.e2e.engines import assert_all_returned, audit_of, engine, generate, metrics_of, random_prompts
+from tests.learned_scores import score_of
+from tests.reference_model import ReferenceLlama
 from tests.tiny_model import write_tiny_llama
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
@@ -94,3 +97,25 @@ def test_new_weights_weigh_values_anew(tiny_model: Path, tmp_path: Path) -> None
             for model in (other, tiny_model):
                 change(llm, model)
                 assert differing(kept(llm, tmp_path), expected[model]) == 0, (change.__name__, model.name)
+
+
+def test_a_learned_score_is_used_after_new_weights_and_said_to_be_stale(tiny_model: Path, tmp_path: Path) -> None:
+    """Until it is loaded anew."""
+    path, other = tmp_path / "score.safetensors", write_tiny_llama(tmp_path / "other", seed=1)
+    score_of(ReferenceLlama(tiny_model), tiny_model, path)
+
+    def fresh() -> float:
+        generate(llm, PROMPTS[:1], 3)
+        return metrics_of(llm)["vllm:kv_eviction_learned"]
+
+    with engine(tiny_model, "learnedkv", learned=str(path), dtype="float32", audit=str(tmp_path)) as llm:
+        assert fresh() == 1
+        reload(llm, other)
+        assert fresh() == 0
+        before = generate(llm, PROMPTS[1:2], 2)[0]
+        llm.collective_rpc("load_learned", args=(str(path),))
+        assert fresh() == 1
+        llm.reset_prefix_cache()
+        after = generate(llm, PROMPTS[1:2], 2)[0]
+    masks = [audit_of(tmp_path, answer.request_id) for answer in (before, after)]
+    assert masks[0].policy == "learnedkv" and torch.equal(masks[0].mask(), masks[1].mask())

@@ -161,7 +161,7 @@ class GhostWorker:
             assert parts[0][0] == region.tokens[0]
         if policy.accumulates:
             assert row.accumulated == eviction.region.stop, f"{eviction.request_id}: {row.accumulated} queries"
-        elif policy.needs_queries or not policy.reconstructs:
+        elif policy.needs_window:
             assert len(row.seen_window) == self._window, f"{eviction.request_id}: {len(row.seen_window)} window queries"
         table = row.table[: -(-eviction.region.stop // size)]
         assert list(eviction.score.source_blocks) == table, "the plan's source blocks are not the request's"

@@ -13,13 +13,22 @@ from typing import Any
 import pytest
 
 from tests.engine.harness import Harness, text
+from tests.learned_scores import random_score
 from vllm_defensive.policy import PRESETS
+
+
+@pytest.fixture(scope="module")
+def score(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """File of a learned score, which the ghost worker does not read."""
+    path = tmp_path_factory.mktemp("score") / "score.safetensors"
+    random_score(tiny_model, path, 2, 2, 32)
+    return str(path)
 
 
 def own_settings(rng: random.Random, num_tokens: int) -> dict[str, Any] | None:
     """Fields of a request of so many prompt tokens: every second one has none, the others any of them at once."""
     fields = {
-        "kv_eviction": rng.choice(["none", "streamingllm", "echokv", "h2o", "kvzip", "keep-all"]),
+        "kv_eviction": rng.choice(["none", "streamingllm", "echokv", "h2o", "kvzip", "learnedkv", "keep-all"]),
         "kv_eviction_keep": rng.choice([0.05, 0.3, 0.6]),
         "kv_eviction_boundary": rng.randint(num_tokens // 2 + 1, num_tokens),
         "kv_eviction_protect": min(rng.choice([1, 64, 100]), num_tokens),
@@ -75,6 +84,7 @@ def walk(h: Harness, seed: int, steps: int, *, max_len: int, abort: float) -> di
 )
 def test_random_work_leaks_nothing_and_reads_nothing_wrong(
     tiny_model: Path,
+    score: str,
     asynchronous: bool,
     drafts: int,
     scheduling: str,
@@ -96,6 +106,7 @@ def test_random_work_leaks_nothing_and_reads_nothing_wrong(
         keep=keep,
         caching=caching,
         drafts=drafts,
+        learned=score,
     )
     happened = walk(h, seed=len(scheduling), steps=800, max_len=640, abort=0.05)
     assert len(h.evictions) > 10
@@ -108,7 +119,7 @@ def test_random_work_leaks_nothing_and_reads_nothing_wrong(
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("seed", range(8))
-def test_a_long_random_walk(tiny_model: Path, asynchronous: bool, seed: int) -> None:
+def test_a_long_random_walk(tiny_model: Path, score: str, asynchronous: bool, seed: int) -> None:
     rng = random.Random(seed)
     h = Harness(
         tiny_model,
@@ -122,6 +133,7 @@ def test_a_long_random_walk(tiny_model: Path, asynchronous: bool, seed: int) -> 
         shared=rng.choice(["keep", "evict"]),
         keep=rng.choice([0.05, 0.3, 0.6]),
         max_num_seqs=rng.choice([3, 32]),
+        learned=score,
     )
     happened = walk(h, seed, steps=3000, max_len=640, abort=0.03)
     assert len(h.evictions) > 60 and happened["boundaries"] > 10 and happened["policies"] > 3

@@ -27,8 +27,11 @@ from vllm_defensive_kernels import (
     PackedState,
     PagedKV,
     RaggedTokens,
+    Rotation,
     addressing,
     compact,
+    learned_page_scores,
+    learned_scores,
     list_kept,
     ragged_paged_decode,
     reconstruction_scores,
@@ -123,6 +126,23 @@ def norm(
     value_norm(pages, 0, int32(1, -(-4000 // page_tokens)), tokens, weight, order=order)
 
 
+def learned(
+    page_tokens: int, head_size: int, kv: torch.dtype, turned: int | None = None, heads: int = 8,
+    table: torch.dtype = BF16, interleaved: bool = False, counts: tuple[int, ...] = (4000,),
+) -> None:  # fmt: skip
+    """Layers of prompts of so many tokens, then as many of packed pages; turned: numbers of a head, None: all."""
+    pages, size = cache(kv, heads, page_tokens, head_size), head_size if turned is None else turned
+    rotation = Rotation(torch.ones(8192, size).to(table), interleaved) if size else None
+    weight = torch.zeros(len(counts) * heads, 2 * head_size + 1)
+    blocks = int32(1 + len(counts), 2 + 8192 // page_tokens)
+    page, row, position = torch.zeros(99, dtype=torch.int64), int32(99), int32(99, page_tokens)
+    for step, count in enumerate(counts):
+        own, tokens = weight[step * heads :][:heads], RaggedTokens.of([count], "cpu")
+        learned_scores(pages, step % 2, blocks[step : step + 1], tokens, own, rotation)
+        part = slice(step, step + min(count, 90))
+        learned_page_scores(pages, page[part], row[part], position[part], own, rotation)
+
+
 def copy(source: torch.dtype, target: torch.dtype, page_tokens: int, head_size: int, heads: int = 8) -> None:
     pair = (cache(dtype, heads, page_tokens, head_size) for dtype in (source, target))
     token, scale = int32(4 * 2 * heads * page_tokens), 1.0 if source == target else 0.5
@@ -139,6 +159,7 @@ QUICK: dict[str, Callable[[], None]] = {
     "window bf16": lambda: window(BF16, 4, 16, 128, BF16),
     "reconstruction bf16": lambda: echoes(BF16, 4, 16, 128, BF16),
     "value_norm bf16 L1": lambda: norm(BF16, 16, 128, BF16, 1),
+    "learned bf16": lambda: learned(16, 128, BF16),
     "list_kept": listing,
     "compact bf16": lambda: copy(BF16, BF16, 16, 128),
     "decode bf16 D=512": lambda: decode(BF16, 8, 16, 512, BF16, 1),
@@ -166,6 +187,14 @@ ALL: dict[str, Callable[[], None]] = QUICK | {
     "value_norm bf16 L2": lambda: norm(BF16, 16, 128, BF16, 2),
     "value_norm fp16 D=80 L1": lambda: norm(FP16, 32, 80, FP16, 1),
     "value_norm bf16 fp8 pages L2": lambda: norm(BF16, 16, 128, FP8, 2),
+    "learned fp16 D=80 N=32": lambda: learned(32, 80, FP16),
+    "learned bf16 fp8 pages": lambda: learned(16, 128, FP8),
+    "learned fp32": lambda: learned(16, 128, FP32, table=FP32),
+    "learned bf16 neighbours": lambda: learned(16, 128, BF16, 64, interleaved=True),
+    "learned bf16 fp32 table": lambda: learned(16, 128, BF16, table=FP32),
+    "learned bf16 not turned": lambda: learned(16, 128, BF16, 0),
+    "learned bf16 D=256 N=544": lambda: learned(544, 256, BF16, heads=2),
+    "learned of any number": lambda: learned(16, 128, BF16, 64, heads=1, counts=(64, 1, 2, 5, 16, 300, 4001)),
     "compact fp16 to fp8": lambda: copy(FP16, FP8, 16, 128),
     "compact fp8": lambda: copy(FP8, FP8, 16, 128),
     "compact fp32 D=80": lambda: copy(FP32, FP32, 16, 80),
@@ -194,6 +223,7 @@ def of_size(head_size: int, kv: torch.dtype) -> dict[str, Callable[[], None]]:
         "window": lambda: window(BF16, group, 16, head_size, kv, heads),
         "reconstruction": lambda: echoes(BF16, group, 16, head_size, kv, heads),
         "value_norm": lambda: norm(BF16, 16, head_size, kv, 1, heads, group),  # L2 takes fewer registers
+        "learned": lambda: learned(16, head_size, kv, heads=heads),
         "compact": lambda: copy(kv, kv, 16, head_size, heads),
     }
 

@@ -12,8 +12,11 @@ from tests.kernels.conftest import DEVICE
 from vllm_defensive_kernels import (
     PagedKV,
     RaggedTokens,
+    Rotation,
     addressing,
     compact,
+    learned_page_scores,
+    learned_scores,
     ragged_paged_decode,
     reconstruction_scores,
     reference,
@@ -70,6 +73,19 @@ def test_reconstruction_scores(far_pages: PagedKV) -> None:
     reconstruction_scores(query, near(far_pages), 0, table, peak_HS=expected, **options)
     assert_close(far, expected, torch.float32)
     assert (far > 0).all()
+
+
+def test_learned_scores(far_pages: PagedKV) -> None:
+    weight, rotation = randn(1, 2 * D + 1) / 8, Rotation(randn(50, D) + 2)
+    table, tokens = int32(3, 1, 2, 0)[None], RaggedTokens.of([50], DEVICE)
+    far = learned_scores(far_pages, 0, table + FAR, tokens, weight, rotation)
+    assert_close(far, learned_scores(near(far_pages), 0, table, tokens, weight, rotation), torch.float32)
+    assert far.unique().numel() > 10
+    page, row = torch.tensor([5, 0], device=DEVICE), int32(0, 0)
+    position = torch.arange(2 * N, dtype=torch.int32, device=DEVICE).view(2, N)
+    far = learned_page_scores(far_pages, page + FAR, row, position, weight, rotation)
+    assert_close(far, learned_page_scores(near(far_pages), page, row, position, weight, rotation), torch.float32)
+    assert far.unique().numel() > 10
 
 
 def test_compact_and_decode(far_pages: PagedKV) -> None:

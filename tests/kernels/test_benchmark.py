@@ -18,7 +18,7 @@ from benchmarks.kernels.report import Report, Row
 ROOT = Path(__file__).parents[2]
 OPS = {
     "window_scores", "value_norm L1", "value_norm L2", "select", "compact", "reconstruction_scores",
-    "ragged_paged_decode",
+    "learned_scores", "learned_page_scores", "ragged_paged_decode",
 }  # fmt: skip
 LAUNCHES = "vllm_defensive/worker/cuda/launches.py"
 MACHINE = Machine("a GPU", "1", "13", "2", "3", "3.12", "python -m benchmarks.kernels")
@@ -81,7 +81,8 @@ def test_shares_and_the_whole_eviction_follow_from_the_rows(tmp_path: Path) -> N
 
 def test_what_is_timed_is_what_an_engine_calls() -> None:
     """Both reach the kernels through one module, which needs no vLLM: a call that changes there changes in both."""
-    calls = {"window_scores", "reconstruction_scores", "value_norm", "list_kept", "compact", "ragged_paged_decode"}
+    scores = {"window_scores", "reconstruction_scores", "learned_scores", "value_norm"}
+    calls = {*scores, "list_kept", "compact", "ragged_paged_decode"}
     files = [path for folder in ("vllm_defensive", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     assert {path.relative_to(ROOT).as_posix() for path in files if imported_names(path) & calls} == {LAUNCHES}
     assert imported_names(ROOT / LAUNCHES) >= calls

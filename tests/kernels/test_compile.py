@@ -13,10 +13,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Kernels that read rows of D numbers; the others read ragged vectors of scores, which start anywhere.
-READS_PAGES = {
+MULTIPLIES = {
     "decode_kernel", "row_statistics_kernel", "score_kernel", "row_lse_kernel", "peak_kernel", "value_norm_kernel",
-    "compact_kernel",
 }  # fmt: skip
+LEARNED = {"learned_score_kernel", "learned_page_score_kernel"}
+READS_PAGES = MULTIPLIES | LEARNED | {"compact_kernel"}
 SHARED_MEMORY = 227 * 1024  # what one program may use on an H100 or H200
 HEAD_SIZES = (64, 80, 96, 128, 192, 256, 512)
 # Bytes that a thread may spill: 64 rows of queries take most registers, and widening fp8 keys takes some of its own.
@@ -42,12 +43,14 @@ def check(report: dict[str, Any]) -> None:
         assert report["wide_loads"] > 0, f"no 16-byte loads: {label}"
     if report["kernel"] == "compact_kernel":
         assert report["wide_stores"] > 0, f"no 16-byte stores: {label}"
-    if report["kernel"] in READS_PAGES - {"compact_kernel"} and "fp32" not in report["variant"]:
+    if report["kernel"] in MULTIPLIES and "fp32" not in report["variant"]:
         assert report["hmma"] + report["hgmma"] > 0, f"no tensor cores: {label}"
+    if report["kernel"] in LEARNED:  # keys, values and the table stay with the threads that loaded them
+        assert report["shared"] <= 4 * max(HEAD_SIZES), f"more than weights goes through shared memory: {label}"
 
 
 @pytest.mark.slow
-def test_six_ops_compile_for_hopper_without_spills(tmp_path: Path) -> None:
+def test_every_op_compiles_for_hopper_without_spills(tmp_path: Path) -> None:
     reports = compile_for_hopper(tmp_path)
     assert {report["kernel"] for report in reports} >= READS_PAGES | {
         "list_kept_kernel",
@@ -63,6 +66,14 @@ def test_any_number_of_echoes_has_the_same_kernels(tmp_path: Path) -> None:
     """Also wherever they stand, and wherever their table and scores begin in a larger tensor."""
     reports = compile_for_hopper(tmp_path, "--all", "reconstruction of any number")
     assert sorted(report["kernel"] for report in reports) == ["merge_lse_kernel", "peak_kernel", "row_lse_kernel"]
+
+
+@pytest.mark.slow
+def test_learned_scores_of_any_number_of_tokens_have_the_same_kernels(tmp_path: Path) -> None:
+    """Also wherever their weights, tables and pages begin in a larger tensor, and in every layer."""
+    reports = compile_for_hopper(tmp_path, "--all", "learned of any number")
+    assert {report["kernel"] for report in reports} == LEARNED
+    assert len(reports) == 2
 
 
 @pytest.mark.slow

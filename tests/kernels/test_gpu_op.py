@@ -11,7 +11,10 @@ from vllm_defensive_kernels import (
     DecodeWorkspace,
     PagedKV,
     RaggedTokens,
+    Rotation,
     compact,
+    learned_page_scores,
+    learned_scores,
     ragged_paged_decode,
     reconstruction_scores,
     reference,
@@ -64,6 +67,25 @@ def test_scoring_echoes_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert (peak[:, 16:160] > 0).all()
+
+
+def test_learned_scores_never_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    pages, table, weight = make_pages(L, 32, H, N, D, dtype=torch.bfloat16), make_table(1, 31, 32), randn(H, 2 * D + 1)
+    rotation, row = Rotation(randn(512, D, dtype=torch.bfloat16) + 3), int32(0, 1, 2)
+    page, position = torch.tensor([3, 9, 40], device=DEVICE), int32(*range(3 * N)).view(3, N)
+    tokens = [RaggedTokens.of([count], DEVICE) for count in (33, 444)]
+    learned_scores(pages, 0, table, tokens[0], weight, rotation)  # compiles
+    learned_page_scores(pages, page[1:], row[1:], position[1:], weight, rotation)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        in_place = learned_scores(pages, 1, table, tokens[1], weight, rotation)
+        packed = learned_page_scores(pages, page, row, position, weight, rotation)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert in_place.isfinite().all()
+    assert packed.isfinite().all()
 
 
 def test_a_captured_decode_follows_lengths_and_state() -> None:

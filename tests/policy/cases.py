@@ -91,7 +91,7 @@ def score(
         "evictable": (0, shape.tokens),
         **changes,
     }
-    if policy.reconstructs:
+    if policy.reconstructs or policy.learned:
         arguments |= {"echo_HS": echoed(inputs.key_HSD), "window": shape.window}
     if policy.accumulates:
         arguments |= {"mass_HS": accumulated(inputs, arguments["scale"]), "window": shape.window}

@@ -133,7 +133,7 @@ def scores(
         return cake_scores(rows, policy.pool_kernel), None
     risk = defensive_scores(rows, policy.pool_kernel)
     risk = np.array([halo(row, policy.halo_tokens, policy.halo_weight) for row in risk])
-    if policy.reconstruction != "none":
+    if policy.reconstruction != "none" or policy.learned:
         risk = np.maximum(risk, echo[:, :n])
     if norm is not None:
         risk = risk * (norm / norm.sum(axis=0))

@@ -35,6 +35,8 @@ def test_public_names_are_frozen() -> None:
         "halokv",
         "kvzip",
         "echokv",
+        "learnedkv",
+        "learned-halokv",
     )
     # A benchmark in this process may have added variants, which are called after the policy that they vary.
     assert tuple(name for name in public_names() if "@" not in name) == names

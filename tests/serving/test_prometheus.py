@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from vllm_defensive.compat.channels import attach_counts
-from vllm_defensive.counts import Increase, Pool, Totals
+from vllm_defensive.counts import Increase, State, Totals
 from vllm_defensive.serving import prometheus as metrics
 from vllm_defensive.serving.prometheus import EvictionStatLogger
 
@@ -79,8 +79,8 @@ def test_steps_without_an_eviction_carry_nothing(logger: EvictionStatLogger) -> 
 
 
 def test_every_total_is_published(logger: EvictionStatLogger) -> None:
-    """A field that is added to Totals or Pool must not be lost on the way."""
-    ones, pool = Totals(*(1 for _ in vars(Totals()))), Pool(*(2 for _ in vars(Pool())))
+    """A field that is added to Totals or State must not be lost on the way."""
+    ones, pool = Totals(*(1 for _ in vars(Totals()))), State(*(2 for _ in vars(State())))
     stats = stats_with(Increase(ones, pool=pool))
     logger.record(stats, None)
     assert stats.waiting_lora_adapters == {}

@@ -27,7 +27,8 @@ class Outlook:
         self.relatives = Relatives()
         # Block managers of the model's other KV cache groups: they take from the same pool.
         self.other_managers: Sequence[SingleTypeKVCacheManager] = ()
-        self.max_model_len = 0  # the scheduler's, set by it
+        # The scheduler's, set by it: the longest request, and whether images have positions of their own.
+        self.max_model_len, self.own_positions = 0, False
         self._pool, self._can_share = pool, can_share
         self._sessions: dict[str, Request] = {}  # that stream their input, by id
 
@@ -37,9 +38,13 @@ class Outlook:
         if request.resumable:
             self._sessions[request.request_id] = request
         stop = request.num_prompt_tokens if settings.boundary is None else settings.boundary
-        repeats = self._echo_tokens(request, settings.policy, stop)
-        if not repeats and settings.policy in PRESETS and (other := PRESETS[settings.policy].fallback):
-            settings = settings.model_copy(update={"policy": other})
+        policy = PRESETS.get(settings.policy)  # there is none called "none"
+        repeats = self._echo_tokens(request, stop) if policy is not None and policy.reconstructs else 0
+        if policy is not None and policy.fallback:
+            # The keys of an image, and of what follows it, may have been turned by other positions than their places.
+            apart = bool(request.mm_features) and self.own_positions
+            if apart if policy.learned else not repeats:
+                settings = settings.model_copy(update={"policy": policy.fallback})
         # A prefill yields the answer's first token: if no other is asked for (a classifier, a beam search step),
         # nobody reads what is kept, unless an audit shows it.
         brief = request.max_tokens == 1 and request.num_prompt_tokens == stop and not request.resumable
@@ -52,11 +57,10 @@ class Outlook:
             life.turn(Phase.WHOLE)
         return life
 
-    def _echo_tokens(self, request: Request, policy: str, stop: int) -> int:
+    def _echo_tokens(self, request: Request, stop: int) -> int:
         """How many tokens of its prompt one echo of this request repeats; 0: none, or there is no room, or its prompt
         cannot be repeated as tokens."""
-        wanted = policy in PRESETS and PRESETS[policy].reconstructs
-        if not wanted or request.mm_features or request.prompt_token_ids is None:
+        if request.mm_features or request.prompt_token_ids is None:
             return 0
         return echo_tokens(stop, self.max_model_len)
 

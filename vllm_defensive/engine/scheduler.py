@@ -13,7 +13,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_defensive.compat import channels, contract, scheduling
-from vllm_defensive.counts import Pool
+from vllm_defensive.counts import State
 from vllm_defensive.engine.admission import ExpectedLength, Load, fits
 from vllm_defensive.engine.amendments import Amendments
 from vllm_defensive.engine.echo import Echoes, instruction_ids
@@ -46,6 +46,7 @@ class _EvictionMixin(Scheduler):
             manager.eviction, manager.lifecycle, self.requests, caching=manager.enable_caching
         )
         manager.outlook.max_model_len = self.max_model_len
+        manager.outlook.own_positions = self.vllm_config.model_config.uses_mrope
         # Of vLLM's structured output, which runs in this process; None if the model is served without one.
         tokenizer = getattr(self.structured_output_manager, "tokenizer", None)
         self._echoes = Echoes(self, manager.lifecycle, instruction_ids(tokenizer))
@@ -203,7 +204,7 @@ class _EvictionMixin(Scheduler):
             stats.num_waiting_reqs -= self._echoes.waiting
             lifecycle, pool = self.eviction_manager.lifecycle, self.kv_cache_manager.block_pool
             used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # block 0 is vLLM's null block
-            now = Pool(used, lifecycle.packed_blocks, lifecycle.saved_blocks)
+            now = State(used, lifecycle.packed_blocks, lifecycle.saved_blocks, self._ledger.stale_score)
             if (increase := self._ledger.take(lifecycle.totals, now, lifecycle.take_done())) is not None:
                 channels.attach_counts(stats, increase)
         return stats

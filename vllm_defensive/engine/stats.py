@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vllm_defensive.counts import Increase, Pool, Totals, WorkerReport, record_of
+from vllm_defensive.counts import Increase, State, Totals, WorkerReport, record_of
 from vllm_defensive.plan import Eviction
 
 
@@ -16,23 +16,26 @@ class Ledger:
         """ranks: tensor-parallel workers, of which vLLM hands on the first one's output only."""
         self._ranks = ranks
         self._told = Totals()
-        self._pool = Pool()
+        self._state = State()
         self._worker = WorkerReport()
+        self.stale_score = False  # as the workers last said
 
     def note_worker(self, report: WorkerReport) -> None:
+        if report.stale_score is not None:
+            self.stale_score = report.stale_score
         # Each rank packs as many pages as the first.
         self._worker.add(report.microseconds, [pages * self._ranks for pages in report.decile_pages])
 
-    def take(self, totals: Totals, pool: Pool, done: Sequence[Eviction]) -> Increase | None:
-        """What is new; None if nothing is. totals, pool: as they are now. done: evictions since the last call."""
+    def take(self, totals: Totals, state: State, done: Sequence[Eviction]) -> Increase | None:
+        """What is new; None if nothing is. totals, state: as they are now. done: evictions since the last call."""
         worker = self._worker
-        if not done and not worker and pool == self._pool and totals == self._told:
+        if not done and not worker and state == self._state and totals == self._told:
             return None
         increase = Increase(records=[record_of(eviction) for eviction in done])
         if totals != self._told:
             increase.totals, self._told = totals - self._told, replace(totals)
-        if pool != self._pool:
-            increase.pool = self._pool = pool
+        if state != self._state:
+            increase.state = self._state = state
         if worker:
             increase.microseconds, increase.decile_pages = worker.microseconds, worker.decile_pages
             self._worker = WorkerReport()

@@ -6,6 +6,7 @@ are taken off again by the logger below, the first in line.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -41,12 +42,16 @@ KEEP_SHARE = (
     "vllm:kv_eviction_keep_share",
     "Share of its prompt's tokens, up to where it was evicted, that a request kept.",
 )
-# field of Pool -> (metric, what it says)
+# field of State -> (metric, what it says)
 GAUGES = {
     "used_blocks": ("vllm:kv_eviction_used_blocks", "KV cache blocks that requests hold."),
     "packed_blocks": ("vllm:kv_eviction_packed_blocks", "Those of them that hold the packed pages of evicted prompts."),
     "saved_blocks": ("vllm:kv_eviction_saved_blocks", "Blocks that these requests would hold more without eviction."),
 }
+LEARNED = (
+    "vllm:kv_eviction_learned",
+    "The learned score that evictions go by, by its file: 1, or 0 once the model has other weights.",
+)
 _SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _LABELS = ("model_name", "engine")
@@ -55,7 +60,8 @@ _LABELS = ("model_name", "engine")
 class EvictionStatLogger(AggregateStatLoggerBase):
     """Takes our counts off the stats and adds them to Prometheus counters labelled as vLLM's own are."""
 
-    def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
+    def __init__(self, vllm_config: Any, engine_indexes: list[int], learned: str | None = None) -> None:
+        """learned: file of the learned score."""
         model = vllm_config.model_config.served_model_name
         counters = {name: Counter(metric, text, _LABELS) for name, (metric, text) in COUNTERS.items()}
         seconds = Histogram(*SECONDS, _LABELS, buckets=_BUCKETS)
@@ -75,6 +81,10 @@ class EvictionStatLogger(AggregateStatLoggerBase):
                 self._pages.labels(model, str(i), str(decile))
             for gauge in self._gauges.values():
                 gauge.labels(model, str(i))
+        fresh = Gauge(*LEARNED, (*_LABELS, "file"), multiprocess_mode="mostrecent")
+        self._fresh = {i: fresh.labels(model, str(i), learned) for i in engine_indexes if learned is not None}
+        for gauge in self._fresh.values():
+            gauge.set(1)
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, *args: Any, engine_idx: int = 0, **kwargs: Any
@@ -93,9 +103,11 @@ class EvictionStatLogger(AggregateStatLoggerBase):
             self._seconds[engine].observe(increase.microseconds * 1e-6)
         for decile, pages in enumerate(increase.decile_pages):
             self._pages.labels(self._model, str(engine), str(decile)).inc(pages)
-        if increase.pool is not None:
+        if increase.state is not None:
             for name, gauge in self._gauges.items():
-                gauge.labels(self._model, str(engine)).set(getattr(increase.pool, name))
+                gauge.labels(self._model, str(engine)).set(getattr(increase.state, name))
+            if engine in self._fresh:
+                self._fresh[engine].set(not increase.state.stale_score)
         for record in increase.records:
             self._record_one(record, str(engine))
 
@@ -115,15 +127,25 @@ def make_logger(vllm_config: Any, engine_indexes: list[int]) -> EvictionStatLogg
     if settings is None:
         return None
     recent.count()
-    return EvictionStatLogger(vllm_config, engine_indexes)
+    return EvictionStatLogger(vllm_config, engine_indexes, settings.learned)
+
+
+def score_is_stale() -> bool:
+    """Whether an engine has said that its learned score is."""
+    return any(sample.value == 0 for sample in _samples() if sample.name == LEARNED[0])
 
 
 def read_totals() -> dict[str, int]:
     """Totals over engines and API server processes, by field of `Totals`, as `/metrics` has them."""
+    sums: dict[str, float] = {}
+    for sample in _samples():
+        sums[sample.name] = sums.get(sample.name, 0) + sample.value
+    return {name: int(sums.get(f"{metric}_total", 0)) for name, (metric, _) in COUNTERS.items()}
+
+
+def _samples() -> Iterator[Any]:
+    """Of all engines and API server processes."""
     from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-    sums: dict[str, float] = {}
     for metric in get_prometheus_registry().collect():
-        for sample in metric.samples:
-            sums[sample.name] = sums.get(sample.name, 0) + sample.value
-    return {name: int(sums.get(f"{metric}_total", 0)) for name, (metric, _) in COUNTERS.items()}
+        yield from metric.samples

@@ -14,8 +14,9 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from vllm_defensive import learned
 from vllm_defensive.serving import recent
-from vllm_defensive.serving.prometheus import read_totals
+from vllm_defensive.serving.prometheus import read_totals, score_is_stale
 from vllm_defensive.settings.engine import KEY
 
 PATH = "/kv_eviction"
@@ -28,19 +29,26 @@ _COVERS = (
 _UNCOUNTED = "nothing: evictions are not counted with --disable-log-stats"
 
 _config: dict[str, Any] = {}
+_learned: dict[str, Any] = {}
 
 
 def configure(config: dict[str, Any]) -> None:
     """State the settings that this process's engine runs with; forget the evictions of an earlier engine."""
     _config.clear()
     _config.update(config)
+    path = config.get("learned")
+    _learned.clear()
+    _learned.update({} if path is None else learned.summary(learned.load(path), path))
     recent.forget()
 
 
 def summary() -> dict[str, Any]:
-    """The answer to `GET /kv_eviction`. Totals are None where nobody counts."""
+    """The answer to `GET /kv_eviction`. Totals, and whether a learned score is stale, are None where nobody counts."""
     totals = read_totals() if recent.counted() else None
-    return {"config": dict(_config), "totals": totals, "last_evictions": recent.last(SHOWN), "covers": _covers()}
+    answer = {"config": dict(_config), "totals": totals, "last_evictions": recent.last(SHOWN), "covers": _covers()}
+    if _learned:
+        answer["learned"] = {**_learned, "stale": score_is_stale() if recent.counted() else None}
+    return answer
 
 
 def _covers() -> str:

@@ -1,8 +1,8 @@
 """What one request may ask for, over the OpenAI API (`vllm_xargs`) or `SamplingParams.extra_args`.
 
     kv_eviction            a policy's name, "auto", or "none"
-    kv_eviction_score      of auto: "window", "reconstruct" for a second look at the prompt, or "learned"; else by what
-                           there is, and its boundary
+    kv_eviction_score      of auto: "window"; "reconstruct" for a second look at the prompt; "learned" for the learned
+                           score; else the server's choice
     kv_eviction_keep       fraction kept, in (0, 1]
     kv_eviction_boundary   evict when this many prompt tokens are computed; the rest of the prompt sees what was
                            kept, and is itself kept whole ("compress the document, then ask")
@@ -92,6 +92,8 @@ def resolve(
             raise _wrong("kv_eviction_boundary", settings.boundary, way_out)
     asks_later = settings.boundary is not None and settings.boundary < num_prompt_tokens
     meant = engine.meant(settings.policy, boundary=asks_later, score=settings.score)
+    if not engine.is_there(meant):
+        raise _wrong("kv_eviction_score", settings.score, "this server has no learned score for its model")
     return settings.model_copy(update={"policy": meant})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import random
 import time
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from vllm_defensive.tools import learn_checks, learn_texts
 from vllm_defensive.tools.learn_state import State
 
 LENGTH, TOKENS = 960, 61_440
-TEACHER = "echokv"
+TEACHER, JOINED = "echokv", "learned-halokv"
 SAVE_SECONDS = 20.0
 """A learning that is stopped loses what so many seconds saw, and a batch."""
 BATCH = 8
@@ -117,7 +119,7 @@ class Learning:
         ]
         turned = self._start(texts[0], self._state.sums(done) if done else None)
         self._go_through(texts, [*held_back, *learned_from], len(held_back), done)
-        score = self._solve(turned)
+        score = self._balanced(self._solve(turned), held_back)
         return self._checked(score, held_back) if self._job.check else score
 
     def _texts(self, documents: Sequence[str]) -> list[list[int]]:
@@ -169,7 +171,7 @@ class Learning:
             while done < len(ordered):
                 end = min(done + BATCH, held_back if done < held_back else len(ordered))
                 self._llm.collective_rpc("hold_back", args=(done < held_back,))
-                self._teach(ordered[done:end])
+                self._show(ordered[done:end], TEACHER)
                 bar.update(end - done)
                 done = end
                 if time.monotonic() - saved >= SAVE_SECONDS or done == len(ordered):
@@ -177,7 +179,8 @@ class Learning:
                     self._state.save(texts, done)
                     saved = time.monotonic()
 
-    def _teach(self, texts: Sequence[list[int]]) -> None:
+    def _show(self, texts: Sequence[list[int]], policy: str) -> None:
+        """Have the workers evict these texts by a policy."""
         from vllm import SamplingParams
 
         # Of one that asks for a single token nobody reads what is kept, so that it is not evicted.
@@ -186,7 +189,7 @@ class Learning:
             max_tokens=2,
             ignore_eos=True,
             detokenize=False,
-            extra_args={"kv_eviction": TEACHER, "kv_eviction_keep": 0.5},
+            extra_args={"kv_eviction": policy, "kv_eviction_keep": 0.5},
         )
         self._llm.generate([{"prompt_token_ids": text} for text in texts], params, use_tqdm=False)
 
@@ -209,13 +212,26 @@ class Learning:
         print(" ".join(f"{r2:.2f}" for r2 in facts.r2), flush=True)
         return learned.LearnedScore(facts=facts, weight_LHX=weight_LHX)
 
+    def _balanced(self, score: learned.LearnedScore, held_back: list[list[int]]) -> learned.LearnedScore:
+        """The score on the window's scale, by what both say of texts that were held back."""
+        self._load(score)
+        for first in range(0, len(held_back), BATCH):
+            self._show(held_back[first : first + BATCH], JOINED)
+        of_ranks = self._llm.collective_rpc("balance")
+        balance = math.exp(fmean(map(math.log, of_ranks)))
+        print(f"balance with the window's scores: {balance:.3g}", flush=True)
+        return score.model_copy(update={"facts": score.facts.model_copy(update={"balance": balance})})
+
+    def _load(self, score: learned.LearnedScore) -> None:
+        unchecked = self._state.folder / "unchecked.safetensors"
+        score.save(unchecked)
+        self._llm.collective_rpc("load_learned", args=(str(unchecked),))
+
     def _checked(self, score: learned.LearnedScore, held_back: list[list[int]]) -> learned.LearnedScore:
         """The score, and in its facts what it does beside halokv."""
         from tqdm import tqdm
 
-        unchecked = self._state.folder / "unchecked.safetensors"
-        score.save(unchecked)
-        self._llm.collective_rpc("load_learned", args=(str(unchecked),))
+        self._load(score)
         rng, room = random.Random(self._args.seed), self._args.max_model_len
         answers = [
             learn_checks.ask(self._llm, learn_checks.questions(text, self._encoder, rng, room))

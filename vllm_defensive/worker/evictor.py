@@ -13,7 +13,7 @@ from vllm_defensive import audit
 from vllm_defensive.compat.base import get_logger
 from vllm_defensive.counts import WorkerReport
 from vllm_defensive.plan import Eviction, Score
-from vllm_defensive.policy import ReduceHeads, Selection
+from vllm_defensive.policy import PRESETS, LayerScores, Policy, ReduceHeads, Selection
 from vllm_defensive.settings.engine import EvictionConfig
 from vllm_defensive.worker.learned import LearnedWeights, Lessons
 from vllm_defensive.worker.projections import Projections
@@ -21,6 +21,9 @@ from vllm_defensive.worker.report import pages_by_decile
 from vllm_defensive.worker.window import IncompleteError
 
 logger = get_logger("kv_eviction")
+
+# Two scores that compete: while one is learned, what both say is compared.
+JOINED, JOINED_PARTS = "learned-halokv", ("halokv", "learnedkv")
 
 
 class Evictor(ABC):
@@ -55,6 +58,10 @@ class Evictor(ABC):
     @abstractmethod
     def _score(self, score: Score) -> Any:
         """Weigh a request's tokens, for `_pack`. Raises IncompleteError if what that takes was not seen."""
+
+    @abstractmethod
+    def _scores_by(self, scored: Any, policy: Policy) -> list[LayerScores]:
+        """What another policy, which reads no more than the one it was scored by, says of a request."""
 
     @abstractmethod
     def _pack(self, scored: Any, eviction: Eviction) -> Selection:
@@ -92,7 +99,9 @@ class Evictor(ABC):
     def score(self, score: Score) -> None:
         """Weigh a request's tokens and keep the result until it is packed or forgotten."""
         try:
-            self._scored[score.request_id] = self._score(score)
+            self._scored[score.request_id] = scored = self._score(score)
+            if self.lessons is not None and score.policy == JOINED:
+                self.lessons.compare(*(self._scores_by(scored, PRESETS[name]) for name in JOINED_PARTS))
         except self._reasons as error:
             self._cancel(score.request_id, error)
 
@@ -118,8 +127,19 @@ class Evictor(ABC):
             self._scored.pop(request_id, None)
 
     def forget_weights(self) -> None:
-        """The model has other weights now: what was derived from the old ones is not used again."""
+        """The model may have other weights now: what was derived from the old ones is not used again, but for a learned
+        score, which still says more than none."""
         self._projections.forget()
+        if self.learned is not None:
+            logger.warning_once(
+                "KV eviction: the model's weights may have changed, and its learned score is still the old one; make "
+                "another one, and load it with collective_rpc('load_learned', args=(FILE,))"
+            )
+            self._report.stale_score = True
+
+    def go_by(self, learned: LearnedWeights) -> None:
+        """Use this learned score from now on."""
+        self.learned, self._report.stale_score = learned, False
 
     def take_report(self) -> WorkerReport:
         """What was done since the last call."""

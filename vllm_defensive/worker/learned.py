@@ -9,12 +9,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_defensive.learned import LearnedScore
+from vllm_defensive.policy import LayerScores
 from vllm_defensive_kernels.learned import SINKS, Rotation, foretold_peaks, unrotate
 
 FLOOR = 1e-6
 """Attention below this is as good as none; without a floor, logarithms of nothing would be what is learned."""
 RIDGE = 0.003
 """Of the standardised features, a token."""
+NO_SPREAD = 1e-4
+"""A feature that varies by less of its size is taken as constant: what is left of its variance is rounding."""
 
 
 class LearnedWeights:
@@ -24,17 +27,17 @@ class LearnedWeights:
         self, score: LearnedScore, rotations: Sequence[Rotation | None], heads: slice, device: torch.device | str
     ) -> None:
         self.weight_LHX = score.weight_LHX[:, heads].to(device).contiguous()
-        self.rotations = rotations
+        self.rotations, self.balance = rotations, score.facts.balance
 
     def peaks(self, layer: int, key_HTD: Tensor, value_HTD: Tensor) -> Tensor:
-        """fp32 `[H, T]` of the first T tokens of a request. The values of the first of them may be missing: such tokens
-        have zero."""
+        """What a second look would see, on the window's scale: fp32 `[H, T]`, of the first T tokens of a request. The
+        values of the first of them may be missing: such tokens have zero."""
         tokens, there = key_HTD.shape[1], value_HTD.shape[1]
         position_T = torch.arange(tokens - there, tokens, device=key_HTD.device)
         found_HT = foretold_peaks(
             key_HTD[:, tokens - there :], value_HTD, position_T, self.weight_LHX[layer], self.rotations[layer]
         )
-        return torch.nn.functional.pad(found_HT, (tokens - there, 0))
+        return torch.nn.functional.pad(found_HT.mul_(self.balance), (tokens - there, 0))
 
 
 class Lessons:
@@ -54,6 +57,7 @@ class Lessons:
         self._held_LHYY = torch.zeros_like(self._gram_LHYY)
         self.held_back = False
         """Whether what comes now is held back."""
+        self._ratios: list[Tensor] = []
 
     def add(self, layer: int, key_HTD: Tensor, value_HTD: Tensor, peak_HT: Tensor) -> None:
         """The tokens of a whole text, from its first on."""
@@ -61,9 +65,26 @@ class Lessons:
         key_HTD = unrotate(key_HTD, position_T, self._rotations[layer])
         one_HT1 = torch.ones_like(key_HTD[..., :1])
         target_HT1 = peak_HT.clamp_min(FLOOR).log().unsqueeze(-1)
-        row_HTY = torch.cat([key_HTD, value_HTD.float(), one_HT1, target_HT1], dim=-1)[:, SINKS:]
+        # In fp64: keys with a bias are far from zero, beside how much they vary.
+        row_HTY = torch.cat([key_HTD, value_HTD.float(), one_HT1, target_HT1], dim=-1)[:, SINKS:].double()
         sums = self._held_LHYY if self.held_back else self._gram_LHYY
-        sums[layer] += (row_HTY.mT @ row_HTY).double().cpu()
+        sums[layer] += (row_HTY.mT @ row_HTY).cpu()
+
+    def compare(self, window: Sequence[LayerScores], foretold: Sequence[LayerScores]) -> None:
+        """What both say of one text, all layers."""
+        ends = [best_quarter(torch.cat([scores.scores_HE.flatten() for scores in some])) for some in (window, foretold)]
+        self._ratios.append((ends[0] / ends[1]).cpu())
+
+    @property
+    def balance(self) -> float:
+        """What brings foretold scores onto the window's scale: the geometric mean over the texts compared so far of the
+        ratio of what the best quarter of all tokens and heads has at least. 1 without any.
+
+        Foretold attention is that of queries which look for the very token: nearly everywhere larger than the window's,
+        so that the larger of the two, as they are, would hardly ever be the window's.
+        """
+        ratios = [ratio for ratio in self._ratios if ratio.isfinite() and ratio > 0]
+        return float(torch.stack(ratios).log().mean().exp()) if ratios else 1.0
 
     def save(self, path: str) -> None:
         """Write the sums so far into a safetensors file. Raises OSError, or SafetensorError."""
@@ -86,6 +107,12 @@ class Lessons:
         return weight_LHX.float(), foretold_share(self._held_LHYY, weight_LHX)
 
 
+def best_quarter(score_X: Tensor) -> Tensor:
+    """The least of the best quarter of all that are finite."""
+    score_X = score_X[score_X.isfinite()]
+    return score_X.topk(max(1, len(score_X) // 4)).values[-1]
+
+
 def solve(gram_LHYY: Tensor) -> Tensor:
     """Ridge regression on standardised features, in closed form. fp64 `[..., Y, Y]` -> `[..., X]`, the constant last.
 
@@ -95,7 +122,9 @@ def solve(gram_LHYY: Tensor) -> Tensor:
     mean_LHF = gram_LHYY[..., :-2, -2] / count
     target_mean = gram_LHYY[..., -1, -2, None] / count
     covariance = gram_LHYY[..., :-2, :-2] / count[..., None] - mean_LHF[..., :, None] * mean_LHF[..., None, :]
-    spread_LHF = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt() + FLOOR
+    size_LHF = (gram_LHYY.diagonal(dim1=-2, dim2=-1)[..., :-2] / count).sqrt()
+    spread_LHF = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    spread_LHF = torch.maximum(spread_LHF, NO_SPREAD * size_LHF).clamp_min(FLOOR)
     correlation = covariance / (spread_LHF[..., :, None] * spread_LHF[..., None, :])
     correlation.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
     with_target = (gram_LHYY[..., :-2, -1] / count - mean_LHF * target_mean) / spread_LHF

@@ -116,14 +116,16 @@ class EvictionWorker(Worker):
         heads = first.num_kv_heads
         learned.check_shape(score, path, len(self._attention_layers), ranks * heads, first.head_size)
         rotations, own = self._rotations(score.facts.turned), slice(rank * heads, (rank + 1) * heads)
-        self._evictor.learned = LearnedWeights(score, rotations, own, first.kv_cache.device)
+        self._evictor.go_by(LearnedWeights(score, rotations, own, first.kv_cache.device))
+        facts = learned.summary(score, path)
+        logger.info("KV eviction goes by a learned score: %s", ", ".join(f"{k} {v}" for k, v in facts.items()))
 
     def _rotations(self, turned: Sequence[bool] | None) -> list[Rotation | None]:
         names, layers = self._attention_names, self._attention_layers
         found = Rotations(self.model_runner.get_model(), names, layers[0].head_size, turned)
         return [found.of(layer) for layer in range(len(names))]
 
-    # -- called by `python -m vllm_defensive.learn`, on every rank ----------------------------------------------------
+    # -- called by `python -m vllm_defensive.learn`, on every rank -----------------------------------------------------
 
     def watch_rotation(self) -> str | None:
         """From now on it is seen which layers turn their keys. Returns why the model's keys cannot be had, or None."""
@@ -159,6 +161,10 @@ class EvictionWorker(Worker):
     def save_lessons(self, sums: str) -> None:
         """Write this rank's sums into its file of this name. Raises OSError."""
         self._lessons.save(self._own(sums))
+
+    def balance(self) -> float:
+        """What follows from the texts that have been evicted by both scores, this one's and the window's."""
+        return self._lessons.balance
 
     def learned_so_far(self) -> bytes:
         """What follows from the texts so far, as a safetensors file: weight_LHX and r2_LH, of this rank's heads, and

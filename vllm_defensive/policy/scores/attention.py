@@ -21,7 +21,7 @@ def accumulated(policy: Policy, layer: Layer) -> Tensor:
 
 @aggregate("echo", reads="echo")
 def echo(policy: Policy, layer: Layer) -> Tensor:
-    """The most that any query pays to a token as the model repeats the prompt (KVzip, arXiv 2505.23416), or would."""
+    """The most that a query pays to a token while the model repeats the prompt (KVzip, arXiv 2505.23416), or would."""
     assert layer.echo_HS is not None and layer.echo_HS.shape == layer.key_HSD.shape[:2], (
         f"{policy.name} needs a second pass over the prompt"
     )

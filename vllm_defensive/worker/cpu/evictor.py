@@ -100,6 +100,11 @@ class CPUEvictor(Evictor):
             key_HTD, value_HTD = self._read(whole, layer, room)
             lessons.add(layer, key_HTD[:, :stop], value_HTD[:, :stop], peak_HT[:, :stop])
 
+    def _scores_by(self, scored: Scored, policy: Policy) -> list[LayerScores]:
+        other = replace(scored, policy=policy, layers=[], read=[])
+        self._score_all(other)
+        return other.layers
+
     def _score_all(self, scored: Scored) -> None:
         """Layers share one budget: every one is scored before the first is packed. What was read for the one is kept
         for the other, unless that takes too much memory."""

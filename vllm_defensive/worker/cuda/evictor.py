@@ -35,6 +35,7 @@ from vllm_defensive.worker.cuda import launches
 from vllm_defensive.worker.cuda.launches import EchoRow
 from vllm_defensive.worker.cuda.runtime import CUDARuntime
 from vllm_defensive.worker.evictor import Evictor
+from vllm_defensive.worker.learned import Lessons
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.report import layer_deciles
 from vllm_defensive_kernels import RaggedTokens
@@ -46,9 +47,10 @@ LONG_PROMPT = 8192 + 256  # `window.tiling` changes at 8192 scored tokens
 
 
 def kernels_know(policy: Policy) -> bool:
-    """Whether the kernels have what the policy asks of attention and values; the rest is arithmetic on scores."""
+    """Whether the kernels have what the policy asks of attention, keys and values; the rest is arithmetic on scores."""
+    foretold = policy.aggregate == "echo" and policy.learned
     pools = policy.pool == "mean" and policy.pool_kernel in KERNEL_POOLS
-    return policy.aggregate in KERNEL_AGGREGATES and pools and policy.value_weight in KERNEL_WEIGHTS
+    return (policy.aggregate in KERNEL_AGGREGATES or foretold) and pools and policy.value_weight in KERNEL_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,8 @@ class CUDAEvictor(Evictor):
         policy, peak_LHS, window_LWQD = PRESETS[score.policy], None, None
         if policy.reconstructs:
             peak_LHS = self._runtime.reconstructions.pop(score.request_id, score.region)
+            if self.lessons is not None:
+                self._teach(self.lessons, score, peak_LHS)
         if policy.needs_window:
             window_LWQD = self._runtime.windows.pop(score.request_id)
         return self._weigh(score, window_LWQD, peak_LHS)
@@ -173,6 +177,17 @@ class CUDAEvictor(Evictor):
             value_tokens = RaggedTokens.of([max(scored - first_value * region.block_tokens, 0)], device)
         prompt = Prompt(score, policy, window_LWQD, peak_LHS, table_1B, tokens, value_table_1B, value_tokens)
         return Scored(prompt, self._scores(prompt))
+
+    def _scores_by(self, scored: Scored, policy: Policy) -> list[LayerScores]:
+        window_LWQD = scored.prompt.window_LWQD if policy.needs_window else None
+        return self._scores(replace(scored.prompt, policy=policy, window_LWQD=window_LWQD))
+
+    def _teach(self, lessons: Lessons, score: Score, peak_LHS: Tensor) -> None:
+        table_1B = compat.to_device(score.source_blocks, self._pages.key_PND.device)[None]
+        for layer, (peak_HS, scales) in enumerate(zip(peak_LHS, self._scales, strict=True)):
+            parts = (self._pages.key_PND, scales.key), (self._pages.value_PND, scales.value)
+            key_HSD, value_HSD = (self._read(table_1B, score.region.stop, layer, *part) for part in parts)
+            lessons.add(layer, key_HSD, value_HSD, peak_HS)
 
     def _pack(self, scored: Scored, eviction: Eviction) -> Selection:
         selection, fresh_K = self._copy(scored, eviction.packing)
@@ -203,11 +218,28 @@ class CUDAEvictor(Evictor):
 
     def _score_some(self, prompt: Prompt, group: slice, weighed: bool) -> list[LayerScores]:
         """A group of layers, their attention in one launch. weighed: by the norms of their values."""
-        policy, window, scales = prompt.policy, prompt.score.region.window, self._scales[group.start]
-        assert prompt.window_LWQD is not None, "of policies whose formula the kernels have"
-        observed = launches.observe(
+        policy, peak_LHT = prompt.policy, self._peaks(prompt, group)
+        if prompt.window_LWQD is None:
+            assert peak_LHT is not None, "of policies whose formula the kernels have"
+            attention = Attention(peak_LHT)
+        else:
+            attention = replace(self._observe(prompt, prompt.window_LWQD, group), echo_HT=peak_LHT)
+        return settle(
             policy,
-            prompt.window_LWQD,
+            attention,
+            self._norms(prompt, range(group.start, group.stop)) if weighed else None,
+            window=prompt.score.region.window,
+            keep_ratio=prompt.score.keep,
+            evictable=prompt.score.region.tokens,
+            reduce_heads=self._reduce_heads,
+        ).apart()
+
+    def _observe(self, prompt: Prompt, window_LWQD: Tensor, group: slice) -> Attention:
+        """What the window's queries say of a group of layers."""
+        scales = self._scales[group.start]
+        observed = launches.observe(
+            prompt.policy,
+            window_LWQD,
             self._pages,
             group,
             prompt.table_1B,
@@ -215,18 +247,31 @@ class CUDAEvictor(Evictor):
             scale=scales.logits,
             key_scale=scales.key,
         )
-        attention = Attention.of(policy, observed.score_LHT, observed.mean_LHT, window)
+        return Attention.of(prompt.policy, observed.score_LHT, observed.mean_LHT, prompt.score.region.window)
+
+    def _peaks(self, prompt: Prompt, group: slice) -> Tensor | None:
+        """What a second look saw, or would see, in a group of layers: fp32 `[L, H, T]`; None without either."""
         if prompt.peak_LHS is not None:
-            attention = replace(attention, echo_HT=prompt.peak_LHS[group, :, : prompt.tokens.total])
-        return settle(
-            policy,
-            attention,
-            self._norms(prompt, range(group.start, group.stop)) if weighed else None,
-            window=window,
-            keep_ratio=prompt.score.keep,
-            evictable=prompt.score.region.tokens,
-            reduce_heads=self._reduce_heads,
-        ).apart()
+            return prompt.peak_LHS[group, :, : prompt.tokens.total]
+        if not prompt.policy.learned:
+            return None
+        assert self.learned is not None, f"{prompt.policy.name} needs a learned score"
+        shape = (group.stop - group.start, self._pages.num_kv_heads, prompt.tokens.total)
+        peak_LHT = torch.empty(shape, dtype=torch.float32, device=prompt.table_1B.device)
+        for layer, peak_HT in enumerate(peak_LHT, group.start):
+            scales = self._scales[layer]
+            launches.foretell(
+                self.learned.weight_LHX[layer],
+                self.learned.rotations[layer],
+                self._pages,
+                layer,
+                prompt.table_1B,
+                prompt.tokens,
+                key_scale=scales.key,
+                value_scale=scales.value,
+                out_HT=peak_HT,
+            )
+        return peak_LHT.mul_(self.learned.balance)
 
     def _norms(self, prompt: Prompt, layers: range) -> Tensor:
         """Value norms of neighbouring layers, fp32 `[L, H, T]`."""
@@ -253,13 +298,20 @@ class CUDAEvictor(Evictor):
         """For policies that read no tensor of the model, and formulas that the kernels do not have."""
         policy, scales = prompt.policy, self._scales[layer]
         window_LWQD, peak_LHS = prompt.window_LWQD, prompt.peak_LHS
+        where = prompt.table_1B, prompt.score.region.stop, layer
+        key_HSD = self._read(*where, self._pages.key_PND, scales.key if policy.needs_keys else None)
+        value_HSD = self._read(*where, self._pages.value_PND, scales.value if policy.needs_values else None)
+        echo_HS = None if peak_LHS is None else peak_LHS[layer]
+        if policy.learned:
+            assert self.learned is not None, f"{policy.name} needs a learned score"
+            echo_HS = self.learned.peaks(layer, key_HSD, value_HSD)
         return score_layer(
             policy,
             layer=layer,
             query_WQD=window_LWQD[layer] if window_LWQD is not None and policy.needs_queries else None,
-            echo_HS=None if peak_LHS is None else peak_LHS[layer],
-            key_HSD=self._read(prompt, layer, self._pages.key_PND, scales.key if policy.needs_keys else None),
-            value_HSD=self._read(prompt, layer, self._pages.value_PND, scales.value if policy.needs_values else None),
+            echo_HS=echo_HS,
+            key_HSD=key_HSD,
+            value_HSD=value_HSD,
             output_QDM=self._projections.slices(layer) if policy.needs_projection else None,
             factor_QDC=self._projections.factor(layer) if policy.value_weight == "l2-gram" else None,
             scale=scales.logits,
@@ -270,13 +322,13 @@ class CUDAEvictor(Evictor):
             first_head=self._rank[0] * self._pages.num_kv_heads,
         )
 
-    def _read(self, prompt: Prompt, layer: int, data_PND: Tensor, scale: float | None) -> Tensor:
-        """Keys or values of the prompt, `[H, S, D]`, those of fp8 in fp32 and multiplied by `scale`; without one, of
+    def _read(self, table_1B: Tensor, stop: int, layer: int, data_PND: Tensor, scale: float | None) -> Tensor:
+        """Keys or values of a prompt, `[H, S, D]`, those of fp8 in fp32 and multiplied by `scale`; without one, of
         that shape and no more: nobody looks at them."""
-        heads, stop = self._pages.num_kv_heads, prompt.score.region.stop
+        heads = self._pages.num_kv_heads
         if scale is None:
             return data_PND.new_empty(1).expand(heads, stop, self._pages.head_size)
         heads_H1 = torch.arange(heads, device=data_PND.device)[:, None]
-        page_HB = self._pages.page_of(layer, heads_H1, prompt.table_1B)
+        page_HB = self._pages.page_of(layer, heads_H1, table_1B)
         data_HSD = data_PND[page_HB].flatten(1, 2)[:, :stop]
         return data_HSD if data_HSD.dtype.itemsize > 1 else data_HSD.float() * scale

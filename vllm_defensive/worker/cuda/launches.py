@@ -19,12 +19,14 @@ from vllm_defensive_kernels import (
     RaggedTokens,
     WindowScores,
     compact,
+    learned_scores,
     list_kept,
     ragged_paged_decode,
     reconstruction_scores,
     value_norm,
     window_scores,
 )
+from vllm_defensive_kernels.learned import Rotation
 
 # Of several layers in one go: 8K tokens of all layers of a Llama-3.1-8B twice over. More of them would take more memory
 # (see `memory.py`).
@@ -129,6 +131,24 @@ def weigh(
     """One layer's value norms into out_HT. weights: the projection's slices, or their factor where the policy says."""
     order = 2 if policy.value_weight == "l2-gram" else 1
     value_norm(pages, layer, table_1B, tokens, weights, order=order, value_scale=value_scale, out_HT=out_HT)
+
+
+def foretell(
+    weight_HX: Tensor,
+    rotation: Rotation | None,
+    pages: PagedKV,
+    layer: int,
+    table_1B: Tensor,
+    tokens: RaggedTokens,
+    *,
+    key_scale: float,
+    value_scale: float,
+    out_HT: Tensor,
+) -> None:
+    """One layer's learned scores, by this rank's weights, into out_HT."""
+    learned_scores(
+        pages, layer, table_1B, tokens, weight_HX, rotation, key_scale=key_scale, value_scale=value_scale, out_HT=out_HT
+    )
 
 
 def choose(policy: Policy, scores: Sequence[LayerScores], packing: Packing) -> Selection:
