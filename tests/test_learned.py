@@ -105,9 +105,19 @@ def test_a_models_own_file_is_found_the_users_before_the_packages(
     monkeypatch.setattr(learned, "PACKAGED", tmp_path / "packaged")
     name = learned.fingerprint(str(model))
     random_score(model, tmp_path / "packaged" / f"{name}.safetensors", 2, 3, 16)
-    assert learned.find(str(model)) == tmp_path / "packaged" / f"{name}.safetensors"
-    random_score(model, learned.path_for(str(name)), 2, 3, 16)
-    assert learned.find(str(model)) == cache / "kv_eviction" / f"{name}.safetensors"
+    packaged = str(tmp_path / "packaged" / f"{name}.safetensors")
+    assert path_found(model) == packaged
+    own = random_score(model, learned.path_for(str(name)), 2, 3, 16, seed=1)
+    found = learned.find(str(model))
+    assert found is not None and found[0] == str(cache / "kv_eviction" / f"{name}.safetensors")
+    assert torch.equal(found[1].weight_LHX, own.weight_LHX)
+    learned.path_for(str(name)).write_bytes(b"spoilt")
+    assert path_found(model) == packaged, "one that is spoilt is passed over"
+
+
+def path_found(model: Path) -> str | None:
+    found = learned.find(str(model))
+    return None if found is None else found[0]
 
 
 def test_settings_are_given_the_file_or_refused(model: Path, cache: Path, tmp_path: Path) -> None:
@@ -123,7 +133,13 @@ def test_settings_are_given_the_file_or_refused(model: Path, cache: Path, tmp_pa
     path = learned.path_for(str(learned.fingerprint(str(model))))
     random_score(model, path, 2, 3, 16)
     found = startup.with_learned_score(auto, arguments(model))
-    assert found.learned == str(path) and found.meant("auto") == "learned-halokv"
+    assert found.learned == str(path) and found.meant("auto") == found.meant("auto", boundary=True) == "learned-halokv"
+    score = learned.load(path)
+    learned.LearnedScore(facts=score.facts.model_copy(update={"later_only": True}), weight_LHX=score.weight_LHX).save(
+        path
+    )
+    later = startup.with_learned_score(auto, arguments(model))
+    assert later.meant("auto") == "halokv" and later.meant("auto", boundary=True) == "learned-halokv"
     other = tmp_path / "other"
     other.mkdir()
     save_file({"w": torch.randn(300, 300)}, other / "model.safetensors")

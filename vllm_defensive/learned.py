@@ -25,6 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from vllm_defensive.compat.base import get_logger
+
+logger = get_logger("kv_eviction")
+
 VERSION = 1
 """Of the formula that the weights are for; grows when the same weights would mean another score."""
 COMMAND = "python -m vllm_defensive.learn"
@@ -53,6 +57,8 @@ class Facts(BaseModel):
     """What foretold attention is multiplied by, so that it competes with the window's on one scale."""
     r2: list[float]
     """Of each layer, the share of the logarithm's variance that is foretold on texts that were held back."""
+    later_only: bool = False
+    """Whether it was found to be for questions that come later only, beside the window's score too."""
     checks: dict[str, float] = {}
     """What was measured with it, by name."""
 
@@ -139,12 +145,18 @@ def path_for(fingerprint: str) -> Path:
     return Path(envs.VLLM_CACHE_ROOT) / "kv_eviction" / f"{fingerprint}.safetensors"
 
 
-def find(model: str, revision: str | None = None, cache: str | None = None) -> Path | None:
-    """The file of a model, learned by the user or part of this package. None: there is none."""
+def find(model: str, revision: str | None = None, cache: str | None = None) -> tuple[str, LearnedScore] | None:
+    """The file of a model, learned by the user or part of this package, and what is in it. None: there is none, or it
+    cannot be used any more, which is said in a warning."""
     if (of_model := fingerprint(model, revision, cache)) is None:
         return None
-    candidates = (path_for(of_model), PACKAGED / f"{of_model}.safetensors")
-    return next((path for path in candidates if path.is_file()), None)
+    for path in (path_for(of_model), PACKAGED / f"{of_model}.safetensors"):
+        if path.is_file():
+            try:
+                return str(path), load(path)
+            except ValueError as error:
+                logger.warning("KV eviction goes on without: %s", error)
+    return None
 
 
 def check(score: LearnedScore, path: str, of_model: str | None) -> None:

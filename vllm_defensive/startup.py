@@ -7,10 +7,12 @@ from typing import Any
 from vllm_defensive import learned, platforms
 from vllm_defensive.compat import contract
 from vllm_defensive.compat import serving as patches
+from vllm_defensive.compat.base import get_logger
 from vllm_defensive.platforms import refusal
-from vllm_defensive.settings.engine import KEY, EvictionConfig, option_name, parse
+from vllm_defensive.settings.engine import AUTO, KEY, EvictionConfig, option_name, parse
 from vllm_defensive.tools import learn
 
+logger = get_logger("kv_eviction")
 SCHEDULER = "vllm_defensive.engine.scheduler.make_scheduler"
 
 
@@ -62,27 +64,35 @@ def with_learned_score(settings: EvictionConfig, engine_args: Any) -> EvictionCo
     Where there is none and the settings say so it is made here, before anything of the engine is there: in the process
     that asked for the engine, or, of several API servers, in the one that starts them, whose file the others find.
 
-    Raises ValueError for a file that is none or another model's, for settings that go by one where there is none, and
-    if it could not be made.
+    Raises ValueError for a file that was named and is none or another model's, for settings that go by one where there
+    is none, and if it could not be made.
     """
     if settings.learning is not None:
         return settings
     model, place = engine_args.model, (engine_args.revision, engine_args.download_dir)
     if settings.learned is not None:
-        learned.check(learned.load(settings.learned), settings.learned, learned.fingerprint(model, *place))
-        return settings
+        score = learned.load(settings.learned)
+        learned.check(score, settings.learned, learned.fingerprint(model, *place))
+        return going_by(settings, settings.learned, score)
     if (found := learned.find(model, *place)) is None and settings.learn:
         learn.in_own_process(engine_args)
         found = learned.find(model, *place)
     if found is not None:
-        return settings.model_copy(update={"learned": str(found)})
+        return going_by(settings, *found)
     wanted = [("score", str(settings.score)), ("policy", settings.policy)]
     wanted += [("policies", policy) for policy in settings.policies or ()]
     for field, value in wanted:
         if value == "learned" or not settings.is_there(value):
             way_out = f"{model} has no learned score yet; make it with {learned.COMMAND} {model}"
             raise ValueError(f"{option_name(field)}={value}: {way_out}")
+    if AUTO in settings.choices:
+        logger.info_once("KV eviction: no learned score for %s, make one with %s %s", model, learned.COMMAND, model)
     return settings
+
+
+def going_by(settings: EvictionConfig, path: str, score: learned.LearnedScore) -> EvictionConfig:
+    """The settings, with this learned score."""
+    return settings.model_copy(update={"learned": path, "later_only": score.facts.later_only or None})
 
 
 def add_echo_slot(vllm_config: Any, settings: EvictionConfig | None) -> None:

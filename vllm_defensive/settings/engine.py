@@ -54,6 +54,9 @@ class EvictionConfig(BaseModel):
         None,
         description="set by that command alone: a learned score is made in this engine, which goes by it afterwards",
     )
+    later_only: Literal[True] | None = Field(
+        None, description="set from the learned score: auto goes by it where a request names a boundary only"
+    )
     keep: float = Field(0.2, gt=0, le=1, description="fraction of each prompt's KV cache to keep")
     window: int = Field(
         32, ge=1, description="observation window: the last prompt tokens, whose attention scores all others"
@@ -133,7 +136,8 @@ class EvictionConfig(BaseModel):
             return policy
         by = self.score if score is None else score
         if by == "auto":
-            by = "learned" if self.learned is not None else "reconstruct" if boundary else "window"
+            learned = self.learned is not None and (boundary or not self.later_only)
+            by = "learned" if learned else "reconstruct" if boundary else "window"
         return AUTO_POLICIES[by]
 
     def allows(self, policy: str) -> bool:
@@ -160,7 +164,7 @@ class EvictionConfig(BaseModel):
         return region.budget_blocks(self.keep if keep is None else keep)
 
 
-FLAGS = tuple(name for name in EvictionConfig.model_fields if name != "learning")
+FLAGS = tuple(name for name in EvictionConfig.model_fields if name not in ("learning", "later_only"))
 """The fields that users set, each of which has a flag."""
 
 
@@ -220,6 +224,7 @@ _ALLOWED = {
     "learned": lambda: "name a file",
     "learn": lambda: "choose true or false",
     "learning": lambda: "leave it out",
+    "later_only": lambda: "leave it out",
     "keep": lambda: "choose a value in (0, 1]",
     "window": lambda: "choose a whole number of tokens, 1 or more",
     "min_tokens": lambda: "choose a whole number of tokens, 1 or more",

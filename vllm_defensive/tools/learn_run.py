@@ -239,7 +239,10 @@ class Learning:
         ]
         checks = learn_checks.means(answers)
         print(learn_checks.table(checks), flush=True)
-        return score.model_copy(update={"facts": score.facts.model_copy(update={"checks": checks})})
+        found = {"checks": checks, "later_only": learn_checks.later_only(checks)}
+        if found["later_only"]:
+            print("auto will take it behind boundaries only: with the question in the window halokv is better")
+        return score.model_copy(update={"facts": score.facts.model_copy(update=found)})
 
 
 def _writing(*args: Any, **settings: Any) -> Any:
