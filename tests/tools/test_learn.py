@@ -155,15 +155,16 @@ def shared_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def stopping_at(batch: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A signal comes while the engine has this batch. Returns what grows by the size of each batch."""
-    seen, original = [], learn_run.Learning._teach
+    seen, original = [], learn_run.Learning._show
 
-    def teach(self: Any, texts: Any) -> None:
-        original(self, texts)
-        seen.append(len(texts))
+    def show(self: Any, texts: Any, policy: str) -> None:
+        original(self, texts, policy)
+        if policy == learn_run.TEACHER:
+            seen.append(len(texts))
         if len(seen) == batch:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(learn_run.Learning, "_teach", teach)
+    monkeypatch.setattr(learn_run.Learning, "_show", show)
     return seen
 
 
@@ -195,6 +196,7 @@ def test_the_command_is_stopped_goes_on_and_a_server_finds_what_it_wrote(
     assert str(found) in said and "question comes later, 0.2" in said and "R2 on texts held back" in said
     score = learned.load(found)
     assert score.facts.tokens == 18 * (256 - 4) and score.facts.turned == [True] * 3
+    assert 0 < score.facts.balance < 1 and f"balance with the window's scores: {score.facts.balance:.3g}" in said
     assert len(score.facts.checks) == 3 * 2 * 3 and all(kl > 0 for kl in score.facts.checks.values())
 
     assert learn.main([*argv, "--no-check", "--out", str(tmp_path / "whole")]) == 0
