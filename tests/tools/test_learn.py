@@ -126,6 +126,8 @@ def test_a_learning_goes_on_from_what_it_wrote_last_and_only_its_own(tmp_path: P
         assert state.load() == (texts, 2) == State(out, "this").load()
         assert State(out, "that").load() is None
         assert [file.name for file in state.folder.glob("sums*")] == ["sums-2.rank0.safetensors"]
+        Path(f"{state.sums(2)}.rank0.safetensors").unlink()
+        assert state.load() is None, "without its sums it is worth nothing"
         state.remove()
         assert not state.folder.exists()
     with state.locked():

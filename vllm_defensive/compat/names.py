@@ -24,7 +24,13 @@ SERVING: dict[str, dict[str, str | None]] = {
     "vllm.engine.arg_utils": {
         "EngineArgs.add_cli_args": "parser",  # P1
         "EngineArgs.create_engine_config": "...",  # P2
-        **_has("EngineArgs", "additional_config scheduler_cls worker_cls block_size"),
+        **_has(
+            "EngineArgs",
+            "additional_config scheduler_cls worker_cls block_size disable_log_stats download_dir enforce_eager "
+            "logits_processors max_model_len model revision seed",
+        ),
+        "EngineArgs.create_model_config": "",  # this and what follows: the command that learns a score
+        "EngineArgs.from_cli_args": "args",
         "AsyncEngineArgs": None,
     },
     "vllm.v1.engine.input_processor": {
@@ -35,6 +41,13 @@ SERVING: dict[str, dict[str, str | None]] = {
     "vllm.multimodal.inputs": {
         **_has("MultiModalFeatureSpec", "modality mm_position"),
         **_has("PlaceholderRange", "offset length"),
+    },
+    "vllm.utils.argparse_utils": {"FlexibleArgumentParser": None},
+    "vllm.entrypoints.llm": {
+        "LLM.__init__": "model, ...",
+        "LLM.generate": "prompts, sampling_params, use_tqdm, ...",
+        "LLM.collective_rpc": "method, timeout, args, ...",
+        "LLM.get_tokenizer": "",
     },
     "vllm.sampling_params": _has("SamplingParams", "extra_args stop"),
     "vllm.v1.metrics.loggers": {
@@ -302,6 +315,13 @@ CPU: dict[str, dict[str, str | None]] = {
         ),
     },
     "vllm.envs": {"VLLM_CPU_ATTN_SPLIT_KV": None},
+    "vllm.v1.sample.logits_processor.interface": {
+        "LogitsProcessor.__init__": "vllm_config, device, is_pin_memory",
+        "LogitsProcessor.is_argmax_invariant": "",
+        "LogitsProcessor.update_state": "batch_update",
+        "LogitsProcessor.apply": "logits",
+    },
+    "vllm.v1.sample.logits_processor.builtin": {"process_dict_updates": "req_entries, batch_update, new_state"},
 }
 
 _BUILD = "common_prefix_len, common_attn_metadata, fast_build"
@@ -348,6 +368,13 @@ CUDA: dict[str, dict[str, str | None]] = {
     "vllm.v1.attention.backends.flash_attn": _stock("FlashAttention"),
     "vllm.v1.attention.backends.triton_attn": _stock("TritonAttention"),
     "vllm.v1.attention.backends.fa_utils": {"get_flash_attn_version": "..."},
+    "vllm.v1.worker.gpu.sample.logits_processor.interface": {
+        "LogitsProcessor.__init__": "vllm_config, req_states",
+        "LogitsProcessor.add_request": "req_idx, sampling_params",
+        "LogitsProcessor.apply": "logits, ctx",
+        **_has("LogitsContext", "idx_mapping_np seq_lens_upper_bound_np"),
+        **_has("LogitsProcRequestState", "prompt_len"),
+    },
     "vllm.utils.torch_utils": {"async_tensor_h2d": "data, device, dtype, out"},
 }
 

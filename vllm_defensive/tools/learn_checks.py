@@ -105,7 +105,7 @@ def _settings() -> Iterator[tuple[str, str, float]]:
 
 
 def _force(llm: Any, jobs: Sequence[tuple[Question, dict[str, Any], dict[str, Any]]]) -> None:
-    from vllm import SamplingParams
+    from vllm.sampling_params import SamplingParams
 
     params = [
         SamplingParams(

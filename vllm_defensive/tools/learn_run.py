@@ -130,7 +130,7 @@ class Learning:
 
     def _write(self, beginnings: list[list[int]]) -> list[list[int]]:
         """Whole texts that the model has written, of these beginnings."""
-        from vllm import SamplingParams
+        from vllm.sampling_params import SamplingParams
 
         params = [
             SamplingParams(
@@ -149,7 +149,7 @@ class Learning:
 
     def _start(self, text: list[int], sums: str | None) -> list[bool]:
         """Have the workers add up from here on. Returns which layers turn their keys."""
-        from vllm import SamplingParams
+        from vllm.sampling_params import SamplingParams
 
         workers = self._llm.collective_rpc
         if (refusal := workers("watch_rotation")[0]) is None:
@@ -181,7 +181,7 @@ class Learning:
 
     def _show(self, texts: Sequence[list[int]], policy: str) -> None:
         """Have the workers evict these texts by a policy."""
-        from vllm import SamplingParams
+        from vllm.sampling_params import SamplingParams
 
         # Of one that asks for a single token nobody reads what is kept, so that it is not evicted.
         params = SamplingParams(
@@ -304,7 +304,7 @@ def fingerprint(engine_args: Any) -> str | None:
 
 @contextmanager
 def _engine(engine_args: Any) -> Iterator[Any]:
-    from vllm import LLM
+    from vllm.entrypoints.llm import LLM
 
     llm = LLM(**vars(engine_args))
     try:

@@ -43,7 +43,9 @@ class State:
         """(the texts, how many of them are done); None: there is nothing to go on from."""
         try:
             state = json.loads(self._file.read_text())
-            return (state["texts"], state["done"]) if state["signature"] == self._signature else None
+            texts, done = state["texts"], state["done"]
+            there = not done or any(self.folder.glob(f"{Path(self.sums(done)).name}.*"))
+            return (texts, done) if there and state["signature"] == self._signature else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

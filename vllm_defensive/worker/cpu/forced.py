@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor
 
 from vllm_defensive.worker.forced import FORCED, Answer, answer_of
 
