@@ -59,11 +59,11 @@ def test_keep_all_equals_stock(
 
 @REFERENCE
 def test_keep_all_equals_stock_when_requests_are_thrown_out(model: Path, kernels: str) -> None:
-    prompts, tokens = random_prompts((40, 41, 45), seed=2), 60
+    prompts, tokens = random_prompts((40, 41, 45), seed=2), 30
     with engine(model, dtype="float32") as llm:
         expected = generate(llm, prompts, tokens)
         assert metrics_of(llm)["vllm:num_preemptions"] == 0
-    small = {"max_model_len": 112, "num_gpu_blocks_override": 19, "dtype": "float32"}
+    small = {"max_model_len": 80, "num_gpu_blocks_override": 12, "dtype": "float32"}
     with engine(model, "keep-all", **small) as llm:
         answers = generate(llm, prompts, tokens)
         assert metrics_of(llm)["vllm:num_preemptions"] > 0

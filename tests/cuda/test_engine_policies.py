@@ -124,7 +124,7 @@ def test_values_that_stay_in_place_are_not_needed(
     model: Path, tmp_path: Path, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with engine(model, "snapkv", dtype="float32", audit=str(tmp_path), enable_prefix_caching=False) as llm:
-        formulas.assert_the_same_without_values_in_place(llm, tmp_path, monkeypatch)
+        formulas.assert_the_same_without_values_in_place(llm, tmp_path, monkeypatch, tokens=140, protected=40)
 
 
 @pytest.mark.parametrize("kernels", ["reference"], indirect=True)

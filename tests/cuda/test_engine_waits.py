@@ -6,7 +6,7 @@ that finds the calls, not what torch does inside of others.
 
 from __future__ import annotations
 
-import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -53,7 +53,12 @@ def _reads(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def _interpreting() -> bool:
     """Whether Triton's interpreter is at work: it reads everything."""
-    return any(frame.filename.endswith("interpreter.py") for frame in inspect.stack(0))
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_filename.endswith("interpreter.py"):
+            return True
+    return False
 
 
 @contextmanager

@@ -29,12 +29,25 @@ from vllm_defensive.worker.cpu.evictor import Scored
 
 pytestmark = pytest.mark.e2e
 
-# Those with a second look are in `test_echo.py`.
+# Those with a second look are in `test_echo.py`, learned ones in `test_learned.py`.
 POLICIES = tuple(
     name
     for name in public_names()
-    if PRESETS[name].layer_budget == "even" and PRESETS[name].head_budget == "scope" and not PRESETS[name].reconstructs
+    if PRESETS[name].layer_budget == "even"
+    and PRESETS[name].head_budget == "scope"
+    and not (PRESETS[name].reconstructs or PRESETS[name].learned)
 )
+# One of each kind in bf16: without values, with a window mean, a criterion of their own, a second stage, keys alone.
+IN_BF16 = ("h2o", "snapkv", "deletion", "layer-defensivekv", "keydiff")
+CASES = [
+    *[("float32", policy) for policy in POLICIES],
+    *[
+        pytest.param(
+            "bfloat16", policy, marks=[pytest.mark.slow, *([] if policy in IN_BF16 else [pytest.mark.nightly])]
+        )
+        for policy in POLICIES
+    ],
+]
 PROMPTS = random_prompts((300, 417, 96), seed=5)
 KEEP, W, N = 0.35, 32, 32
 
@@ -138,7 +151,7 @@ def watch_evictions(evictor: Any) -> dict[str, list[Layer]]:
     return seen
 
 
-@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module")
 def found(
     request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Found]:
@@ -162,7 +175,7 @@ def record(result: Found, folder: Path, tiny_model: Path) -> Found:
     return result
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("found, policy", CASES, indirect=["found"])
 def test_kept_sets_are_those_of_the_formulas(
     found: Found, attention: tuple[ReferenceLlama, list[list[Layer]]], policy: str
 ) -> None:
@@ -210,11 +223,13 @@ def test_values_that_stay_in_place_are_not_needed(
     assert sum(pages_read[:half]) < sum(pages_read[half:]), "they were read all the same"
 
 
-def assert_the_same_without_values_in_place(llm: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_the_same_without_values_in_place(
+    llm: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, tokens: int = 300, protected: int = 100
+) -> None:
     """Behind a protected beginning the same is chosen, whether the values in it are read or not."""
-    protected, policies = 100, ("snapkv", "criticalkv", "defensivekv", "halokv")
+    policies = ("snapkv", "criticalkv", "defensivekv", "halokv")
     fields = [{"kv_eviction": p, "kv_eviction_keep": KEEP, "kv_eviction_protect": protected} for p in policies]
-    prompts = random_prompts([300] * len(policies), seed=6)
+    prompts = random_prompts([tokens] * len(policies), seed=6)
     turns = []
     assert [PRESETS[p].first_value(3) for p in policies] == [3, 3, 0, 3]
     for _ in range(2):
