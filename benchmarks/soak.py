@@ -31,7 +31,7 @@ import httpx
 
 from benchmarks.server import Server, commit
 from benchmarks.tiny_model import write_tiny_llama
-from vllm_defensive.policy import public_names
+from vllm_defensive.policy import PRESETS, public_names
 
 MAX_MODEL_LEN = 1024
 BLOCK_SIZE = 32
@@ -114,7 +114,7 @@ def right_fields(rng: random.Random, num_tokens: int) -> dict[str, Any]:
     """Random `vllm_xargs` that a server takes; none for the server's own settings."""
     fields: dict[str, Any] = {}
     if rng.random() < 0.8:
-        fields["kv_eviction"] = rng.choice(["none", *public_names()])
+        fields["kv_eviction"] = rng.choice(["none", *(n for n in public_names() if not PRESETS[n].learned)])
     if rng.random() < 0.7:
         fields["kv_eviction_keep"] = rng.choice([rng.uniform(0.01, 1), 0.2, 1])
     if rng.random() < 0.3:

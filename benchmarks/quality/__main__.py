@@ -27,7 +27,6 @@ from benchmarks.quality.engine import FP8, Engine
 from benchmarks.quality.files import FILES, Files
 from benchmarks.quality.prompts import Prompts
 from benchmarks.quality.protocols import Runner
-from vllm_defensive.policy import public_names
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "quality"
 CONTRACT_RESULTS = RESULTS.with_name("quality-contract")
@@ -101,7 +100,7 @@ def main() -> None:
 def measure(chosen: argparse.Namespace, store: records.Records, names: list[str] | None) -> None:
     """Run every item that lacks results of the policies `names`, with a progress bar. None: all that are offered."""
     engine = _engine(chosen)
-    policies = [name if name == FP8 else variants.resolve(name) for name in names or public_names()]
+    policies = [name if name == FP8 else variants.resolve(name) for name in names or _offered(chosen)]
     fp8_engine = _engine(chosen, dtype="bfloat16", stock=True, kv_cache_dtype=FP8) if FP8 in policies else None
     files = Files(chosen.data, Prompts(engine.tokenizer)) if chosen.data else None
     for reason in files.missing if files else ():
@@ -122,6 +121,10 @@ def measure(chosen: argparse.Namespace, store: records.Records, names: list[str]
             seconds.setdefault(f"{item.suite}/{item.context}", []).append(each)
     finally:
         _log_run(chosen, seconds, time.perf_counter() - started, engine)
+
+
+def _offered(chosen: argparse.Namespace) -> list[str]:
+    return variants.offered(chosen.model or ensure_model(), chosen.learned)
 
 
 def _engine(chosen: argparse.Namespace, **other: Any) -> Engine:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
-from vllm_defensive.policy import PRESETS, Policy, get_policy, register
+from vllm_defensive import learned
+from vllm_defensive.policy import PRESETS, Policy, get_policy, public_names, register
 
 _OPTIONS = (
     "value_weight",
@@ -22,6 +24,12 @@ _OPTIONS = (
     "window_bias",
     "guard",
 )
+
+
+def offered(model: str | Path, score: str | None = None) -> list[str]:
+    """The policies that users can choose on this model: those that go by a learned score where there is one."""
+    there = score is not None or learned.find(str(model)) is not None
+    return [name for name in public_names() if there or not PRESETS[name].learned]
 
 
 def resolve(name: str) -> str:

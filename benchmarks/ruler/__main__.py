@@ -69,7 +69,7 @@ def measure(chosen: argparse.Namespace, found: answers.Answers) -> None:
     from benchmarks.models import ensure_model
 
     model, root = chosen.model or ensure_model(), package.ensure()
-    wanted = answers.choices(_policies(chosen.policies), chosen.keep, chosen.protocol)
+    wanted = answers.choices(_policies(chosen.policies, model), chosen.keep, chosen.protocol)
     scorers = {name: package.scorer(root, task) for name, task in package.tasks(root).items()}
     todo = [
         (sample, missing)
@@ -89,14 +89,12 @@ def measure(chosen: argparse.Namespace, found: answers.Answers) -> None:
         found.add({"model": model.name, "dtype": chosen.dtype, **row} for row in rows)
 
 
-def _policies(names: list[str]) -> list[str]:
+def _policies(names: list[str], model: Path) -> list[str]:
     """Checked, variants of policies registered; all that users can choose if none are named."""
     from benchmarks.quality import variants
-    from vllm_defensive.policy import public_names
 
-    return [
-        name if name == answers.FULL else variants.resolve(name) for name in names or [answers.FULL, *public_names()]
-    ]
+    names = names or [answers.FULL, *variants.offered(model)]
+    return [name if name == answers.FULL else variants.resolve(name) for name in names]
 
 
 def _samples(chosen: argparse.Namespace, root: Path, model: Path) -> Iterator[samples.Sample]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.e2e.engines import Answer, assert_all_returned, audit_of, engine, generate, random_prompts
+from tests.learned_scores import score_of
 from tests.reference_model import ReferenceLlama, decode_logprobs
 from vllm_defensive.audit import Audit
 from vllm_defensive.policy import PRESETS, public_names
@@ -78,7 +79,9 @@ def run(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pyte
         for policy in ("none", *POLICIES)
         for prompt in random_prompts(LENGTHS, seed=crc32(policy.encode()))
     ]
-    with engine(tiny_model, "snapkv", dtype=request.param, audit=str(folder)) as llm:
+    score, reference = folder / "score.safetensors", ReferenceLlama(tiny_model)
+    score_of(reference, tiny_model, score)
+    with engine(tiny_model, "snapkv", dtype=request.param, audit=str(folder), learned=str(score)) as llm:
         first = ask(llm, folder, prompts)
         more = random_prompts([60] * len(first), seed=99)
         next_prompts = [(t.policy, t.prompt + t.answer.tokens + x) for t, x in zip(first, more, strict=True)]
@@ -88,7 +91,7 @@ def run(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pyte
         protect = ask(llm, folder, some, kv_eviction_protect=50)
         assert_all_returned(llm)
     turns = {"first": first, "second": second, "boundary": boundary, "protect": protect}
-    return Run(turns, ReferenceLlama(tiny_model))
+    return Run(turns, reference)
 
 
 def assert_as_good_as_unevicted(run: Run, batch: str, policy: str) -> None:
