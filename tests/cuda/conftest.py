@@ -46,9 +46,9 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Where `request.param` is "reference", the kernels' references run instead of them, unless there is a GPU: what
     takes these a millisecond takes the interpreter a second. `tests/kernels` holds the two to each other."""
     if MODE == "pretend" and request.param == "reference":
-        from vllm_defensive_kernels import compaction, decode, foretell, norms, reconstruction, selection, window
+        from vllm_defensive_kernels import compaction, decode, foretold, norms, reconstruction, selection, window
 
-        for module in (compaction, decode, foretell, norms, reconstruction, selection, window):
+        for module in (compaction, decode, foretold, norms, reconstruction, selection, window):
             monkeypatch.setattr(module, "runs_triton", lambda tensor: False)
     return str(request.param)
 

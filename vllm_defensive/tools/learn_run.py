@@ -202,7 +202,7 @@ class Learning:
         facts = learned.Facts(
             version=learned.VERSION,
             fingerprint=fingerprint(self._args),
-            model=self._args.model,
+            model=Path(self._args.model).name if Path(self._args.model).is_dir() else self._args.model,
             turned=turned,
             texts=list(self._job.texts or learn_texts.DEFAULTS),
             tokens=tokens,
