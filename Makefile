@@ -43,7 +43,7 @@ test-fast: $(READY)  ## the tests of three minutes: arithmetic, policies, kernel
 test-release: $(READY)  ## the engine tests on a pretended GPU with one release of vLLM (VLLM_CUDA=0.33.0)
 	VLLM_CUDA=$(VLLM_CUDA) $(BIN)/python -m pytest tests/cuda $(PYTEST_ARGS)
 
-test-nightly: $(READY)  ## what `test` leaves for the night: every engine test, on every release of vLLM
+test-nightly: $(READY)  ## what `test` leaves for the night: every release of vLLM, every variant of a kernel, a storm
 	$(BIN)/python -m pytest -m nightly $(PARALLEL) $(PYTEST_ARGS)
 
 coverage: $(READY)  ## the share of lines that test-fast runs

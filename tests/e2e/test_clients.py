@@ -131,7 +131,7 @@ def test_a_response_reports_what_was_kept_if_asked(server: Server, client: opena
     assert ask() is None
 
 
-@pytest.mark.parametrize("extra", [None, OURS], ids=["plain", "extra-body"])
+@pytest.mark.parametrize("extra", [pytest.param(None, marks=pytest.mark.nightly), OURS], ids=["plain", "extra-body"])
 def test_vllm_bench_serve(server: Server, tiny_model: Path, tmp_path: Path, extra: dict[str, Any] | None) -> None:
     before = evicted(server)
     command = [

@@ -132,7 +132,11 @@ def test_the_start_up_line_states_policy_ratio_and_pages(server: str, folder: Pa
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--kv-eviction", "snapkb"], "--kv-eviction=snapkb: choose one of none, auto, random, streamingllm"),
+        pytest.param(
+            ["--kv-eviction", "snapkb"],
+            "--kv-eviction=snapkb: choose one of none, auto, random, streamingllm",
+            marks=pytest.mark.nightly,
+        ),
         (["--kv-eviction", "snapkv", "--pipeline-parallel-size", "2"], "pipeline_parallel_size=2: not supported"),
     ],
 )

@@ -115,6 +115,7 @@ def test_twenty_questions_hit_their_document(server: Server) -> None:
         assert cached(fresh) == 0 and fresh["tokens"] == answer["tokens"]
 
 
+@pytest.mark.nightly
 def test_a_forgotten_cache_stands_for_a_fresh_server(server: Server, tiny_model: Path, folder: Path) -> None:
     forget(server)
     messages, answer = chat(server)[-1]

@@ -24,14 +24,14 @@ FACTS = ("The harbour office opens at seven.", "Marta keeps the keys in the blue
 
 @pytest.fixture(scope="module")
 def prompts(smollm2: Path) -> list[list[int]]:
-    """Three documents of about 1,500, 600 and 100 tokens, each with a question."""
+    """Three documents of about 800, 350 and 100 tokens, each with a question."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    filler = [f"On page {i} the clerk wrote that the {i % 7}th crate of oranges was counted twice. " for i in range(70)]
+    filler = [f"On page {i} the clerk wrote that the {i % 7}th crate of oranges was counted twice. " for i in range(34)]
     texts = [
         "".join(filler[:count]) + FACTS[i] + "".join(filler[count:end])
-        for i, (count, end) in enumerate(((30, 66), (10, 26), (1, 3)))
+        for i, (count, end) in enumerate(((16, 34), (6, 14), (1, 3)))
     ]
     conversations = [[{"role": "user", "content": f"{text}\n\nWho keeps the keys, and where?"}] for text in texts]
     return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in conversations]
@@ -47,8 +47,8 @@ def run(
 
 
 def test_keep_all_equals_stock(smollm2: Path, prompts: list[list[int]]) -> None:
-    stock = run(smollm2, prompts, None, 48)
-    ours = run(smollm2, prompts, "keep-all", 48)
+    stock = run(smollm2, prompts, None, 24)
+    ours = run(smollm2, prompts, "keep-all", 24)
     difference = largest_difference(ours, stock)
     print(f"largest difference {difference:.2e}")
     assert difference <= 2**-3  # one bf16 step of a logit between 16 and 32
@@ -56,7 +56,7 @@ def test_keep_all_equals_stock(smollm2: Path, prompts: list[list[int]]) -> None:
 
 @pytest.mark.timeout(600)
 def test_answers_equal_the_masked_reference(smollm2: Path, prompts: list[list[int]], tmp_path: Path) -> None:
-    assert 1300 < len(prompts[0]) < 1900
+    assert 650 < len(prompts[0]) < 1000
     reference = ReferenceLlama(smollm2)
     settings = {"keep": 0.2, "min_tokens": 200, "audit": str(tmp_path)}
     with engine(smollm2, "layer-defensivekv", dtype="float32", max_model_len=2048, **settings) as llm:

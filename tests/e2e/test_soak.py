@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks.soak import markdown, soak
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(900)]  # two servers, one after the other
+# Two servers, one after the other. Leaks are looked for in tests/engine and test_memory.py before every change.
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 def test_a_storm_leaks_nothing_breaks_nothing_and_changes_no_answer(tmp_path: Path) -> None:

@@ -27,16 +27,16 @@ Run = dict[str, list[tuple[Answer, audit.Audit]]]
 
 def run(model: Path, folder: Path, ranks: int) -> tuple[Run, dict[str, float]]:
     """Of each policy, the answers and what was kept."""
-    found: Run = {}
+    policies = (*PER_HEAD, *SHARED_BUDGET)
     settings: dict[str, Any] = {"dtype": "float32", "audit": str(folder), "enable_prefix_caching": False}
     with engine(model, "snapkv", tensor_parallel_size=ranks, max_num_batched_tokens=200, **settings) as llm:
-        for policy in (*PER_HEAD, *SHARED_BUDGET):
-            fields = [{"kv_eviction": policy, "kv_eviction_keep": KEEP}] * len(PROMPTS)
-            found[policy] = []
-            for answer in generate(llm, PROMPTS, 24, fields):
-                files = sorted(folder.glob(f"{answer.request_id}-*"))
-                assert len(files) == ranks, "one file a rank"
-                found[policy].append((answer, audit.load(files[-1])))
+        fields = [{"kv_eviction": policy, "kv_eviction_keep": KEEP} for policy in policies for _ in PROMPTS]
+        answers = generate(llm, PROMPTS * len(policies), 12, fields)
+        found: Run = {policy: [] for policy in policies}
+        for own, answer in zip(fields, answers, strict=True):
+            files = sorted(folder.glob(f"{answer.request_id}-*"))
+            assert len(files) == ranks, "one file a rank"
+            found[own["kv_eviction"]].append((answer, audit.load(files[-1])))
         pool = pool_of(llm)
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
         return found, metrics_of(llm)

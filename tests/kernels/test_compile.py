@@ -66,9 +66,8 @@ def test_any_number_of_echoes_has_the_same_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "head_size", [n if n in (128, 256) else pytest.param(n, marks=pytest.mark.nightly) for n in HEAD_SIZES]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_every_head_size_compiles_for_hopper(head_size: int, tmp_path: Path) -> None:
     reports = compile_for_hopper(tmp_path, "--sizes", f"D={head_size} ")
     assert {report["kernel"] for report in reports} >= READS_PAGES
@@ -77,6 +76,7 @@ def test_every_head_size_compiles_for_hopper(head_size: int, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_every_variant_compiles_for_hopper_without_spills(tmp_path: Path) -> None:
     for report in compile_for_hopper(tmp_path, "--all"):
