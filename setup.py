@@ -39,7 +39,10 @@ setup(
     # because Hugging Face publishes one that is called `kernels`.
     packages=find_packages(include=["vllm_defensive", "vllm_defensive.*"]) + find_packages("kernels"),
     package_dir={"vllm_defensive_kernels": "kernels/vllm_defensive_kernels"},
-    package_data={"vllm_defensive": ["py.typed", "learned_scores/*.safetensors"], "vllm_defensive_kernels": ["py.typed"]},
+    package_data={
+        "vllm_defensive": ["py.typed", "learned_scores/*.safetensors"],
+        "vllm_defensive_kernels": ["py.typed"],
+    },
     # vLLM and torch are not here, so that installing the plugin never replaces the build that the user runs.
     install_requires=["numpy", "pydantic>=2", "safetensors"],
     extras_require={

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.learned_scores import random_score
 from tests.processes import run_python
 from vllm_defensive import learned, platforms, startup
 
@@ -206,7 +207,7 @@ def learning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, works: bool = T
         made.append(engine_args.model)
         if not works:
             raise ValueError("no room")
-        learned.path_for("").write_bytes(b"a score")
+        random_score(tmp_path, learned.path_for(""), 2, 2, 32)
 
     monkeypatch.setattr(learned, "path_for", lambda of_model: tmp_path / "score")
     monkeypatch.setattr(startup.learn, "in_own_process", in_own_process)

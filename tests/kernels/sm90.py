@@ -162,12 +162,12 @@ QUICK: dict[str, Callable[[], None]] = {
     "learned bf16": lambda: learned(16, 128, BF16),
     "list_kept": listing,
     "compact bf16": lambda: copy(BF16, BF16, 16, 128),
+    "decode bf16 fp8 pages": lambda: decode(BF16, 4, 16, 128, FP8, 1),
     "decode bf16 D=512": lambda: decode(BF16, 8, 16, 512, BF16, 1),
     "value_norm bf16 L2 D=256": lambda: norm(BF16, 16, 256, BF16, 2),
 }
 ALL: dict[str, Callable[[], None]] = QUICK | {
     "decode fp16 D=64 N=32": lambda: decode(FP16, 4, 32, 64, FP16, 1),
-    "decode bf16 fp8 pages": lambda: decode(BF16, 4, 16, 128, FP8, 1),
     "decode bf16 G=7 D=80": lambda: decode(BF16, 7, 16, 80, BF16, 1),
     "decode bf16 G=1": lambda: decode(BF16, 1, 16, 128, BF16, 1),
     "decode bf16 5 queries": lambda: decode(BF16, 4, 16, 128, BF16, 5),

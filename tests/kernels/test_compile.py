@@ -76,10 +76,8 @@ def test_learned_scores_of_any_number_of_tokens_have_the_same_kernels(tmp_path: 
     assert len(reports) == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "head_size", [n if n == 128 else pytest.param(n, marks=pytest.mark.nightly) for n in HEAD_SIZES]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_every_head_size_compiles_for_hopper(head_size: int, tmp_path: Path) -> None:
     reports = compile_for_hopper(tmp_path, "--sizes", f"D={head_size} ")
     assert {report["kernel"] for report in reports} >= READS_PAGES

@@ -80,8 +80,8 @@ def test_steps_without_an_eviction_carry_nothing(logger: EvictionStatLogger) -> 
 
 def test_every_total_is_published(logger: EvictionStatLogger) -> None:
     """A field that is added to Totals or State must not be lost on the way."""
-    ones, pool = Totals(*(1 for _ in vars(Totals()))), State(*(2 for _ in vars(State())))
-    stats = stats_with(Increase(ones, pool=pool))
+    ones, state = Totals(*(1 for _ in vars(Totals()))), State(*(2 for _ in vars(State())))
+    stats = stats_with(Increase(ones, state=state))
     logger.record(stats, None)
     assert stats.waiting_lora_adapters == {}
     assert all(value(f"{name}_total") == 1 for name, _ in metrics.COUNTERS.values())
