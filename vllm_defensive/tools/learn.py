@@ -30,6 +30,7 @@ class Stopped(KeyboardInterrupt):
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; 2 after one line about a mistake; 128 and the signal's number if one stopped it."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported; the progress is what counts
+    _stay_in_this_process()
     job, engine_args = parse(sys.argv[1:] if argv is None else argv)
     from vllm_defensive.tools.learn_run import learn
 
@@ -113,6 +114,7 @@ def in_own_process(engine_args: Any) -> None:
 
 
 def _in_own_process(engine_args: Any, pipe: Any) -> None:
+    _stay_in_this_process()
     from vllm_defensive.tools.learn_run import Job, learn
 
     try:
@@ -124,6 +126,11 @@ def _in_own_process(engine_args: Any, pipe: Any) -> None:
     except Stopped as stopped:
         pipe.send(str(stopped))
         sys.exit(128 + stopped.number)
+
+
+def _stay_in_this_process() -> None:
+    """An engine core of its own would get the signals too, and while it starts nobody would hear that it ended."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
 @contextmanager
