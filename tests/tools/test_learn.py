@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,7 +113,7 @@ def test_texts_are_as_long_as_they_can_be_repeated(
     from vllm.engine.arg_utils import EngineArgs
 
     arguments = EngineArgs(model=str(tiny_model), max_model_len=given)
-    assert learn_run.lengths(learn_run.Job(length=length), arguments) == expected
+    assert learn_run.lengths(length, arguments) == expected
 
 
 def test_a_learning_goes_on_from_what_it_wrote_last_and_only_its_own(tmp_path: Path) -> None:
@@ -198,7 +199,10 @@ def test_the_command_is_stopped_goes_on_and_a_server_finds_what_it_wrote(
     assert str(found) in said and "question comes later, 0.2" in said and "R2 on texts held back" in said
     score = learned.load(found)
     assert score.facts.tokens == 18 * (256 - 4) and score.facts.turned == [True] * 3
-    assert 0 < score.facts.balance < 1 and f"balance with the window's scores: {score.facts.balance:.3g}" in said
+    tried = re.search("balance with the window's scores, and KL of all tasks: (.*)", said)
+    assert tried is not None
+    losses = {float(b): float(loss) for b, loss in (part.split(": ") for part in tried[1].split(", "))}
+    assert len(losses) == 4 and float(f"{score.facts.balance:.3g}") == min(losses, key=losses.__getitem__) > 0
     assert len(score.facts.checks) == 3 * 2 * 3 and all(kl > 0 for kl in score.facts.checks.values())
 
     assert learn.main([*argv, "--no-check", "--out", str(tmp_path / "whole")]) == 0

@@ -51,7 +51,8 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from vllm_defensive.tools.learn_run import LENGTH, TOKENS, Job
+    from vllm_defensive.tools.learn_engine import LENGTH
+    from vllm_defensive.tools.learn_run import TOKENS, Job
 
     class Parser(FlexibleArgumentParser):
         def error(self, message: str) -> NoReturn:

@@ -79,10 +79,18 @@ def _said(key: str) -> str:
     return f"The special magic number for {key} is:"
 
 
-def ask(llm: Any, asked: Sequence[Question]) -> dict[str, list[float]]:
-    """Each answer's mean KL, of all settings of `measured`. The full cache is asked first."""
-    settings = {name: (policy, keep) for name, policy, keep in _settings()}
+Setting = tuple[str, float]
+"""Policy and ratio."""
+SETTINGS: dict[str, Setting] = {f"{keep} {policy}": (policy, keep) for keep in KEEPS for policy in POLICIES}
+
+
+def remember(llm: Any, asked: Sequence[Question]) -> None:
+    """Have the engine answer from its full cache."""
     _force(llm, [(question, {"of": str(i)}, {"kv_eviction": NONE}) for i, question in enumerate(asked)])
+
+
+def compare(llm: Any, asked: Sequence[Question], settings: Mapping[str, Setting]) -> None:
+    """Have it answer from what these settings keep, by their names, and compare with what was remembered."""
     jobs = [
         (
             question,
@@ -93,15 +101,15 @@ def ask(llm: Any, asked: Sequence[Question]) -> dict[str, list[float]]:
         for i, question in enumerate(asked)
     ]
     _force(llm, jobs)
+
+
+def take(llm: Any) -> dict[str, list[float]]:
+    """Each answer's mean KL, by "TASK NAME"; all is forgotten."""
     of_ranks = llm.collective_rpc("take_divergences")
     found: dict[str, list[float]] = {}
     for name, per_token in next((of_rank for of_rank in of_ranks if of_rank), {}).items():
         found.setdefault(name.rpartition(" ")[0], []).append(fmean(per_token))
     return found
-
-
-def _settings() -> Iterator[tuple[str, str, float]]:
-    return ((f"{keep} {policy}", policy, keep) for keep in KEEPS for policy in POLICIES)
 
 
 def _force(llm: Any, jobs: Sequence[tuple[Question, dict[str, Any], dict[str, Any]]]) -> None:
@@ -125,6 +133,11 @@ def means(answers: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
     """By name, as the file has them: "kl TASK KEEP POLICY"."""
     names = dict.fromkeys(name for of_text in answers for name in of_text)
     return {f"kl {name}": fmean(kl for of_text in answers for kl in of_text.get(name, ())) for name in names}
+
+
+def lost(checks: Mapping[str, float], name: str) -> float:
+    """The sum over the tasks."""
+    return sum(checks.get(f"kl {task} {name}", 0.0) for task in TASKS)
 
 
 def later_only(checks: Mapping[str, float]) -> bool:

@@ -6,7 +6,6 @@ closed form. Then they are tried on texts that were held back, and written to wh
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -15,7 +14,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,21 +23,21 @@ import torch
 from safetensors.torch import load
 
 from vllm_defensive import learned
-from vllm_defensive.packing import ECHO_OVERHEAD, ECHO_TOKENS
-from vllm_defensive.settings.engine import KEY, NONE
 from vllm_defensive.tools import learn_checks, learn_texts
+from vllm_defensive.tools.learn_engine import JOINED, LEAST_LENGTH, TEACHER, fingerprint, lengths, prepared
 from vllm_defensive.tools.learn_state import State
 
-LENGTH, TOKENS = 960, 61_440
-TEACHER, JOINED = "echokv", "learned-halokv"
+TOKENS = 61_440
 SAVE_SECONDS = 20.0
 """A learning that is stopped loses what so many seconds saw, and a batch."""
 BATCH = 8
 """Texts that the engine is given at once."""
+SHARES = (1.0, 0.5, 0.25, 0.125)
+"""Of the estimated balance, which are tried."""
+USUAL_SHARE = 0.5
+"""Which is taken where nothing is tried."""
 HELD_BACK = 10
 """Every which text is not learned from."""
-_WINDOW = 32
-_LEAST_LENGTH = 64
 # Engine arguments on which the sums depend, beside the model.
 _DECIDE = "dtype quantization kv_cache_dtype tensor_parallel_size seed tokenizer hf_overrides load_format"
 
@@ -47,9 +46,8 @@ _DECIDE = "dtype quantization kv_cache_dtype tensor_parallel_size seed tokenizer
 class Job:
     """What is asked for, beside the engine.
 
-    texts: files; none: the default texts. tokens: of all texts. length: of one; None: `LENGTH`, or what the model has
-    positions for. out: None: where the model's file belongs. unless_there: do nothing if another process has made the
-    file while this one waited.
+    texts: files; none: the default texts. tokens: of all texts. length: of one; None: see `lengths`. out: None: where
+    the model's file belongs. unless_there: do nothing if another process has made the file while this one waited.
     """
 
     texts: tuple[str, ...] = ()
@@ -68,7 +66,7 @@ def learn(job: Job, engine_args: Any) -> Path:
     """
     began = time.monotonic()
     engine_args = prepared(engine_args)
-    length, engine_args.max_model_len = lengths(job, engine_args)
+    length, engine_args.max_model_len = lengths(job.length, engine_args)
     documents = [text for path in job.texts for text in learn_texts.read(path)]
     with ExitStack() as stack:
         state = _begin(job, engine_args, length, stack)
@@ -119,8 +117,14 @@ class Learning:
         ]
         turned = self._start(texts[0], self._state.sums(done) if done else None)
         self._go_through(texts, [*held_back, *learned_from], len(held_back), done)
-        score = self._balanced(self._solve(turned), held_back)
-        return self._checked(score, held_back) if self._job.check else score
+        score = self._solve(turned)
+        self._load(score)
+        estimate = self._estimate(held_back)
+        if not self._job.check:
+            return _with_facts(score, balance=estimate * USUAL_SHARE)
+        rng, room = random.Random(self._args.seed), self._args.max_model_len
+        asked = [learn_checks.questions(text, self._encoder, rng, room) for text in held_back]
+        return self._checked(_with_facts(score, balance=self._balance(asked, estimate)), asked)
 
     def _texts(self, documents: Sequence[str]) -> list[list[int]]:
         count, seed = max(self._job.tokens // self._length, 2), self._args.seed
@@ -153,7 +157,7 @@ class Learning:
 
         workers = self._llm.collective_rpc
         if (refusal := workers("watch_rotation")[0]) is None:
-            prompt = {"prompt_token_ids": text[:_LEAST_LENGTH]}
+            prompt = {"prompt_token_ids": text[:LEAST_LENGTH]}
             self._llm.generate([prompt], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
             if not isinstance(found := workers("start_learning", args=(sums,))[0], str):
                 return list(found)
@@ -212,37 +216,56 @@ class Learning:
         print(" ".join(f"{r2:.2f}" for r2 in facts.r2), flush=True)
         return learned.LearnedScore(facts=facts, weight_LHX=weight_LHX)
 
-    def _balanced(self, score: learned.LearnedScore, held_back: list[list[int]]) -> learned.LearnedScore:
-        """The score on the window's scale, by what both say of texts that were held back."""
-        self._load(score)
+    def _estimate(self, held_back: list[list[int]]) -> float:
+        """The balance that brings the score onto the window's scale, by what both say of texts held back."""
         for first in range(0, len(held_back), BATCH):
             self._show(held_back[first : first + BATCH], JOINED)
         of_ranks = self._llm.collective_rpc("balance")
-        balance = math.exp(fmean(map(math.log, of_ranks)))
-        print(f"balance with the window's scores: {balance:.3g}", flush=True)
-        return score.model_copy(update={"facts": score.facts.model_copy(update={"balance": balance})})
+        return math.exp(fmean(map(math.log, of_ranks)))
+
+    def _balance(self, asked: list[list[learn_checks.Question]], estimate: float) -> float:
+        """The share of the estimate at which the joined policy loses least, all tasks together."""
+        from tqdm import tqdm
+
+        keep, answers = learn_checks.KEEPS[-1], []
+        for questions in tqdm(asked, desc="balancing", unit="text"):
+            learn_checks.remember(self._llm, questions)
+            for share in SHARES:
+                self._llm.collective_rpc("set_balance", args=(share * estimate,))
+                learn_checks.compare(self._llm, questions, {str(share): (JOINED, keep)})
+            answers.append(learn_checks.take(self._llm))
+        found = learn_checks.means(answers)
+        losses = {share: learn_checks.lost(found, str(share)) for share in SHARES}
+        best = min(losses, key=losses.__getitem__)
+        told = ", ".join(f"{share * estimate:.3g}: {loss:.4f}" for share, loss in losses.items())
+        print(f"balance with the window's scores, and KL of all tasks: {told}", flush=True)
+        return best * estimate
 
     def _load(self, score: learned.LearnedScore) -> None:
         unchecked = self._state.folder / "unchecked.safetensors"
         score.save(unchecked)
         self._llm.collective_rpc("load_learned", args=(str(unchecked),))
 
-    def _checked(self, score: learned.LearnedScore, held_back: list[list[int]]) -> learned.LearnedScore:
+    def _checked(self, score: learned.LearnedScore, asked: list[list[learn_checks.Question]]) -> learned.LearnedScore:
         """The score, and in its facts what it does beside halokv."""
         from tqdm import tqdm
 
         self._load(score)
-        rng, room = random.Random(self._args.seed), self._args.max_model_len
-        answers = [
-            learn_checks.ask(self._llm, learn_checks.questions(text, self._encoder, rng, room))
-            for text in tqdm(held_back, desc="checking", unit="text")
-        ]
+        answers = []
+        for questions in tqdm(asked, desc="checking", unit="text"):
+            learn_checks.remember(self._llm, questions)
+            learn_checks.compare(self._llm, questions, learn_checks.SETTINGS)
+            answers.append(learn_checks.take(self._llm))
         checks = learn_checks.means(answers)
         print(learn_checks.table(checks), flush=True)
-        found = {"checks": checks, "later_only": learn_checks.later_only(checks)}
-        if found["later_only"]:
+        later_only = learn_checks.later_only(checks)
+        if later_only:
             print("auto will take it behind boundaries only: with the question in the window halokv is better")
-        return score.model_copy(update={"facts": score.facts.model_copy(update=found)})
+        return _with_facts(score, checks=checks, later_only=later_only)
+
+
+def _with_facts(score: learned.LearnedScore, **found: Any) -> learned.LearnedScore:
+    return score.model_copy(update={"facts": score.facts.model_copy(update=found)})
 
 
 def _writing(*args: Any, **settings: Any) -> Any:
@@ -250,56 +273,6 @@ def _writing(*args: Any, **settings: Any) -> Any:
     from tqdm import tqdm
 
     return tqdm(*args, **{**settings, "desc": "writing texts"})
-
-
-# -- the engine -------------------------------------------------------------------------------------------------------
-
-
-def prepared(engine_args: Any) -> Any:
-    """Arguments of a plain engine with this model: eager, alone, with our settings. Those given stay as they are."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    settings = {
-        "policy": NONE,
-        "per_request": True,
-        "policies": [TEACHER, *learn_checks.POLICIES],
-        "learning": True,
-        "shared": "evict",  # what is compared shares its whole prompt, and must be evicted as if it were alone
-        "window": _WINDOW,
-        "min_tokens": _WINDOW,
-    }
-    made = copy.copy(engine_args)
-    made.__class__ = EngineArgs
-    known = {field.name: field for field in fields(EngineArgs)}
-    for name in [name for name in vars(made) if name not in known]:
-        delattr(made, name)  # a server's
-    for name, field in known.items():
-        if name.startswith(("data_parallel", "spec")):  # drafts change no answer, and forbid logits processors
-            setattr(made, name, field.default)
-    made.enforce_eager = True
-    made.disable_log_stats = True
-    made.logits_processors = [learn_checks.processor()]
-    additional = {name: value for name, value in (made.additional_config or {}).items() if name != KEY}
-    made.additional_config = {**additional, KEY: settings}
-    return made
-
-
-def lengths(job: Job, engine_args: Any) -> tuple[int, int]:
-    """(tokens of a text, `max_model_len`). Raises what vLLM does where there is no such model, and ValueError."""
-    positions = engine_args.create_model_config().max_model_len
-    most = max((positions - ECHO_OVERHEAD) // 2, positions - ECHO_OVERHEAD - ECHO_TOKENS)
-    length = min(LENGTH, most) if job.length is None else job.length
-    if not _LEAST_LENGTH <= length <= most:
-        raise ValueError(
-            f"--length {length}: a text and what of it is repeated at once must fit {positions} tokens; choose "
-            f"{_LEAST_LENGTH} to {most}"
-        )
-    needed = length + min(length, ECHO_TOKENS) + ECHO_OVERHEAD
-    return length, needed if engine_args.max_model_len is None else positions
-
-
-def fingerprint(engine_args: Any) -> str | None:
-    return learned.fingerprint(engine_args.model, engine_args.revision, engine_args.download_dir)
 
 
 @contextmanager

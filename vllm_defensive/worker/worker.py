@@ -166,6 +166,11 @@ class EvictionWorker(Worker):
         """What follows from the texts that have been evicted by both scores, this one's and the window's."""
         return self._lessons.balance
 
+    def set_balance(self, balance: float) -> None:
+        """Of the learned score that is loaded."""
+        assert self._evictor is not None and self._evictor.learned is not None
+        self._evictor.learned.balance = balance
+
     def learned_so_far(self) -> bytes:
         """What follows from the texts so far, as a safetensors file: weight_LHX and r2_LH, of this rank's heads, and
         how many tokens were learned from."""
