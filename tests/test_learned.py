@@ -66,12 +66,19 @@ def test_a_model_of_the_hub_is_looked_for_in_its_cache(tmp_path: Path, model: Pa
     assert learned.fingerprint("some/model", None, str(tmp_path / "hub")) == learned.fingerprint(str(model))
 
 
+def replace_weights(path: Path, value: float) -> None:
+    score = learned.load(path)
+    score.weight_LHX[0, 0, 0] = value
+    score.save(path)
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
         (lambda p: p.unlink(), "no learned score"),
         (lambda p: p.write_bytes(b"x" * 100), "no learned score"),
         (lambda p: save_file({"weight_LHX": torch.zeros(2, 3, 33)}, p), "no learned score"),
+        (lambda p: replace_weights(p, float("nan")), "no learned score"),
         (lambda p: save_file({"other": torch.zeros(1)}, p), "no learned score"),
     ],
 )
@@ -123,6 +130,8 @@ def path_found(model: Path) -> str | None:
 def test_settings_are_given_the_file_or_refused(model: Path, cache: Path, tmp_path: Path) -> None:
     auto = config.EvictionConfig(policy="auto")
     assert startup.with_learned_score(auto, arguments(model)) == auto, "auto goes without"
+    with pytest.raises(ValueError, match=r"kv_eviction=learnedkv: .* has no weight files here yet"):
+        startup.with_learned_score(config.EvictionConfig(policy="learnedkv"), arguments(tmp_path / "nowhere"))
     for settings, field in (
         (config.EvictionConfig(policy="learnedkv"), "kv_eviction=learnedkv"),
         (config.EvictionConfig(policy="snapkv", policies=["learned-halokv"]), "kv_eviction_policies=learned-halokv"),
@@ -138,6 +147,9 @@ def test_settings_are_given_the_file_or_refused(model: Path, cache: Path, tmp_pa
     learned.LearnedScore(facts=score.facts.model_copy(update={"later_only": True}), weight_LHX=score.weight_LHX).save(
         path
     )
+    without = config.EvictionConfig(policy="auto", learned="none")
+    assert startup.with_learned_score(without, arguments(model)) == without
+    assert without.meant("auto") == "halokv" and not without.allows("learnedkv")
     later = startup.with_learned_score(auto, arguments(model))
     assert later.meant("auto") == "halokv" and later.meant("auto", boundary=True) == "learned-halokv"
     other = tmp_path / "other"

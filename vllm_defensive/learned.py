@@ -17,10 +17,10 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -34,18 +34,18 @@ VERSION = 1
 COMMAND = "python -m vllm_defensive.learn"
 PACKAGED = Path(__file__).parent / "learned_scores"
 _FORMATS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
+_SAMPLES, _SAMPLE_BYTES = 512, 4096
 
 
 class Facts(BaseModel):
     """What a file says of itself."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     version: int
     fingerprint: str | None
     """Of the model's weight files; None if they were not found as files."""
-    model: str
+    model: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]
     """The name that it was learned under."""
     turned: list[bool]
     """Of each layer, whether RoPE turns its keys."""
@@ -53,7 +53,7 @@ class Facts(BaseModel):
     """Where the texts came from."""
     tokens: int
     """How many tokens were learned from."""
-    balance: float = 1.0
+    balance: Annotated[float, Field(gt=0)] = 1.0
     """What foretold attention is multiplied by, so that it competes with the window's on one scale."""
     r2: list[float]
     """Of each layer, the share of the logarithm's variance that is foretold on texts that were held back."""
@@ -91,8 +91,9 @@ def load(path: str | os.PathLike[str]) -> LearnedScore:
         raise ValueError(f"{path}: no learned score ({str(error).splitlines()[0]}); make one with {COMMAND}") from None
     if facts.version != VERSION:
         raise ValueError(f"{path}: of version {facts.version}, and this is {VERSION}; learn it anew with {COMMAND}")
-    if weight_LHX.dim() != 3 or weight_LHX.dtype != torch.float32 or len(facts.turned) != len(weight_LHX):
-        raise ValueError(f"{path}: no learned score (its weights have another shape); make one with {COMMAND}")
+    wrong = weight_LHX.dim() != 3 or weight_LHX.dtype != torch.float32 or len(facts.turned) != len(weight_LHX)
+    if wrong or not bool(weight_LHX.isfinite().all()):
+        raise ValueError(f"{path}: no learned score (its weights are none); make one with {COMMAND}")
     return LearnedScore(facts=facts, weight_LHX=weight_LHX)
 
 
@@ -129,7 +130,7 @@ def _folder(model: str, revision: str | None, cache: str | None) -> Path | None:
 
 
 def _samples(path: Path) -> Iterator[bytes]:
-    """The file's size, and pieces of it. A training step changes all of a matrix, so that a few are enough."""
+    """The file's size, and pieces of it, close enough to meet every large matrix, all of which a training changes."""
     size = path.stat().st_size
     yield size.to_bytes(8)
     with path.open("rb") as file:
@@ -180,4 +181,4 @@ def summary(score: LearnedScore, path: str) -> dict[str, Any]:
     """For people: which file, of which model, how good."""
     facts = score.facts
     r2 = sum(facts.r2) / len(facts.r2) if facts.r2 else None
-    return {"path": path, "model": facts.model, "tokens": facts.tokens, "r2": r2, **facts.checks}
+    return {"path": path, "model": facts.model, "tokens": facts.tokens, "r2": r2, "checks": dict(facts.checks)}

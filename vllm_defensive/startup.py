@@ -70,23 +70,28 @@ def with_learned_score(settings: EvictionConfig, engine_args: Any) -> EvictionCo
     if settings.learning is not None:
         return settings
     model, place = engine_args.model, (engine_args.revision, engine_args.download_dir)
-    if settings.learned is not None:
-        score = learned.load(settings.learned)
-        learned.check(score, settings.learned, learned.fingerprint(model, *place))
-        return going_by(settings, settings.learned, score)
-    if (found := learned.find(model, *place)) is None and settings.learn:
-        learn.in_own_process(engine_args)
-        found = learned.find(model, *place)
-    if found is not None:
-        return going_by(settings, *found)
+    if settings.score_file is not None:
+        score = learned.load(settings.score_file)
+        learned.check(score, settings.score_file, learned.fingerprint(model, *place))
+        return going_by(settings, settings.score_file, score)
+    if settings.learned is None:
+        if (found := learned.find(model, *place)) is None and settings.learn:
+            learn.in_own_process(engine_args)
+            found = learned.find(model, *place)
+        if found is not None:
+            return going_by(settings, *found)
+    there = learned.fingerprint(model, *place) is not None
+    why = (
+        "has no learned score yet" if there else "has no weight files here yet, by which a learned score would be found"
+    )
+    way_out = f"{learned.COMMAND} {model}"
     wanted = [("score", str(settings.score)), ("policy", settings.policy)]
     wanted += [("policies", policy) for policy in settings.policies or ()]
     for field, value in wanted:
         if value == "learned" or not settings.is_there(value):
-            way_out = f"{model} has no learned score yet; make it with {learned.COMMAND} {model}"
-            raise ValueError(f"{option_name(field)}={value}: {way_out}")
-    if AUTO in settings.choices:
-        logger.info_once("KV eviction: no learned score for %s, make one with %s %s", model, learned.COMMAND, model)
+            raise ValueError(f"{option_name(field)}={value}: {model} {why}; make it with {way_out}")
+    if AUTO in settings.choices and settings.learned is None:
+        logger.info_once("KV eviction: %s %s; %s makes one", model, why, way_out)
     return settings
 
 

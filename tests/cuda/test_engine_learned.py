@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load
 
 from tests.cuda.engines import engine
+from tests.e2e import test_echo
 from tests.e2e import test_learned as formulas
 from tests.e2e.engines import assert_all_returned, generate, random_prompts, worker_of
 from tests.e2e.test_kept_sets import KEEP
 from tests.learned_scores import score_of
 from tests.reference_model import ReferenceLlama
+from vllm_defensive_kernels.learned import Rotation, unrotate
 
 pytestmark = pytest.mark.e2e
 PROMPTS = [prompt[:n] for prompt, n in zip(formulas.PROMPTS, (141, 257), strict=False)]
@@ -67,7 +70,7 @@ def test_the_kernels_keep_the_same(model: Path, tmp_path: Path, kernels: str, ke
 
 @pytest.mark.parametrize("kernels", ["reference"], indirect=True)
 def test_a_second_look_teaches_what_the_cache_holds(model: Path, tmp_path: Path, kernels: str) -> None:
-    """The sums are those of a CPU's worker: of the same keys and values, before RoPE, and of the same peaks."""
+    """The sums are those of a plain model's keys before RoPE, of its values, and of the peaks of its repetition."""
     reference, path = ReferenceLlama(model), tmp_path / "score.safetensors"
     score_of(reference, model, path)
     fields = [{"kv_eviction": "echokv", "kv_eviction_keep": KEEP}]
@@ -82,7 +85,17 @@ def test_a_second_look_teaches_what_the_cache_holds(model: Path, tmp_path: Path,
     assert load(found)["weight_LHX"].shape == (2, 2, 65)
     layers: list[Any] = []
     reference.forward(PROMPTS[0], attention=layers)
-    value_HTD = layers[0].value_HTD[:, 4:].double()
-    gram = value_HTD.mT @ value_HTD
-    size = reference.head_size
-    assert (lessons._gram_LHYY[0, :, size : 2 * size, size : 2 * size] - gram).abs().max() < 1e-4
+    instruction = test_echo.instruction_of(model)
+    ((part, text),) = test_echo.repeat(PROMPTS[0], instruction, len(PROMPTS[0]))
+    repeated: list[Any] = []
+    reference.forward(text, attention=repeated)
+    position_T = torch.arange(len(PROMPTS[0]))
+    angle = position_T[:, None] / reference._theta ** (torch.arange(0, reference.head_size, 2) / reference.head_size)
+    rotation = Rotation(torch.cat([angle.cos(), angle.sin()], dim=1))
+    for layer, (plain, again) in enumerate(zip(layers, repeated, strict=True)):
+        peak_HT = torch.from_numpy(test_echo.peaks(again, len(PROMPTS[0]), part, chunk=False))
+        key_HTD = unrotate(plain.key_HTD, position_T, rotation)
+        one_HT1 = torch.ones_like(key_HTD[..., :1])
+        target_HT1 = peak_HT.clamp_min(1e-6).log()[..., None]
+        row_HTY = torch.cat([key_HTD, plain.value_HTD, one_HT1, target_HT1], dim=-1)[:, 4:].double()
+        torch.testing.assert_close(lessons._gram_LHYY[layer], row_HTY.mT @ row_HTY, rtol=1e-4, atol=1e-2)

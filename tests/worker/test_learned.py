@@ -30,7 +30,7 @@ def text(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 @pytest.fixture
 def lessons() -> Lessons:
-    learned = Lessons(L, H, D, [None] * L)
+    learned = Lessons(L, H, D, [Rotation(table(90, 50.0)), None])
     for seed, tokens in enumerate((50, 80, 64, 90)):
         learned.held_back = seed == 3
         key, value, peak = text(tokens, seed)
@@ -60,8 +60,18 @@ def test_sums_yield_the_ridge_regression_of_the_tokens(lessons: Lessons) -> None
 
 def rows_of(parts: list, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
     keys, values, targets = ([part[i][layer, head, SINKS:] for part in parts] for i in range(3))
+    if layer == 0:
+        keys = [turned_back(key_TD) for key_TD in keys]
     rows = torch.cat([torch.cat(keys), torch.cat(values)], dim=1).double().numpy()
     return rows, torch.cat(targets).clamp_min(FLOOR).log().double().numpy()
+
+
+def turned_back(key_TD: torch.Tensor) -> torch.Tensor:
+    """Pair by pair, as complex numbers, of keys from position SINKS on."""
+    pairs_TC = torch.complex(key_TD[:, : D // 2].double(), key_TD[:, D // 2 :].double())
+    angle_TC = torch.arange(SINKS, SINKS + len(key_TD))[:, None] / 50.0 ** (torch.arange(0, D, 2) / D)
+    back_TC = pairs_TC * torch.polar(torch.ones_like(angle_TC, dtype=torch.float64), -angle_TC.double())
+    return torch.cat([back_TC.real, back_TC.imag], dim=1).float()
 
 
 def test_a_feature_that_never_changes_has_no_weight_and_harms_nobody() -> None:

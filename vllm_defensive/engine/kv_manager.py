@@ -158,8 +158,8 @@ class EvictionBlockManager(FullAttentionManager):
 
         A hit leaves at least the observation window to be computed (all of the prompt, if the policy accumulates),
         since nobody caches queries, unless there is nothing to evict (all whole blocks are shared, say). That is
-        fixed here, because queries that were not computed cannot be had later. A policy that reads no queries leaves
-        hits as they are, but for the last token, whose step is the one that evicts.
+        fixed here, because queries that were not computed cannot be had later. A policy that goes by a second pass
+        alone, seen or foretold, leaves hits as they are, but for the last token, whose step is the one that evicts.
         """
         self.lifecycle.waiting.pop(request_id, None)  # it may have grown since the last time
         life = self.life(request_id)

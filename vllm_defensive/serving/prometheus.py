@@ -127,7 +127,7 @@ def make_logger(vllm_config: Any, engine_indexes: list[int]) -> EvictionStatLogg
     if settings is None:
         return None
     recent.count()
-    return EvictionStatLogger(vllm_config, engine_indexes, settings.learned)
+    return EvictionStatLogger(vllm_config, engine_indexes, settings.score_file)
 
 
 def score_is_stale() -> bool:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm_defensive import learned
 from vllm_defensive.serving import recent
 from vllm_defensive.serving.prometheus import read_totals, score_is_stale
-from vllm_defensive.settings.engine import KEY
+from vllm_defensive.settings.engine import KEY, NONE
 
 PATH = "/kv_eviction"
 SHOWN = 20  # evictions that the status lists
@@ -36,9 +36,9 @@ def configure(config: dict[str, Any]) -> None:
     """State the settings that this process's engine runs with; forget the evictions of an earlier engine."""
     _config.clear()
     _config.update(config)
-    path = config.get("learned")
+    path = config.get("learned", NONE)
     _learned.clear()
-    _learned.update({} if path is None else learned.summary(learned.load(path), path))
+    _learned.update({} if path == NONE else learned.summary(learned.load(path), path))
     recent.forget()
 
 

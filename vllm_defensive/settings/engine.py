@@ -43,7 +43,7 @@ class EvictionConfig(BaseModel):
     learned: str | None = Field(
         None,
         description="learned score, a file that `python -m vllm_defensive.learn` has written; without it the model's "
-        "own is looked for in vLLM's cache folder and in this package",
+        "own is looked for in vLLM's cache folder and in this package; none: go without",
     )
     learn: bool = Field(
         False,
@@ -126,8 +126,13 @@ class EvictionConfig(BaseModel):
 
     def is_there(self, policy: str) -> bool:
         """Whether what the policy needs beside the model is there, or will be: a learned score."""
-        there = self.learned is not None or self.learning is not None
+        there = self.score_file is not None or self.learning is not None
         return there or policy not in PRESETS or not PRESETS[policy].learned
+
+    @property
+    def score_file(self) -> str | None:
+        """The learned score that requests may be evicted by; None: there is none."""
+        return None if self.learned == NONE else self.learned
 
     def meant(self, policy: str, *, boundary: bool = False, score: ScoredBy | None = None) -> str:
         """The policy that a request is evicted by which names this one. boundary: it names one, and something comes
@@ -136,7 +141,7 @@ class EvictionConfig(BaseModel):
             return policy
         by = self.score if score is None else score
         if by == "auto":
-            learned = self.learned is not None and (boundary or not self.later_only)
+            learned = self.score_file is not None and (boundary or not self.later_only)
             by = "learned" if learned else "reconstruct" if boundary else "window"
         return AUTO_POLICIES[by]
 
@@ -221,7 +226,7 @@ def option_name(field: str) -> str:
 _ALLOWED = {
     "policy": lambda: f"choose one of {', '.join(allowed_policies())}",
     "score": lambda: "choose one of auto, window, reconstruct, learned",
-    "learned": lambda: "name a file",
+    "learned": lambda: "name a file, or none",
     "learn": lambda: "choose true or false",
     "learning": lambda: "leave it out",
     "later_only": lambda: "leave it out",

@@ -79,6 +79,8 @@ def resolve(
         first = error.errors()[0]
         field = _field_name(str(first["loc"][0]))
         raise _wrong(field, first["input"], _allowed(field, engine)) from None
+    if not engine.is_there(settings.policy):
+        raise _wrong(_PREFIX, settings.policy, "this server has no learned score for its model; choose another policy")
     if not engine.allows(settings.policy):
         raise _wrong(_PREFIX, settings.policy, _allowed(_PREFIX, engine))
     if settings.score is not None and settings.policy != AUTO:

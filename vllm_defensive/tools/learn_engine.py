@@ -8,11 +8,11 @@ from typing import Any
 
 from vllm_defensive import learned
 from vllm_defensive.packing import ECHO_OVERHEAD, ECHO_TOKENS
-from vllm_defensive.settings.engine import KEY, NONE
+from vllm_defensive.settings.engine import AUTO_POLICIES, KEY, NONE
 from vllm_defensive.tools import learn_checks
 
 LENGTH, LEAST_LENGTH = 960, 64
-TEACHER, JOINED = "echokv", "learned-halokv"
+TEACHER, JOINED = AUTO_POLICIES["reconstruct"], AUTO_POLICIES["learned"]
 _WINDOW = 32
 
 

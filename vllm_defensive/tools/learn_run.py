@@ -70,10 +70,12 @@ def learn(job: Job, engine_args: Any) -> Path:
     documents = [text for path in job.texts for text in learn_texts.read(path)]
     with ExitStack() as stack:
         state = _begin(job, engine_args, length, stack)
-        if state is not None and job.unless_there and state.out.is_file():
+        if state is not None and job.unless_there and _is_usable(state.out):
             return state.out
+        of_model = fingerprint(engine_args)
         llm = stack.enter_context(_engine(engine_args))
-        state = state or _begin(job, engine_args, length, stack)  # the engine has fetched the model
+        if state is None or (job.out is None and fingerprint(engine_args) != of_model):
+            state = _begin(job, engine_args, length, stack)  # the engine has fetched the model, or the rest of it
         if state is None:
             raise ValueError(
                 f"{engine_args.model}: has no weight files by which a server would know it; give --out FILE"
@@ -83,6 +85,14 @@ def learn(job: Job, engine_args: Any) -> Path:
         state.remove()
     print(f"in {time.monotonic() - began:.0f} s")
     return state.out
+
+
+def _is_usable(path: Path) -> bool:
+    try:
+        learned.load(path)
+    except ValueError:
+        return False
+    return True
 
 
 def _begin(job: Job, engine_args: Any, length: int, stack: ExitStack) -> State | None:
@@ -220,7 +230,7 @@ class Learning:
         """The balance that brings the score onto the window's scale, by what both say of texts held back."""
         for first in range(0, len(held_back), BATCH):
             self._show(held_back[first : first + BATCH], JOINED)
-        of_ranks = self._llm.collective_rpc("balance")
+        of_ranks = self._llm.collective_rpc("end_learning")
         return math.exp(fmean(map(math.log, of_ranks)))
 
     def _balance(self, asked: list[list[learn_checks.Question]], estimate: float) -> float:

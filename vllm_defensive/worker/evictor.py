@@ -14,7 +14,7 @@ from vllm_defensive.compat.base import get_logger
 from vllm_defensive.counts import WorkerReport
 from vllm_defensive.plan import Eviction, Score
 from vllm_defensive.policy import PRESETS, LayerScores, Policy, ReduceHeads, Selection
-from vllm_defensive.settings.engine import EvictionConfig
+from vllm_defensive.settings.engine import AUTO_POLICIES, EvictionConfig
 from vllm_defensive.worker.learned import LearnedWeights, Lessons
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.report import pages_by_decile
@@ -23,7 +23,7 @@ from vllm_defensive.worker.window import IncompleteError
 logger = get_logger("kv_eviction")
 
 # Two scores that compete: while one is learned, what both say is compared.
-JOINED, JOINED_PARTS = "learned-halokv", ("halokv", "learnedkv")
+JOINED, JOINED_PARTS = AUTO_POLICIES["learned"], (AUTO_POLICIES["window"], "learnedkv")
 
 
 class Evictor(ABC):
@@ -126,14 +126,14 @@ class Evictor(ABC):
         for request_id in request_ids:
             self._scored.pop(request_id, None)
 
-    def forget_weights(self) -> None:
+    def forget_weights(self, *, same: bool = False) -> None:
         """The model may have other weights now: what was derived from the old ones is not used again, but for a learned
-        score, which still says more than none."""
+        score, which still says more than none. same: it has not."""
         self._projections.forget()
-        if self.learned is not None:
+        if self.learned is not None and not same:
             logger.warning_once(
                 "KV eviction: the model's weights may have changed, and its learned score is still the old one; make "
-                "another one, and load it with collective_rpc('load_learned', args=(FILE,))"
+                "another one in its place, and have it read with collective_rpc('load_learned')"
             )
             self._report.stale_score = True
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from vllm.distributed.communication_op import tensor_model_parallel_all_reduce
 from vllm.v1.worker.gpu_worker import Worker
@@ -16,7 +18,7 @@ from vllm_defensive import learned
 from vllm_defensive.compat import channels, contract
 from vllm_defensive.engine.spec import evictable_specs
 from vllm_defensive.limits import check_layers, evictable_group
-from vllm_defensive.policy import ReduceHeads
+from vllm_defensive.policy import PRESETS, ReduceHeads
 from vllm_defensive.settings.engine import from_vllm_config
 from vllm_defensive.worker.evictor import Evictor, logger
 from vllm_defensive.worker.forced import FORCED
@@ -26,15 +28,16 @@ from vllm_defensive.worker.runtime import Runtime
 from vllm_defensive_kernels.learned import Rotation
 
 
-def _forgetting(name: str) -> Any:
-    """vLLM's method of that name, which may change the model's weights; what was derived from them is forgotten."""
+def _forgetting(name: str, *, same: bool = False) -> Any:
+    """vLLM's method of that name, which may change the model's weights; what was derived from them is forgotten. same:
+    they are elsewhere for a while, and come back as they were."""
 
     def method(self: EvictionWorker, *args: Any, **kwargs: Any) -> Any:
         try:
             return getattr(super(EvictionWorker, self), name)(*args, **kwargs)
         finally:
             if self._evictor is not None:
-                self._evictor.forget_weights()
+                self._evictor.forget_weights(same=same)
 
     return method
 
@@ -66,8 +69,8 @@ class EvictionWorker(Worker):
     update_weights = _forgetting("update_weights")
     finish_weight_update = _forgetting("finish_weight_update")
     reset_weights = _forgetting("reset_weights")
-    sleep = _forgetting("sleep")
-    wake_up = _forgetting("wake_up")
+    sleep = _forgetting("sleep", same=True)
+    wake_up = _forgetting("wake_up", same=True)
     apply_model = _forgetting("apply_model")  # a function of the user's own, which may load weights
 
     @abstractmethod
@@ -94,8 +97,8 @@ class EvictionWorker(Worker):
         check_layers(names, layers, context)
         self._runtime, self._evictor = self.start_eviction(group, names, layers)
         self._attention_names, self._attention_layers = names, layers
-        if self.eviction.learned is not None:
-            self.load_learned(self.eviction.learned)
+        if any(PRESETS[policy].learned for policy in self.eviction.served):
+            self.load_learned()
         logger.info(
             "KV eviction is on: policy %s keeps %g of each prompt of %d tokens or more (window %d); "
             "pages of %d tokens, %d layers x %d KV heads = %d pages a block",
@@ -109,16 +112,29 @@ class EvictionWorker(Worker):
             len(names) * spec.num_kv_heads,
         )
 
-    def load_learned(self, path: str) -> None:
-        """Go by this learned score from now on. Raises ValueError if it is none, or another model's."""
+    def load_learned(self, path: str | None = None) -> None:
+        """Go by this learned score from now on, or by the engine's own, read again: after new weights, say.
+
+        Raises ValueError if it is none, or for layers, heads or positions of another kind.
+        """
+        path = self.eviction.score_file if path is None else path
+        if path is None:
+            return  # while the first one is being learned
         assert self._evictor is not None
         score, first, (rank, ranks) = learned.load(path), self._attention_layers[0], self.tensor_rank
         heads = first.num_kv_heads
         learned.check_shape(score, path, len(self._attention_layers), ranks * heads, first.head_size)
         rotations, own = self._rotations(score.facts.turned), slice(rank * heads, (rank + 1) * heads)
+        longest = self.model_config.max_model_len
+        positions = min((len(r.table_PR) for r in rotations if r is not None), default=longest)
+        if positions < longest:
+            raise ValueError(
+                f"max_model_len={longest}: RoPE has a table for {positions} positions, and a learned score goes by it; "
+                "choose no more, or --kv-eviction-learned none"
+            )
         self._evictor.go_by(LearnedWeights(score, rotations, own, first.kv_cache.device))
-        facts = learned.summary(score, path)
-        logger.info("KV eviction goes by a learned score: %s", ", ".join(f"{k} {v}" for k, v in facts.items()))
+        told = {name: value for name, value in learned.summary(score, path).items() if name != "checks"}
+        logger.info("KV eviction goes by a learned score: %s", ", ".join(f"{k} {v}" for k, v in told.items()))
 
     def _rotations(self, turned: Sequence[bool] | None) -> list[Rotation | None]:
         names, layers = self._attention_names, self._attention_layers
@@ -150,7 +166,10 @@ class EvictionWorker(Worker):
             return str(error)
         lessons = Lessons(len(rotations), first.num_kv_heads, first.head_size, rotations)
         if sums is not None:
-            lessons.load(self._own(sums))
+            try:
+                lessons.load(self._own(sums))
+            except (OSError, SafetensorError) as error:
+                return f"what was summed so far cannot be read ({error}); remove {Path(sums).parent} to begin anew"
         self._evictor.lessons = lessons
         return turned
 
@@ -162,9 +181,12 @@ class EvictionWorker(Worker):
         """Write this rank's sums into its file of this name. Raises OSError."""
         self._lessons.save(self._own(sums))
 
-    def balance(self) -> float:
-        """What follows from the texts that have been evicted by both scores, this one's and the window's."""
-        return self._lessons.balance
+    def end_learning(self) -> float:
+        """Nothing is learned from any more. Returns the balance that follows from the texts which were evicted by both
+        scores, this one's and the window's."""
+        assert self._evictor is not None
+        balance, self._evictor.lessons = self._lessons.balance, None
+        return balance
 
     def set_balance(self, balance: float) -> None:
         """Of the learned score that is loaded."""

@@ -130,7 +130,8 @@ class CUDAEvictor(Evictor):
         """Compile the kernels of every policy that a request may have, on vLLM's null block, which nobody reads: no
         prompt should wait for a compiler, and nobody make others wait. Long prompts run variants of their own.
         """
-        policies = self._config.served
+        # While one is being learned, there is no learned score yet.
+        policies = [name for name in self._config.served if self.learned is not None or not PRESETS[name].learned]
         lengths = (max(self._config.min_tokens, 8 * self._config.window), LONG_PROMPT)
         for policy, stop in itertools.product(policies, lengths):
             region = self._config.region(stop, 0, self._pages.page_tokens)
@@ -139,7 +140,8 @@ class CUDAEvictor(Evictor):
                 source = (0,) * -(-stop // region.block_tokens)
                 score = Score("warm-up", policy, self._config.keep, region, source)
                 peak_LHS = self._runtime.reconstructions.blank(stop) if PRESETS[policy].reconstructs else None
-                scored = self._weigh(score, self._runtime.windows.blank(), peak_LHS)
+                window_LWQD = self._runtime.windows.blank() if PRESETS[policy].needs_window else None
+                scored = self._weigh(score, window_LWQD, peak_LHS)
                 self._copy(scored, Packing(region, (0,) * packed))
         looks = {PRESETS[policy].reconstruction for policy in policies} - {"none"}
         for normalised in sorted(looks) if max_tokens > self._config.window else ():

@@ -13,7 +13,8 @@ from vllm_defensive.worker.projections import Projections
 from vllm_defensive_kernels import reconstruction
 
 SCORE_COPIES = 8  # of all layers' scores: weighed, stacked, sorted (with int64 indices), and what sorting takes
-SETTLE_COPIES = 16  # of those of the layers that are weighed in one go: temporaries, those of another sort among them
+# Of those of the layers that are weighed in one go: temporaries, those of another sort among them, and foretold ones.
+SETTLE_COPIES = 17
 
 
 @dataclass(frozen=True)
