@@ -142,16 +142,18 @@ def test_settings_are_given_the_file_or_refused(model: Path, cache: Path, tmp_pa
     path = learned.path_for(str(learned.fingerprint(str(model))))
     random_score(model, path, 2, 3, 16)
     found = startup.with_learned_score(auto, arguments(model))
-    assert found.learned == str(path) and found.meant("auto") == found.meant("auto", boundary=True) == "learned-halokv"
+    assert found.learned == str(path) and found.meant("auto", boundary=True) == "learned-halokv"
+    assert found.meant("auto") == "halokv", "it was not tried with the question in the window"
     score = learned.load(path)
-    learned.LearnedScore(facts=score.facts.model_copy(update={"later_only": True}), weight_LHX=score.weight_LHX).save(
-        path
-    )
+    tried = score.facts.model_copy(update={"window_keep": 0.2})
+    learned.LearnedScore(facts=tried, weight_LHX=score.weight_LHX).save(path)
+    tried_settings = startup.with_learned_score(auto, arguments(model))
+    assert [tried_settings.meant("auto", keep=keep) for keep in (0.1, 0.2, None)] == ["halokv", *["learned-halokv"] * 2]
+    assert tried_settings.meant("auto", keep=0.1, boundary=True) == "learned-halokv"
+    assert tried_settings.meant("auto", keep=0.1, score="learned") == "learned-halokv"
     without = config.EvictionConfig(policy="auto", learned="none")
     assert startup.with_learned_score(without, arguments(model)) == without
     assert without.meant("auto") == "halokv" and not without.allows("learnedkv")
-    later = startup.with_learned_score(auto, arguments(model))
-    assert later.meant("auto") == "halokv" and later.meant("auto", boundary=True) == "learned-halokv"
     other = tmp_path / "other"
     other.mkdir()
     save_file({"w": torch.randn(300, 300)}, other / "model.safetensors")

@@ -57,8 +57,9 @@ class Facts(BaseModel):
     """What foretold attention is multiplied by, so that it competes with the window's on one scale."""
     r2: list[float]
     """Of each layer, the share of the logarithm's variance that is foretold on texts that were held back."""
-    later_only: bool = False
-    """Whether it was found to be for questions that come later only, beside the window's score too."""
+    window_keep: float | None = None
+    """The least ratio at which, joined with the window's score, it was found to lose next to nothing where the question
+    is in the window. None: it was not tried, or loses more at any."""
     checks: dict[str, float] = {}
     """What was measured with it, by name."""
 

@@ -97,7 +97,7 @@ def with_learned_score(settings: EvictionConfig, engine_args: Any) -> EvictionCo
 
 def going_by(settings: EvictionConfig, path: str, score: learned.LearnedScore) -> EvictionConfig:
     """The settings, with this learned score."""
-    return settings.model_copy(update={"learned": path, "later_only": score.facts.later_only or None})
+    return settings.model_copy(update={"learned": path, "window_keep": score.facts.window_keep})
 
 
 def add_echo_slot(vllm_config: Any, settings: EvictionConfig | None) -> None:

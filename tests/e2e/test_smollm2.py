@@ -16,6 +16,7 @@ from tests.e2e.engines import (
     largest_difference,
 )
 from tests.reference_model import ReferenceLlama, decode_logprobs
+from vllm_defensive import learned
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
@@ -44,6 +45,14 @@ def run(
         answers = generate(llm, prompts, num_tokens)
         assert_all_returned(llm)
     return answers
+
+
+def test_its_learned_score_is_part_of_the_package(smollm2: Path) -> None:
+    """Found by its weights, which `make model` converts to the same bytes everywhere."""
+    found = learned.find(str(smollm2))
+    assert found is not None and Path(found[0]).parent == learned.PACKAGED
+    learned.check_shape(found[1], found[0], 30, 3, 64)
+    assert found[1].facts.model == smollm2.name and found[1].facts.checks and found[1].facts.window_keep == 0.2
 
 
 def test_keep_all_equals_stock(smollm2: Path, prompts: list[list[int]]) -> None:

@@ -37,8 +37,9 @@ class EvictionConfig(BaseModel):
     score: ScoredBy = Field(
         "auto",
         description="what the policy auto scores by: the observation window; or the prompt repeated, which costs a "
-        "second prefill; or a learned score and the window; auto: the last where a learned score is there, else the "
-        "second where a request names a boundary, else the first",
+        "second prefill; or a learned score and the window; auto: the last where a learned score is there (without a "
+        "boundary only at ratios at which it was found to do), else the second where a request names a boundary, else "
+        "the first",
     )
     learned: str | None = Field(
         None,
@@ -54,8 +55,8 @@ class EvictionConfig(BaseModel):
         None,
         description="set by that command alone: a learned score is made in this engine, which goes by it afterwards",
     )
-    later_only: Literal[True] | None = Field(
-        None, description="set from the learned score: auto goes by it where a request names a boundary only"
+    window_keep: float | None = Field(
+        None, description="set from the learned score: the least ratio at which auto goes by it without a boundary, too"
     )
     keep: float = Field(0.2, gt=0, le=1, description="fraction of each prompt's KV cache to keep")
     window: int = Field(
@@ -134,14 +135,17 @@ class EvictionConfig(BaseModel):
         """The learned score that requests may be evicted by; None: there is none."""
         return None if self.learned == NONE else self.learned
 
-    def meant(self, policy: str, *, boundary: bool = False, score: ScoredBy | None = None) -> str:
+    def meant(
+        self, policy: str, *, boundary: bool = False, score: ScoredBy | None = None, keep: float | None = None
+    ) -> str:
         """The policy that a request is evicted by which names this one. boundary: it names one, and something comes
-        behind it. score: its own."""
+        behind it. score, keep: its own."""
         if policy != AUTO:
             return policy
         by = self.score if score is None else score
         if by == "auto":
-            learned = self.score_file is not None and (boundary or not self.later_only)
+            enough = self.window_keep is not None and (self.keep if keep is None else keep) >= self.window_keep
+            learned = self.score_file is not None and (boundary or enough)
             by = "learned" if learned else "reconstruct" if boundary else "window"
         return AUTO_POLICIES[by]
 
@@ -169,7 +173,7 @@ class EvictionConfig(BaseModel):
         return region.budget_blocks(self.keep if keep is None else keep)
 
 
-FLAGS = tuple(name for name in EvictionConfig.model_fields if name not in ("learning", "later_only"))
+FLAGS = tuple(name for name in EvictionConfig.model_fields if name not in ("learning", "window_keep"))
 """The fields that users set, each of which has a flag."""
 
 
@@ -229,7 +233,7 @@ _ALLOWED = {
     "learned": lambda: "name a file, or none",
     "learn": lambda: "choose true or false",
     "learning": lambda: "leave it out",
-    "later_only": lambda: "leave it out",
+    "window_keep": lambda: "leave it out",
     "keep": lambda: "choose a value in (0, 1]",
     "window": lambda: "choose a whole number of tokens, 1 or more",
     "min_tokens": lambda: "choose a whole number of tokens, 1 or more",

@@ -93,7 +93,7 @@ def resolve(
             way_out = f"inside an image, video or audio; choose {' or '.join(str(b) for b in (begin, end) if b)}"
             raise _wrong("kv_eviction_boundary", settings.boundary, way_out)
     asks_later = settings.boundary is not None and settings.boundary < num_prompt_tokens
-    meant = engine.meant(settings.policy, boundary=asks_later, score=settings.score)
+    meant = engine.meant(settings.policy, boundary=asks_later, score=settings.score, keep=settings.keep)
     if not engine.is_there(meant):
         raise _wrong("kv_eviction_score", settings.score, "this server has no learned score for its model")
     return settings.model_copy(update={"policy": meant})

@@ -24,7 +24,7 @@ POLICIES = ("halokv", "learnedkv", "learned-halokv")
 KEEPS = (0.1, 0.2)
 TASKS = {"text": "text goes on", "later": "question comes later", "window": "question in the window"}
 MOST_LOST = 0.02
-"""Nats that the joined score may lose to halokv where the question is in the window, at the larger of the ratios: above
+"""Nats that the joined score may lose to halokv where the question is in the window: above
 what a few dozen answers vary by (0.005 to 0.01), and far below what goes wrong where it does (0.7 on Gemma 3 270M)."""
 _NEXT = 64
 _DEPTHS = (0.1, 0.35, 0.6, 0.85)
@@ -142,11 +142,16 @@ def lost(checks: Mapping[str, float], name: str) -> float:
     return sum(checks.get(f"kl {task} {name}", 0.0) for task in TASKS)
 
 
-def later_only(checks: Mapping[str, float]) -> bool:
-    """Whether the joined score is for questions that come later only: where the window knows the question it loses too
-    much to the window alone, as on models of few heads, which cannot hold both."""
-    joined, window = (checks.get(f"kl window {KEEPS[-1]} {policy}", 0.0) for policy in (POLICIES[-1], POLICIES[0]))
-    return joined - window > MOST_LOST
+def window_keep(checks: Mapping[str, float]) -> float | None:
+    """The least of the ratios, all larger ones included, at which the joined score loses at most `MOST_LOST` to the
+    window alone where that knows the question. None: at none, as on models of few heads, which cannot hold both."""
+    found = None
+    for keep in reversed(KEEPS):
+        joined, window = (checks.get(f"kl window {keep} {policy}") for policy in (POLICIES[-1], POLICIES[0]))
+        if joined is None or window is None or joined - window > MOST_LOST:
+            break
+        found = keep
+    return found
 
 
 def table(checks: Mapping[str, float]) -> str:

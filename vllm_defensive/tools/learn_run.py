@@ -268,10 +268,10 @@ class Learning:
             answers.append(learn_checks.take(self._llm))
         checks = learn_checks.means(answers)
         print(learn_checks.table(checks), flush=True)
-        later_only = learn_checks.later_only(checks)
-        if later_only:
-            print("auto will take it behind boundaries only: with the question in the window halokv is better")
-        return _with_facts(score, checks=checks, later_only=later_only)
+        window_keep = learn_checks.window_keep(checks)
+        where = "" if window_keep is None else f", and without one at ratios from {window_keep:g} on"
+        print(f"auto will go by it behind a boundary{where}")
+        return _with_facts(score, checks=checks, window_keep=window_keep)
 
 
 def _with_facts(score: learned.LearnedScore, **found: Any) -> learned.LearnedScore:
