@@ -38,7 +38,10 @@ Taken = tuple[bool, ...]
 
 SLOTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "score": ("aggregate", "score", "window_bias", "stages", "reconstruction", "keeps_window", "sinks", "fallback"),
+        "score": (
+            *("aggregate", "score", "window_bias", "stages", "reconstruction", "learned", "keeps_window", "sinks"),
+            "fallback",
+        ),
         "value": ("value_weight", "weight_across", "normalise"),
         "neighbours": ("pool", "pool_kernel", "halo_tokens", "halo_weight"),
         "budget": ("scope", "guard", "layer_budget", "head_budget", "keep_all"),
