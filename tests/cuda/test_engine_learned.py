@@ -98,4 +98,4 @@ def test_a_second_look_teaches_what_the_cache_holds(model: Path, tmp_path: Path,
         one_HT1 = torch.ones_like(key_HTD[..., :1])
         target_HT1 = peak_HT.clamp_min(1e-6).log()[..., None]
         row_HTY = torch.cat([key_HTD, plain.value_HTD, one_HT1, target_HT1], dim=-1)[:, 4:].double()
-        torch.testing.assert_close(lessons._gram_LHYY[layer], row_HTY.mT @ row_HTY, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(lessons.gram_LHYY[layer], row_HTY.mT @ row_HTY, rtol=1e-4, atol=1e-2)

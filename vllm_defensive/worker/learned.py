@@ -53,8 +53,8 @@ class Lessons:
     ) -> None:
         shape = (num_layers, num_kv_heads, 2 * head_size + 2, 2 * head_size + 2)
         self._rotations = rotations
-        self._gram_LHYY = torch.zeros(shape, dtype=torch.float64)
-        self._held_LHYY = torch.zeros_like(self._gram_LHYY)
+        self.gram_LHYY = torch.zeros(shape, dtype=torch.float64)
+        self.held_LHYY = torch.zeros_like(self.gram_LHYY)
         self.held_back = False
         """Whether what comes now is held back."""
         self._ratios: list[Tensor] = []
@@ -67,7 +67,7 @@ class Lessons:
         target_HT1 = peak_HT.clamp_min(FLOOR).log().unsqueeze(-1)
         # In fp64: keys with a bias are far from zero, beside how much they vary.
         row_HTY = torch.cat([key_HTD, value_HTD.float(), one_HT1, target_HT1], dim=-1)[:, SINKS:].double()
-        sums = self._held_LHYY if self.held_back else self._gram_LHYY
+        sums = self.held_LHYY if self.held_back else self.gram_LHYY
         sums[layer] += (row_HTY.mT @ row_HTY).cpu()
 
     def compare(self, window: Sequence[LayerScores], foretold: Sequence[LayerScores]) -> None:
@@ -88,23 +88,23 @@ class Lessons:
 
     def save(self, path: str) -> None:
         """Write the sums so far into a safetensors file. Raises OSError, or SafetensorError."""
-        save_file({"gram_LHYY": self._gram_LHYY, "held_LHYY": self._held_LHYY}, path)
+        save_file({"gram_LHYY": self.gram_LHYY, "held_LHYY": self.held_LHYY}, path)
 
     def load(self, path: str) -> None:
         """Go on from sums that `save` wrote. Raises what safetensors does, and RuntimeError for other shapes."""
         sums = load_file(path)
-        self._gram_LHYY.copy_(sums["gram_LHYY"])
-        self._held_LHYY.copy_(sums["held_LHYY"])
+        self.gram_LHYY.copy_(sums["gram_LHYY"])
+        self.held_LHYY.copy_(sums["held_LHYY"])
 
     @property
     def tokens(self) -> int:
         """Learned from so far."""
-        return round(float(self._gram_LHYY[0, 0, -2, -2]))
+        return round(float(self.gram_LHYY[0, 0, -2, -2]))
 
     def solve(self) -> tuple[Tensor, Tensor]:
         """(weight_LHX, fp32; share of the target's variance that it foretells on the texts held back, `[L, H]`)."""
-        weight_LHX = solve(self._gram_LHYY)
-        return weight_LHX.float(), foretold_share(self._held_LHYY, weight_LHX)
+        weight_LHX = solve(self.gram_LHYY)
+        return weight_LHX.float(), foretold_share(self.held_LHYY, weight_LHX)
 
 
 def best_quarter(score_X: Tensor) -> Tensor:
