@@ -2,7 +2,7 @@
 
 What a learned score is worth on texts of other kinds than those that it was learned from, what more of them would add,
 and what it would add to read all heads of a layer instead of a token's own. Kinds: prose and code (Python's), what the
-model itself writes, and files of one's own (as `python -m vllm_defensive.learn` reads them). Prints JSON, which FILE has.
+model itself writes, and files of one's own (as `python -m vllm_defensive.learn` reads them). What is printed, FILE has.
 """
 
 from __future__ import annotations
@@ -137,9 +137,7 @@ def of_layers(sums: Sequence[Mapping[int, Tensor]], heads: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learned", description=__doc__)
-    parser.add_argument(
-        "--model", type=Path, help="model folder; default: SmolLM2-135M-Instruct, made if it is missing"
-    )
+    parser.add_argument("--model", type=Path, help="model folder; default: SmolLM2-135M-Instruct")
     parser.add_argument("--texts", nargs="*", default=[], metavar="KIND=FILE", help="further kinds")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
