@@ -43,14 +43,16 @@ def test_what_a_prompt_begins_with_and_a_users_turn() -> None:
 
 def test_files_are_read_packed_or_not(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    rows = f"{json.dumps({'text': 'one', 'id': 3})}\n\n{json.dumps({'context': 'two'})}\n"
+    # A line separator of Unicode may stand in a line of JSON as it is.
+    two = "tw\u2028o"
+    rows = f"{json.dumps({'text': 'one', 'id': 3})}\n\n{json.dumps({'context': two}, ensure_ascii=False)}\n"
     (tmp_path / "a.jsonl").write_text(rows)
     with lzma.open(tmp_path / "a.jsonl.xz", "wt") as file:
         file.write(rows)
     with gzip.open(tmp_path / "a.gz", "wt") as file:
         file.write("three")
     found = [learn_texts.read(str(tmp_path / name)) for name in ("a.txt", "a.jsonl", "a.jsonl.xz", "a.gz")]
-    assert found == [["one\ntwo\n"], ["one", "two"], ["one", "two"], ["three"]]
+    assert found == [["one\ntwo\n"], ["one", two], ["one", two], ["three"]]
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def read(path: str) -> list[str]:
         raise ValueError(f"--texts {path}: {getattr(error, 'strerror', None) or error}") from None
     if (suffixes[:-1] if packed else suffixes)[-1:] != [".jsonl"]:
         return [whole]
-    return [_text_of(line, f"--texts {path}: line {i}") for i, line in enumerate(whole.splitlines(), 1) if line.strip()]
+    return [_text_of(line, f"--texts {path}: line {i}") for i, line in enumerate(whole.split("\n"), 1) if line.strip()]
 
 
 def _text_of(line: str, where: str) -> str:
