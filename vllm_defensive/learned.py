@@ -89,13 +89,27 @@ def load(path: str | os.PathLike[str]) -> LearnedScore:
             facts = Facts.model_validate_json((file.metadata() or {}).get("facts", ""))
             weight_LHX = file.get_tensor("weight_LHX")
     except (OSError, SafetensorError, ValidationError) as error:
-        raise ValueError(f"{path}: no learned score ({str(error).splitlines()[0]}); make one with {COMMAND}") from None
+        why = (
+            "a folder"
+            if Path(path).is_dir()
+            else "of another kind"
+            if _is_another(error)
+            else str(error).splitlines()[0]
+        )
+        raise ValueError(f"{path}: no learned score ({why}); make one with {COMMAND} MODEL") from None
     if facts.version != VERSION:
-        raise ValueError(f"{path}: of version {facts.version}, and this is {VERSION}; learn it anew with {COMMAND}")
+        raise ValueError(
+            f"{path}: of version {facts.version}, and this is {VERSION}; learn it anew with {COMMAND} MODEL"
+        )
     wrong = weight_LHX.dim() != 3 or weight_LHX.dtype != torch.float32 or len(facts.turned) != len(weight_LHX)
     if wrong or not bool(weight_LHX.isfinite().all()):
-        raise ValueError(f"{path}: no learned score (its weights are none); make one with {COMMAND}")
+        raise ValueError(f"{path}: no learned score (its weights are none); make one with {COMMAND} MODEL")
     return LearnedScore(facts=facts, weight_LHX=weight_LHX)
+
+
+def _is_another(error: Exception) -> bool:
+    """Whether it is about what a file holds, and not about reaching it."""
+    return not isinstance(error, OSError) or error.errno is None
 
 
 # -- which file belongs to a model ------------------------------------------------------------------------------------
@@ -164,7 +178,8 @@ def find(model: str, revision: str | None = None, cache: str | None = None) -> t
 def check(score: LearnedScore, path: str, of_model: str | None) -> None:
     """Raises ValueError, one line, if a file is another model's. of_model: `fingerprint`."""
     if None not in (of_model, score.facts.fingerprint) and of_model != score.facts.fingerprint:
-        raise ValueError(f"{path}: learned for {score.facts.model}, of other weights; make this model's with {COMMAND}")
+        way_out = f"leave it out if this model's own is found, or make it with {COMMAND} MODEL"
+        raise ValueError(f"{path}: learned for {score.facts.model}, of other weights; {way_out}")
 
 
 def check_shape(score: LearnedScore, path: str, layers: int, heads: int, size: int) -> None:
@@ -174,12 +189,13 @@ def check_shape(score: LearnedScore, path: str, layers: int, heads: int, size: i
     if found != wanted:
         raise ValueError(
             f"{path}: learned for {score.facts.model}, whose layers, KV heads or head size are others ({found}, not "
-            f"{wanted}); make this model's with {COMMAND}"
+            f"{wanted}); make this model's with {COMMAND} MODEL"
         )
 
 
 def summary(score: LearnedScore, path: str) -> dict[str, Any]:
     """For people: which file, of which model, how good."""
     facts = score.facts
-    r2 = sum(facts.r2) / len(facts.r2) if facts.r2 else None
-    return {"path": path, "model": facts.model, "tokens": facts.tokens, "r2": r2, "checks": dict(facts.checks)}
+    r2 = round(sum(facts.r2) / len(facts.r2), 3) if facts.r2 else None
+    of_all = {"path": path, "model": facts.model, "tokens": facts.tokens, "r2": r2, "window_keep": facts.window_keep}
+    return {**of_all, "checks": dict(facts.checks)}

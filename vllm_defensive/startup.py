@@ -9,7 +9,7 @@ from vllm_defensive.compat import contract
 from vllm_defensive.compat import serving as patches
 from vllm_defensive.compat.base import get_logger
 from vllm_defensive.platforms import refusal
-from vllm_defensive.settings.engine import AUTO, KEY, EvictionConfig, option_name, parse
+from vllm_defensive.settings.engine import AUTO, KEY, NONE, EvictionConfig, option_name, parse
 from vllm_defensive.tools import learn
 
 logger = get_logger("kv_eviction")
@@ -71,8 +71,11 @@ def with_learned_score(settings: EvictionConfig, engine_args: Any) -> EvictionCo
         return settings
     model, place = engine_args.model, (engine_args.revision, engine_args.download_dir)
     if settings.score_file is not None:
-        score = learned.load(settings.score_file)
-        learned.check(score, settings.score_file, learned.fingerprint(model, *place))
+        try:
+            score = learned.load(settings.score_file)
+            learned.check(score, settings.score_file, learned.fingerprint(model, *place))
+        except ValueError as error:
+            raise ValueError(f"{option_name('learned')}={error}") from None
         return going_by(settings, settings.score_file, score)
     if settings.learned is None:
         if (found := learned.find(model, *place)) is None and settings.learn:
@@ -89,6 +92,10 @@ def with_learned_score(settings: EvictionConfig, engine_args: Any) -> EvictionCo
     wanted += [("policies", policy) for policy in settings.policies or ()]
     for field, value in wanted:
         if value == "learned" or not settings.is_there(value):
+            if settings.learned == NONE:
+                raise ValueError(
+                    f"{option_name(field)}={value}: goes by a learned score; drop {option_name('learned')}=none"
+                )
             raise ValueError(f"{option_name(field)}={value}: {model} {why}; make it with {way_out}")
     if AUTO in settings.choices and settings.learned is None:
         logger.info_once("KV eviction: %s %s; %s makes one", model, why, way_out)

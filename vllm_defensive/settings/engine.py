@@ -114,7 +114,10 @@ class EvictionConfig(BaseModel):
         if self.policy != AUTO:
             return self.policy
         usual, bounded = self.meant(AUTO), self.meant(AUTO, boundary=True)
-        return f"{AUTO} ({usual if usual == bounded else f'{usual}; {bounded} where a request names a boundary'})"
+        told = usual if usual == bounded else f"{usual}; {bounded} where a request names a boundary"
+        if self.score_file is not None and self.window_keep is not None:
+            told += f"; without one {AUTO_POLICIES['learned']} at ratios from {self.window_keep:g} on"
+        return f"{AUTO} ({told})"
 
     @property
     def reconstructs(self) -> bool:
