@@ -39,8 +39,10 @@ POLICIES = tuple(
 )
 # One of each kind in bf16: without values, with a window mean, a criterion of their own, a second stage, keys alone.
 IN_BF16 = ("h2o", "snapkv", "deletion", "layer-defensivekv", "keydiff")
+# Whose float64 loops take longest.
+LONG = ("laprox", "dropkv", "obcache", "deletion", "capkv-window", "expected-window")
 CASES = [
-    *[("float32", policy) for policy in POLICIES],
+    *[pytest.param("float32", policy, marks=[pytest.mark.slow] if policy in LONG else []) for policy in POLICIES],
     *[
         pytest.param(
             "bfloat16", policy, marks=[pytest.mark.slow, *([] if policy in IN_BF16 else [pytest.mark.nightly])]
