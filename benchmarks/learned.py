@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -88,13 +89,13 @@ class Learner:
         """Mean KL by task, of learnedkv with these weights, or of halokv."""
         policy = "halokv" if weight_LHX is None else "learnedkv"
         if weight_LHX is not None:
-            path = Path(os.environ.get("TMPDIR", "/tmp")) / f"learned-{os.getpid()}.safetensors"
             facts = learned.Facts(
                 version=learned.VERSION, fingerprint=None, model="", turned=self.turned, texts=[], tokens=0, r2=[]
             )
-            learned.LearnedScore(facts=facts, weight_LHX=weight_LHX.float()).save(path)
-            self.llm.collective_rpc("load_learned", args=(str(path),))
-            path.unlink()
+            with TemporaryDirectory() as folder:
+                path = Path(folder) / "score.safetensors"
+                learned.LearnedScore(facts=facts, weight_LHX=weight_LHX.float()).save(path)
+                self.llm.collective_rpc("load_learned", args=(str(path),))
         self._worker._evictor.lessons = None
         rng, answers = random.Random(0), []
         for text in texts:

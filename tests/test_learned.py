@@ -75,9 +75,10 @@ def replace_weights(path: Path, value: float) -> None:
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda p: p.unlink(), "no learned score"),
-        (lambda p: p.write_bytes(b"x" * 100), "no learned score"),
-        (lambda p: save_file({"weight_LHX": torch.zeros(2, 3, 33)}, p), "no learned score"),
+        (lambda p: p.unlink(), "no learned score .there is no such file"),
+        (lambda p: (p.unlink(), p.mkdir()), "no learned score .a folder"),
+        (lambda p: p.write_bytes(b"x" * 100), "no learned score .a file of another kind"),
+        (lambda p: save_file({"weight_LHX": torch.zeros(2, 3, 33)}, p), "no learned score .a file of another kind"),
         (lambda p: replace_weights(p, float("nan")), "no learned score"),
         (lambda p: save_file({"other": torch.zeros(1)}, p), "no learned score"),
     ],
@@ -108,14 +109,14 @@ def test_another_version_and_other_shapes_are_refused(
 def test_a_models_own_file_is_found_the_users_before_the_packages(
     model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert learned.find(str(model)) is None
+    assert learned.find(learned.fingerprint(str(model))) is None
     monkeypatch.setattr(learned, "PACKAGED", tmp_path / "packaged")
     name = learned.fingerprint(str(model))
     random_score(model, tmp_path / "packaged" / f"{name}.safetensors", 2, 3, 16)
     packaged = str(tmp_path / "packaged" / f"{name}.safetensors")
     assert path_found(model) == packaged
     own = random_score(model, learned.path_for(str(name)), 2, 3, 16, seed=1)
-    found = learned.find(str(model))
+    found = learned.find(learned.fingerprint(str(model)))
     assert found is not None and found[0] == str(cache / "kv_eviction" / f"{name}.safetensors")
     assert torch.equal(found[1].weight_LHX, own.weight_LHX)
     learned.path_for(str(name)).write_bytes(b"spoilt")
@@ -123,7 +124,7 @@ def test_a_models_own_file_is_found_the_users_before_the_packages(
 
 
 def path_found(model: Path) -> str | None:
-    found = learned.find(str(model))
+    found = learned.find(learned.fingerprint(str(model)))
     return None if found is None else found[0]
 
 

@@ -89,14 +89,7 @@ def load(path: str | os.PathLike[str]) -> LearnedScore:
             facts = Facts.model_validate_json((file.metadata() or {}).get("facts", ""))
             weight_LHX = file.get_tensor("weight_LHX")
     except (OSError, SafetensorError, ValidationError) as error:
-        why = (
-            "a folder"
-            if Path(path).is_dir()
-            else "of another kind"
-            if _is_another(error)
-            else str(error).splitlines()[0]
-        )
-        raise ValueError(f"{path}: no learned score ({why}); make one with {COMMAND} MODEL") from None
+        raise ValueError(f"{path}: no learned score ({_why(path, error)}); make one with {COMMAND} MODEL") from None
     if facts.version != VERSION:
         raise ValueError(
             f"{path}: of version {facts.version}, and this is {VERSION}; learn it anew with {COMMAND} MODEL"
@@ -107,9 +100,13 @@ def load(path: str | os.PathLike[str]) -> LearnedScore:
     return LearnedScore(facts=facts, weight_LHX=weight_LHX)
 
 
-def _is_another(error: Exception) -> bool:
-    """Whether it is about what a file holds, and not about reaching it."""
-    return not isinstance(error, OSError) or error.errno is None
+def _why(path: str | os.PathLike[str], error: Exception) -> str:
+    """What is wrong with it, in a few words: libraries put it in theirs."""
+    if not Path(path).exists():
+        return "there is no such file"
+    if Path(path).is_dir():
+        return "a folder"
+    return str(error).splitlines()[0] if isinstance(error, OSError) else "a file of another kind"
 
 
 # -- which file belongs to a model ------------------------------------------------------------------------------------
@@ -161,10 +158,10 @@ def path_for(fingerprint: str) -> Path:
     return Path(envs.VLLM_CACHE_ROOT) / "kv_eviction" / f"{fingerprint}.safetensors"
 
 
-def find(model: str, revision: str | None = None, cache: str | None = None) -> tuple[str, LearnedScore] | None:
+def find(of_model: str | None) -> tuple[str, LearnedScore] | None:
     """The file of a model, learned by the user or part of this package, and what is in it. None: there is none, or it
-    cannot be used any more, which is said in a warning."""
-    if (of_model := fingerprint(model, revision, cache)) is None:
+    cannot be used any more, which is said in a warning. of_model: `fingerprint`."""
+    if of_model is None:
         return None
     for path in (path_for(of_model), PACKAGED / f"{of_model}.safetensors"):
         if path.is_file():

@@ -69,24 +69,23 @@ def with_learned_score(settings: EvictionConfig, engine_args: Any) -> EvictionCo
     """
     if settings.learning is not None:
         return settings
-    model, place = engine_args.model, (engine_args.revision, engine_args.download_dir)
+    model = engine_args.model
+    of_model = learned.fingerprint(model, engine_args.revision, engine_args.download_dir)
     if settings.score_file is not None:
         try:
             score = learned.load(settings.score_file)
-            learned.check(score, settings.score_file, learned.fingerprint(model, *place))
+            learned.check(score, settings.score_file, of_model)
         except ValueError as error:
             raise ValueError(f"{option_name('learned')}={error}") from None
         return going_by(settings, settings.score_file, score)
     if settings.learned is None:
-        if (found := learned.find(model, *place)) is None and settings.learn:
-            learn.in_own_process(engine_args)
-            found = learned.find(model, *place)
+        if (found := learned.find(of_model)) is None and settings.learn:
+            learn.in_own_process(engine_args)  # which may have fetched the model first
+            found = learned.find(learned.fingerprint(model, engine_args.revision, engine_args.download_dir))
         if found is not None:
             return going_by(settings, *found)
-    there = learned.fingerprint(model, *place) is not None
-    why = (
-        "has no learned score yet" if there else "has no weight files here yet, by which a learned score would be found"
-    )
+    what = "weight files here yet, by which its learned score is found" if of_model is None else "learned score yet"
+    why = f"has no {what}"
     way_out = f"{learned.COMMAND} {model}"
     wanted = [("score", str(settings.score)), ("policy", settings.policy)]
     wanted += [("policies", policy) for policy in settings.policies or ()]

@@ -28,7 +28,7 @@ _OPTIONS = (
 
 def offered(model: str | Path, score: str | None = None) -> list[str]:
     """The policies that users can choose on this model: those that go by a learned score where there is one."""
-    there = score is not None or learned.find(str(model)) is not None
+    there = score is not None or learned.find(learned.fingerprint(str(model))) is not None
     return [name for name in public_names() if there or not PRESETS[name].learned]
 
 

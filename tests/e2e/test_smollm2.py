@@ -49,7 +49,7 @@ def run(
 
 def test_its_learned_score_is_part_of_the_package(smollm2: Path) -> None:
     """Found by its weights, which `make model` converts to the same bytes everywhere."""
-    found = learned.find(str(smollm2))
+    found = learned.find(learned.fingerprint(str(smollm2)))
     assert found is not None and Path(found[0]).parent == learned.PACKAGED
     learned.check_shape(found[1], found[0], 30, 3, 64)
     assert found[1].facts.model == smollm2.name and found[1].facts.checks and found[1].facts.window_keep == 0.2

@@ -207,9 +207,7 @@ class Lifecycle:
         if not life.settings.report:
             return None
         prompt, packing = life.request.num_prompt_tokens, life.packing
-        if (
-            packing is None or life.phase is Phase.ECHOING
-        ):  # it may end there: nothing is packed before its echoes are over
+        if packing is None or life.phase is Phase.ECHOING:  # a request may end before its echoes do: nothing is packed
             return {"policy": NONE, "prompt_tokens": prompt, "kept_tokens": prompt}
         kept = prompt - (packing.region.stop - packing.kept_tokens)
         report = {"policy": life.settings.policy, "prompt_tokens": prompt, "kept_tokens": kept}

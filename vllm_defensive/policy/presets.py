@@ -236,7 +236,7 @@ _ROWS = (
     Policy(
         name="learnedkv",
         summary="what a repeated prompt would attend to, foretold from each token's key and value by weights learned "
-        "for the model: no query is read, nothing is computed again",
+        "for the model: reads no query, at no second prefill",
         source="docs/quality.md",
         aggregate="echo",
         scope="model",
