@@ -15,7 +15,7 @@ from tests.reference_model import Layer, ReferenceLlama, decode_logprobs
 from vllm_defensive.audit import Audit
 from vllm_defensive.policy import PRESETS
 from vllm_defensive.worker.cuda import launches as cuda_launches
-from vllm_defensive.worker.cuda.evictor import kernels_know
+from vllm_defensive.worker.cuda.prompt import kernels_know
 
 pytestmark = pytest.mark.e2e
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from vllm_defensive.policy import (
 from vllm_defensive.settings.engine import EvictionConfig
 from vllm_defensive.worker.cuda import launches
 from vllm_defensive.worker.cuda.launches import EchoRow
+from vllm_defensive.worker.cuda.prompt import LayerScales, Prompt, Scored, kernels_know
 from vllm_defensive.worker.cuda.runtime import CUDARuntime
 from vllm_defensive.worker.evictor import Evictor
 from vllm_defensive.worker.learned import Lessons
@@ -40,50 +41,7 @@ from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.report import layer_deciles
 from vllm_defensive_kernels import RaggedTokens
 
-KERNEL_AGGREGATES = ("mean", "defensive")
-KERNEL_POOLS = (1, 3, 5)
-KERNEL_WEIGHTS = ("none", "l1", "l2-gram")
 LONG_PROMPT = 8192 + 256  # `window.tiling` changes at 8192 scored tokens
-
-
-def kernels_know(policy: Policy) -> bool:
-    """Whether the kernels have what the policy asks of attention, keys and values; the rest is arithmetic on scores."""
-    foretold = policy.aggregate == "echo" and policy.learned
-    pools = policy.pool == "mean" and policy.pool_kernel in KERNEL_POOLS
-    return (policy.aggregate in KERNEL_AGGREGATES or foretold) and pools and policy.value_weight in KERNEL_WEIGHTS
-
-
-@dataclass(frozen=True)
-class LayerScales:
-    """logits: what one layer's are multiplied with. key, value: what its fp8 keys and values are multiplied with when
-    they are read; 1 for other dtypes."""
-
-    logits: float
-    key: float = 1.0
-    value: float = 1.0
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One request's tensors: window queries `[L, W, Q, D]` and what a second look saw, fp32 `[L, H, S]`, None if they
-    are not read; block table int32 `[1, blocks]` and its scored tokens; the part of both whose values weigh."""
-
-    score: Score
-    policy: Policy
-    window_LWQD: Tensor | None
-    peak_LHS: Tensor | None
-    table_1B: Tensor
-    tokens: RaggedTokens
-    value_table_1B: Tensor
-    value_tokens: RaggedTokens
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A request between `score` and `pack`."""
-
-    prompt: Prompt
-    layers: list[LayerScores]
 
 
 class CUDAEvictor(Evictor):

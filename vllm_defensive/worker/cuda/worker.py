@@ -13,8 +13,9 @@ from vllm_defensive.packing import ECHO_OVERHEAD, ECHO_REQUESTS, ECHO_TOKENS
 from vllm_defensive.platforms import PLATFORMS
 from vllm_defensive.policy import PRESETS
 from vllm_defensive.worker.cuda.backend import EvictionImpl
-from vllm_defensive.worker.cuda.evictor import CUDAEvictor, LayerScales
+from vllm_defensive.worker.cuda.evictor import CUDAEvictor
 from vllm_defensive.worker.cuda.memory import BesideCache, Model
+from vllm_defensive.worker.cuda.prompt import LayerScales
 from vllm_defensive.worker.cuda.runtime import CUDARuntime
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.window import WindowQueries

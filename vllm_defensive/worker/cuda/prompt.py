@@ -1,0 +1,55 @@
+"""What the CUDA evictor holds of a request between its scores and its packing, and which policies the kernels score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vllm_defensive.plan import Score
+from vllm_defensive.policy import LayerScores, Policy
+from vllm_defensive_kernels import RaggedTokens
+
+KERNEL_AGGREGATES = ("mean", "defensive")
+KERNEL_POOLS = (1, 3, 5)
+KERNEL_WEIGHTS = ("none", "l1", "l2-gram")
+
+
+def kernels_know(policy: Policy) -> bool:
+    """Whether the kernels have what the policy asks of attention, keys and values; the rest is arithmetic on scores."""
+    foretold = policy.aggregate == "echo" and policy.learned
+    pools = policy.pool == "mean" and policy.pool_kernel in KERNEL_POOLS
+    return (policy.aggregate in KERNEL_AGGREGATES or foretold) and pools and policy.value_weight in KERNEL_WEIGHTS
+
+
+@dataclass(frozen=True)
+class LayerScales:
+    """logits: what one layer's are multiplied with. key, value: what its fp8 keys and values are multiplied with when
+    they are read; 1 for other dtypes."""
+
+    logits: float
+    key: float = 1.0
+    value: float = 1.0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request's tensors: window queries `[L, W, Q, D]` and what a second look saw, fp32 `[L, H, S]`, None if they
+    are not read; block table int32 `[1, blocks]` and its scored tokens; the part of both whose values weigh."""
+
+    score: Score
+    policy: Policy
+    window_LWQD: Tensor | None
+    peak_LHS: Tensor | None
+    table_1B: Tensor
+    tokens: RaggedTokens
+    value_table_1B: Tensor
+    value_tokens: RaggedTokens
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A request between `score` and `pack`."""
+
+    prompt: Prompt
+    layers: list[LayerScores]
