@@ -40,7 +40,7 @@ setup(
     packages=find_packages(include=["vllm_defensive", "vllm_defensive.*"]) + find_packages("kernels"),
     package_dir={"vllm_defensive_kernels": "kernels/vllm_defensive_kernels"},
     package_data={
-        "vllm_defensive": ["py.typed", "learned_scores/*.safetensors"],
+        "vllm_defensive": ["py.typed", "learned_scores/*.safetensors", "worker/cpu/*.cpp"],
         "vllm_defensive_kernels": ["py.typed"],
     },
     # vLLM and torch are not here, so that installing the plugin never replaces the build that the user runs.

@@ -21,4 +21,6 @@ def eviction(
     token_ids: tuple[int, ...] | None = None,
 ) -> Eviction:
     region = Region(stop, shared_blocks, window, block_tokens, page_tokens=page_tokens or block_tokens)
-    return Eviction(Score(request_id, policy, keep, region, source_blocks), Packing(region, packed_blocks), token_ids)
+    return Eviction(
+        Score(request_id, policy, keep, region, source_blocks), Packing(region, packed_blocks, region.plain), token_ids
+    )

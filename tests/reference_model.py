@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ class Layer:
     query_TQD: Tensor
     key_HTD: Tensor
     value_HTD: Tensor
+
+
+Packed = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From a layer's index and the K and V of its first tokens, `[H, T, D]`, to those that its cache gives back."""
 
 
 class ReferenceLlama:
@@ -46,17 +51,22 @@ class ReferenceLlama:
 
     @torch.inference_mode()
     def forward(
-        self, token_ids: list[int], kept_LHT: Tensor | None = None, attention: list[Layer] | None = None
+        self,
+        token_ids: list[int],
+        kept_LHT: Tensor | None = None,
+        attention: list[Layer] | None = None,
+        packed: Packed | None = None,
     ) -> Tensor:
         """Log-probabilities fp32 `[S, vocabulary]` of what follows each token.
 
         kept_LHT: bool, for the first T tokens: they see each other; later tokens see, of them, only what is True.
         attention: a list to which what each layer's attention computed with is appended.
+        packed: makes of keys and values what later tokens read of the first T, of which the rest may be anything.
         """
         hidden_SM = self._weights["model.embed_tokens.weight"][torch.tensor(token_ids)]
         for index in range(self.layers):
             mask_HSS = self._mask(len(token_ids), None if kept_LHT is None else kept_LHT[index])
-            hidden_SM = self._layer(index, hidden_SM, mask_HSS, attention)
+            hidden_SM = self._layer(index, hidden_SM, mask_HSS, attention, kept_LHT, packed)
         hidden_SM = self._norm("model.norm.weight", hidden_SM)
         return (hidden_SM @ self._weights["lm_head.weight"].T).float().log_softmax(dim=-1)
 
@@ -68,7 +78,15 @@ class ReferenceLlama:
             mask_HSS[:, prompt:, :prompt] = kept_HT[:, None, :]
         return mask_HSS
 
-    def _layer(self, index: int, hidden_SM: Tensor, mask_HSS: Tensor, attention: list[Layer] | None) -> Tensor:
+    def _layer(
+        self,
+        index: int,
+        hidden_SM: Tensor,
+        mask_HSS: Tensor,
+        attention: list[Layer] | None,
+        kept_LHT: Tensor | None,
+        packed: Packed | None,
+    ) -> Tensor:
         name = f"model.layers.{index}"
         normed_SM = self._norm(f"{name}.input_layernorm.weight", hidden_SM)
         query_SQD, key_SHD, value_SHD = (
@@ -82,16 +100,28 @@ class ReferenceLlama:
         key_HSD, value_HSD = key_SHD.transpose(0, 1), value_SHD.transpose(0, 1)
         if attention is not None:
             attention.append(Layer(query_SQD, key_HSD, value_HSD))
-        group = self.query_heads // self.heads
-        query_HGSD = query_SQD.unflatten(1, (self.heads, group)).permute(1, 2, 0, 3)
-        logits_HGSS = query_HGSD @ key_HSD[:, None].transpose(2, 3) * self.head_size**-0.5
-        weights_HGSS = logits_HGSS.float().masked_fill(~mask_HSS[:, None], float("-inf")).softmax(dim=-1)
-        mixed_HGSD = weights_HGSS.to(hidden_SM.dtype) @ value_HSD[:, None]
+        query_HGSD = query_SQD.unflatten(1, (self.heads, -1)).permute(1, 2, 0, 3)
+        mixed_HGSD = self._attend(query_HGSD, key_HSD, value_HSD, mask_HSS)
+        if packed is not None and kept_LHT is not None:
+            tokens = kept_LHT.shape[2]
+            read_HSD = [
+                torch.cat([some, exact[:, tokens:]], dim=1)
+                for some, exact in zip(
+                    packed(index, key_HSD[:, :tokens], value_HSD[:, :tokens]), (key_HSD, value_HSD), strict=True
+                )
+            ]
+            later = self._attend(query_HGSD[:, :, tokens:], *read_HSD, mask_HSS[:, tokens:])
+            mixed_HGSD = torch.cat([mixed_HGSD[:, :, :tokens], later], dim=2)
         mixed_SX = mixed_HGSD.permute(2, 0, 1, 3).flatten(1)
         hidden_SM = hidden_SM + self._linear(f"{name}.self_attn.o_proj", mixed_SX)
         normed_SM = self._norm(f"{name}.post_attention_layernorm.weight", hidden_SM)
         gate, up = (self._linear(f"{name}.mlp.{part}_proj", normed_SM) for part in ("gate", "up"))
         return hidden_SM + self._linear(f"{name}.mlp.down_proj", torch.nn.functional.silu(gate) * up)
+
+    def _attend(self, query_HGSD: Tensor, key_HSD: Tensor, value_HSD: Tensor, mask_HSS: Tensor) -> Tensor:
+        logits_HGSS = query_HGSD @ key_HSD[:, None].transpose(2, 3) * self.head_size**-0.5
+        weights_HGSS = logits_HGSS.float().masked_fill(~mask_HSS[:, None], float("-inf")).softmax(dim=-1)
+        return weights_HGSS.to(query_HGSD.dtype) @ value_HSD[:, None]
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
@@ -110,8 +140,8 @@ class ReferenceLlama:
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_SHD.dtype)
 
 
-def decode_logprobs(model: Any, prompt: list[int], answer: list[int], kept_LHT: Tensor | None) -> Tensor:
+def decode_logprobs(model: Any, prompt: list[int], answer: list[int], kept_LHT: Tensor | None, **more: Any) -> Tensor:
     """float64 log-probabilities of the tokens of an answer, each given the true tokens before it."""
-    logprobs = model.forward(prompt + answer[:-1], kept_LHT)
+    logprobs = model.forward(prompt + answer[:-1], kept_LHT, **more)
     rows = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
     return logprobs[rows, torch.tensor(answer)].double()

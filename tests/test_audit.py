@@ -37,7 +37,7 @@ TOKENS = [[4, 9, 18, 19], [*range(4, 16)], [4, 6, 8, 10, 12, 14, 18, 19], [*rang
 @pytest.fixture
 def written(tmp_path: Path) -> audit.Audit:
     tokens_PN = torch.tensor([t for head in TOKENS for t in head], dtype=torch.int32).view(8, N)
-    path = audit.write(str(tmp_path / "new folder"), EVICTION, Selection(PAGES_LH, tokens_PN))
+    path = audit.write(str(tmp_path / "new folder"), EVICTION, [Selection(PAGES_LH, tokens_PN)])
     assert path == audit.path_of(tmp_path / "new folder", "chat/7 a") and path.name == "chat_7_a.safetensors"
     assert [p.name for p in path.parent.iterdir()] == [path.name], "no partial file is left"
     return audit.load(path)
@@ -96,11 +96,11 @@ def test_a_file_without_a_format_version_is_of_the_first(path: Path, written: au
 
 def test_the_heads_of_all_ranks_are_read_together(tmp_path: Path) -> None:
     tokens_PN = torch.tensor([t for head in TOKENS for t in head], dtype=torch.int32).view(8, N)
-    whole = audit.load(audit.write(str(tmp_path), EVICTION, Selection(PAGES_LH, tokens_PN)))
+    whole = audit.load(audit.write(str(tmp_path), EVICTION, [Selection(PAGES_LH, tokens_PN)]))
     # Rank 0 has the first head of each layer, rank 1 the second.
     per_head = tokens_PN.split(PAGES_LH.flatten().tolist())
     paths = [
-        audit.write(str(tmp_path), EVICTION, Selection(PAGES_LH[:, r : r + 1], torch.cat(per_head[r::2])), (r, 2))
+        audit.write(str(tmp_path), EVICTION, [Selection(PAGES_LH[:, r : r + 1], torch.cat(per_head[r::2]))], (r, 2))
         for r in range(2)
     ]
     assert paths[1].name == "chat_7_a.rank1of2.safetensors"
@@ -116,7 +116,7 @@ def test_nobody_else_can_read_it(tmp_path: Path) -> None:
     tokens_PN = torch.tensor([t for head in TOKENS for t in head], dtype=torch.int32).view(8, N)
     before = os.umask(0)
     try:
-        path = audit.write(str(tmp_path / "new"), EVICTION, Selection(PAGES_LH, tokens_PN))
+        path = audit.write(str(tmp_path / "new"), EVICTION, [Selection(PAGES_LH, tokens_PN)])
     finally:
         os.umask(before)
     assert [stat.S_IMODE(p.stat().st_mode) for p in (path, path.parent)] == [0o600, 0o700]
@@ -130,7 +130,7 @@ def test_what_cannot_be_read_or_written_ends_the_command_with_one_line(
     file = str(tmp_path)  # a folder
     if show:
         tokens_PN = torch.tensor([t for head in TOKENS for t in head], dtype=torch.int32).view(8, N)
-        file = str(audit.write(file, EVICTION, Selection(PAGES_LH, tokens_PN)))
+        file = str(audit.write(file, EVICTION, [Selection(PAGES_LH, tokens_PN)]))
     with pytest.raises(SystemExit) as end:
         main(["show", file, *show])
     error = capsys.readouterr().err

@@ -17,14 +17,14 @@ ALLOWED = {
     "packing": set(),
     "plan": {"packing"},
     "counts": {"plan"},
-    "policy": set(),
+    "policy": {"packing"},
     "learned": {"compat"},
     "settings": {"packing", "policy"},
     "compat": {"plan", "counts", "__init__"},  # __init__: our version, which a refusal names
-    "platforms": {"settings", "policy"},
+    "platforms": {"packing", "settings", "policy"},
     "limits": {"platforms", "settings", "audit", "engine"},  # engine: the spec by which an evictable layer is known
     "startup": {"learned", "platforms", "settings", "compat", "serving", "tools"},  # tools: a score may be made first
-    "serving": {"learned", "platforms", "settings", "compat", "counts"},
+    "serving": {"learned", "packing", "platforms", "settings", "compat", "counts"},
     "engine": {"settings", "compat", "policy", *_SHARED},
     "audit": {"compat", "policy", "plan"},
     "worker": {

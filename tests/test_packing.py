@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vllm_defensive.packing import Packing, Region
+from vllm_defensive.packing import Format, Packing, Region
 from vllm_defensive.plan import StepMessage
 
 
@@ -30,7 +30,7 @@ from vllm_defensive.plan import StepMessage
     ],
 )
 def test_budgets_by_hand(tokens: int, shared: int, keep: float, block_size: int, expected: int) -> None:
-    assert Region(tokens, shared, 32, block_size, block_size).budget_blocks(keep) == expected
+    assert Region(tokens, shared, 32, block_size, block_size).budget_blocks(keep, Format.plain(block_size)) == expected
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ ratios = st.floats(0.001, 1)
 @example(Region(64, 0, 1, 32, 32), 1.0)
 @example(Region(64, 0, 1, 32, 16), 1.0)
 def test_an_eviction_frees_at_least_one_block_and_holds_what_must_stay(region: Region, keep: float) -> None:
-    packed = region.budget_blocks(keep)
+    packed = region.budget_blocks(keep, region.plain)
     if packed == 0:
         return
     assert region.stop > region.window
     assert 1 <= packed < region.blocks
-    packing = Packing(region, tuple(range(packed)))
+    packing = Packing(region, tuple(range(packed)), region.plain)
     assert packing.saved_blocks >= 1
     assert packing.head_pages * region.page_tokens >= region.forced_tokens
     evictable = region.stop - region.tokens[0]
@@ -87,7 +87,7 @@ def test_an_eviction_frees_at_least_one_block_and_holds_what_must_stay(region: R
 def test_longer_prompts_are_never_evicted_less_readily(region: Region, keep: float, blocks: int) -> None:
     """Growing by whole blocks never needs fewer packed ones: start-up relies on it (see EvictableSpec)."""
     longer = replace(region, stop=region.stop + blocks * region.block_tokens)
-    assert longer.budget_blocks(keep) >= region.budget_blocks(keep)
+    assert longer.budget_blocks(keep, longer.plain) >= region.budget_blocks(keep, region.plain)
 
 
 @given(regions())
@@ -107,7 +107,10 @@ def test_what_a_head_reads_is_its_three_segments(region: Region, pages: int, lat
     """Shared blocks, its packed pages, and what follows the last full block."""
     seq_len = region.stop + later
     segments = region.shared_blocks * region.block_tokens, pages * region.page_tokens
-    assert Packing(region, ()).length(pages, seq_len) == sum(segments) + seq_len - region.tokens[1]
+    assert (
+        Packing(region, (), region.plain).length(pages * region.page_tokens, seq_len)
+        == sum(segments) + seq_len - region.tokens[1]
+    )
 
 
 def test_two_pages_a_block_by_hand() -> None:
@@ -115,10 +118,10 @@ def test_two_pages_a_block_by_hand() -> None:
     region = Region(stop=1000, shared_blocks=0, window=40, block_tokens=64, page_tokens=32)
     assert (region.full_blocks, region.tail, region.tokens) == (15, 40, (0, 960))
     assert region.forced_tokens == 0, "the window is all in the tail"
-    packed = region.budget_blocks(0.25)  # ceil((250 - 40) / 64)
-    packing = Packing(region, tuple(range(packed)))
+    packed = region.budget_blocks(0.25, region.plain)  # ceil((250 - 40) / 64)
+    packing = Packing(region, tuple(range(packed)), region.plain)
     assert (packed, packing.head_pages, packing.saved_blocks, packing.kept_tokens) == (4, 8, 11, 4 * 64 + 40)
-    assert packing.length(pages=3, seq_len=1005) == 3 * 32 + 45
+    assert packing.length(kept=3 * 32, seq_len=1005) == 3 * 32 + 45
 
 
 def test_a_message_without_contents_is_false() -> None:

@@ -5,9 +5,13 @@ per worker, with the heads of that worker; `load` reads any of them together wit
 
     kept_counts   int32 [L, H]     tokens kept by each head, shared blocks, window and tail included
     kept_indices  int32 [sum]      their positions, ascending, for head (0, 0), (0, 1), ... one after the other
+    kept_classes  uint8 [sum]      the kind of page that each of them is in, by its place in page_classes; tokens of one
+                                   head and kind fill its pages in ascending order, page_tokens each. Where there is
+                                   none, all are in pages as the cache has them
     token_ids     int32 [T]        the prompt, up to where it was evicted
 
-and the metadata format_version, policy, keep_ratio, stop, block_size, packed_blocks, shared_blocks, window.
+and the metadata format_version, policy, keep_ratio, stop, block_size, packed_blocks, shared_blocks, window, widths,
+page_classes, page_tokens.
 
 `FORMAT_VERSION` grows when a reader of today would misread a file of tomorrow; added fields do not count.
 
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,6 +52,10 @@ class Audit:
     packed_blocks: int
     shared_blocks: int
     window: int
+    widths: str = "16"
+    page_classes: tuple[str, ...] = ("16",)
+    page_tokens: tuple[int, ...] = ()
+    kept_classes: Tensor | None = None
 
     def positions(self, layer: int, head: int) -> Tensor:
         """Ascending kept positions, int32, of one head."""
@@ -54,6 +63,15 @@ class Audit:
         index = layer * self.kept_counts.shape[1] + head
         start = int(counts[:index].sum())
         return self.kept_indices[start : start + int(counts[index])]
+
+    def classes(self, layer: int, head: int) -> Tensor:
+        """The kind of page of each of `positions`, uint8, by its place in `page_classes`."""
+        counts = self.kept_counts.flatten().long()
+        index = layer * self.kept_counts.shape[1] + head
+        start, count = int(counts[:index].sum()), int(counts[index])
+        if self.kept_classes is None:
+            return torch.zeros(count, dtype=torch.uint8)
+        return self.kept_classes[start : start + count]
 
     def mask(self) -> Tensor:
         """bool `[L, H, T]`: True where the entry was kept."""
@@ -94,7 +112,13 @@ def load(path: str | os.PathLike[str]) -> Audit:
         part.positions(layer, head) for layer in range(len(parts[0].kept_counts)) for part in parts for head in heads
     ]
     counts_LH = torch.cat([part.kept_counts for part in parts], dim=1)
-    return replace(parts[0], kept_counts=counts_LH, kept_indices=torch.cat(positions))
+    whole = replace(parts[0], kept_counts=counts_LH, kept_indices=torch.cat(positions))
+    if parts[0].kept_classes is None:
+        return whole
+    classes = [
+        part.classes(layer, head) for layer in range(len(parts[0].kept_counts)) for part in parts for head in heads
+    ]
+    return replace(whole, kept_classes=torch.cat(classes))
 
 
 def _load(path: Path) -> Audit:
@@ -118,18 +142,22 @@ def _load(path: Path) -> Audit:
             keep_ratio=float(meta["keep_ratio"]),
             stop=int(meta["stop" if version > 1 else "num_tokens"]),
             **{k: int(meta[k]) for k in ("block_size", "packed_blocks", "shared_blocks", "window")},
+            widths=meta.get("widths", "16"),
+            page_classes=tuple(meta.get("page_classes", "16").split(" ")),
+            page_tokens=tuple(int(n) for n in meta.get("page_tokens", meta["block_size"]).split(" ")),
+            kept_classes=file.get_tensor("kept_classes") if "widths" in meta and meta["widths"] != "16" else None,
         )
 
 
 def record(
     folder: str,
     eviction: Eviction,
-    selection: Selection,
+    parts: Sequence[Selection],
     rank: tuple[int, int] = (0, 1),
 ) -> None:
     """`write` for the engine: a full disk costs an audit and a warning, never the engine."""
     try:
-        write(folder, eviction, selection, rank)
+        write(folder, eviction, parts, rank)
     except (OSError, SafetensorError) as error:
         get_logger("kv_eviction").warning("KV eviction: no audit of %s: %s", eviction.request_id, error)
 
@@ -137,25 +165,35 @@ def record(
 def write(
     folder: str,
     eviction: Eviction,
-    selection: Selection,
+    parts: Sequence[Selection],
     rank: tuple[int, int] = (0, 1),
 ) -> Path:
-    """Write one file, atomically: a reader never sees half of it."""
-    pages_LH = selection.pages_LH.cpu()
-    region = eviction.region
+    """Write one file, atomically: a reader never sees half of it. parts: of the packing's format."""
+    region, format = eviction.region, eviction.packing.format
     start, last = region.tokens
     shared, tail = torch.arange(start), torch.arange(last, region.stop)
-    tokens = selection.tokens_PN.cpu().flatten().long()
-    per_head = tokens.split((pages_LH.flatten().long() * region.page_tokens).tolist())
-    indices = torch.cat([part for kept in per_head for part in (shared, kept, tail)])
+    names = list(dict.fromkeys(("16", *(part.page_class for part in format.parts))))
+    tokens = {"16": region.page_tokens, **{part.page_class: part.tokens for part in format.parts}}
+    places = [names.index(part.page_class) for part in format.parts]
+    per_part = [_by_head(part) for part in parts]
+    indices, classes = [], []
+    for of_head in zip(*per_part, strict=True):
+        kept = torch.cat(of_head)
+        of_class = torch.repeat_interleave(torch.tensor(places), torch.tensor([len(some) for some in of_head]))
+        order = kept.argsort()
+        indices.append(torch.cat([shared, kept[order], tail]))
+        classes.append(torch.cat([torch.zeros_like(shared), of_class[order], torch.zeros_like(tail)]))
+    counts = torch.tensor([len(kept) for kept in indices], dtype=torch.int32)
+    tensors = {"kept_classes": torch.cat(classes).to(torch.uint8)} if format.quantised else {}
     assert eviction.token_ids is not None
     target = path_of(folder, eviction.request_id, rank)
     make_folder(target.parent)
     partial = target.with_suffix(f".{os.getpid()}.partial")
     content = save(
         {
-            "kept_counts": (pages_LH * region.page_tokens + len(shared) + len(tail)).to(torch.int32),
-            "kept_indices": indices.to(torch.int32),
+            "kept_counts": counts.view(parts[0].pages_LH.shape),
+            "kept_indices": torch.cat(indices).to(torch.int32),
+            **tensors,
             "token_ids": torch.tensor(eviction.token_ids, dtype=torch.int32),
         },
         metadata={
@@ -167,12 +205,21 @@ def write(
             "packed_blocks": str(len(eviction.packing.blocks)),
             "shared_blocks": str(region.shared_blocks),
             "window": str(region.window),
+            "widths": format.widths,
+            "page_classes": " ".join(names),
+            "page_tokens": " ".join(str(tokens[name]) for name in names),
         },
     )
     with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(content)
     partial.replace(target)
     return target
+
+
+def _by_head(part: Selection) -> list[Tensor]:
+    """Positions that each head keeps in pages of this part, ascending."""
+    pages = part.tokens_PN.cpu().long().split(part.pages_LH.flatten().tolist())
+    return [kept[kept >= 0] for kept in pages]
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ class WorkerReport:
 
 @dataclass
 class Totals:
-    """What eviction has done so far: requests, tokens, blocks."""
+    """What eviction has done so far: requests, tokens, blocks. held_tokens: those that would take, unpacked, the memory
+    that kept ones take."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -46,6 +47,7 @@ class Totals:
     freed_blocks: int = 0
     cancelled: int = 0
     echo_tokens: int = 0
+    held_tokens: int = 0
 
     def __sub__(self, other: Totals) -> Totals:
         return Totals(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -93,11 +95,14 @@ class Increase:
 
 
 def record_of(eviction: Eviction) -> dict[str, Any]:
-    """The JSON entry of one eviction. Tokens are means over layers and heads; blocks are net of the packed ones."""
+    """The JSON entry of one eviction. Tokens are means over layers and heads; held are those that
+    would take, unpacked, the memory that is left. Blocks are net of the packed ones."""
     return {
         "request_id": eviction.request_id,
         "policy": eviction.policy,
         "prompt_tokens": eviction.region.stop,
         "kept_tokens": eviction.packing.kept_tokens,
+        "held_tokens": eviction.packing.held_tokens,
+        "widths": eviction.packing.format.widths,
         "freed_blocks": eviction.packing.saved_blocks,
     }

@@ -78,6 +78,11 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
         for policy in named if on_cuda else ():
             if only_on_cpus(policy):
                 raise ValueError(f"{option_name(field)}={policy}: {CPU_ONLY}")
+    if cache.cache_dtype in _FP8 and (coded := [widths for widths in settings.own_widths if widths != "16"]):
+        raise ValueError(
+            f"{option_name('widths')}={coded[0]}: not supported with kv_cache_dtype={cache.cache_dtype}; choose 16, or "
+            "a 16-bit KV cache"
+        )
     if settings.audit is not None:
         _check_writable(settings.audit)
     if settings.window > settings.min_tokens:

@@ -10,7 +10,8 @@ Words: a *block* is vLLM's unit of allocation, so many tokens of every layer and
 that belongs to one layer and one head. Today a page has as many rows as its block has tokens; the arithmetic allows for
 several pages of a head in a block. A *stop*, `T`, is the number of tokens at which a request is evicted. `g` is the
 number of blocks that are full by then, `s` the number of leading ones that stay where they are because others use them,
-`K` the number of fresh blocks that the kept pages are packed into.
+`K` the number of fresh blocks that the kept pages are packed into. A page may hold more tokens than it has rows, in
+fewer bits each (*widths*, `vllm_defensive_kernels.widths`): `keep` counts bytes, whatever they hold.
 
 After an eviction a head reads three segments, one after the other: `s` shared blocks, its own packed pages, and the
 ordinary blocks from `g` on.
@@ -23,6 +24,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Any
+
+from vllm_defensive_kernels.widths import PageShape
 
 ECHO_TOKENS = 2048
 """Tokens of a prompt that one echo repeats (KVzip's chunk)."""
@@ -45,6 +48,73 @@ def echo_blocks(stop: int, max_model_len: int, block_tokens: int) -> int:
     """Blocks that an echo takes beside those of the request that it serves, at most."""
     tokens = min(stop, echo_tokens(stop, max_model_len))
     return 0 if not tokens else math.ceil((tokens + ECHO_OVERHEAD) / block_tokens)
+
+
+WIDTHS: dict[str, tuple[tuple[str, float], ...]] = {
+    "16": (("16", 1.0),),
+    "k8v4": (("k8v4", 1.0),),
+    "8": (("8", 1.0),),
+    "4": (("4", 1.0),),
+    "8,4": (("8", 0.25), ("4", 1.0)),
+    "16,8,4": (("16", 0.0), ("8", 0.0), ("4", 1.0)),
+}
+"""What a request may be packed in: classes of pages, the best tokens' first, and the share of the pages that each gets
+of all; the last has the rest."""
+LADDER = "16,8,4"
+"""Of these widths each head's scores decide how many pages of each class it has, not the shares (RDKV's ladder)."""
+OFFERED = tuple(name for name in WIDTHS if name != LADDER)
+"""Those that a user may choose: the ladder is its policy's alone."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Pages of one class. tokens: that a page holds. share: of all pages, at least; of the last part, the rest."""
+
+    page_class: str
+    tokens: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the pages of a packing are written. widths: a name in `WIDTHS`."""
+
+    widths: str
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def of(cls, widths: str, shape: PageShape) -> Format:
+        return cls(widths, tuple(Part(name, shape.tokens(name), share) for name, share in WIDTHS[widths]))
+
+    @classmethod
+    def plain(cls, page_tokens: int) -> Format:
+        """Pages as the cache has them: as many tokens as rows."""
+        return cls("16", (Part("16", page_tokens, 1.0),))
+
+    @property
+    def quantised(self) -> bool:
+        return self.widths != "16"
+
+    def split(self, pages: int, heads: int, forced_tokens: int) -> list[int]:
+        """Pages of each part, of `pages` that so many heads share: whatever the share, each head's forced tokens find
+        room in the first."""
+        counts: list[int] = []
+        for part in self.parts[:-1]:
+            least = heads * math.ceil(forced_tokens / part.tokens) if not counts else 0
+            counts.append(min(max(round(part.share * pages), least), pages - sum(counts)))
+        return [*counts, pages - sum(counts)]
+
+    def tokens(self, pages: int, forced_tokens: int) -> int:
+        """Tokens that find room in so many pages of one head."""
+        counts = self.split(pages, 1, forced_tokens)
+        return sum(count * part.tokens for count, part in zip(counts, self.parts, strict=True))
+
+    def pages_for(self, tokens: int, forced_tokens: int) -> int:
+        """The fewest pages of one head in which so many tokens find room."""
+        pages = math.ceil(tokens / max(part.tokens for part in self.parts))
+        while self.tokens(pages, forced_tokens) < tokens:
+            pages += 1
+        return pages
 
 
 @dataclass(frozen=True)
@@ -88,33 +158,44 @@ class Region:
         return self.block_tokens // self.page_tokens
 
     @property
+    def plain(self) -> Format:
+        """Its pages as the cache has them."""
+        return Format.plain(self.page_tokens)
+
+    @property
     def forced_tokens(self) -> int:
         """Tokens that are chosen from but belong to the window, and are therefore kept."""
         first, last = self.tokens
         return max(0, last - max(first, self.stop - self.window))
 
-    def budget_blocks(self, keep: float) -> int:
+    def budget_blocks(self, keep: float, format: Format) -> int:
         """`K` for a ratio, or 0 when nothing is to be gained by an eviction.
 
         The scheduler allocates exactly `K` blocks and the workers fill exactly their pages, so no message has to come
-        back. `keep` counts the window and the tail, as the papers do; every head is granted at least as many pages as
-        hold its forced tokens.
+        back. `keep` counts bytes, those of the window and of the tail too, as the papers do; every head is granted at
+        least as many pages as hold its forced tokens, and no more blocks are taken than hold all tokens.
         """
         if self.stop <= self.window or self.blocks <= 0:
             return 0
         wanted = math.ceil((keep * (self.stop - self.tokens[0]) - self.tail) / self.block_tokens)
-        forced_pages = math.ceil(self.forced_tokens / self.page_tokens)
+        forced_pages = math.ceil(self.forced_tokens / format.parts[0].tokens)
         needed = max(wanted, math.ceil(forced_pages / self.pages_per_block), 1)
-        return needed if needed < self.blocks else 0
+        return min(needed, self.blocks_for_all(format)) if needed < self.blocks else 0
+
+    def blocks_for_all(self, format: Format) -> int:
+        """Blocks whose pages hold every token of the region, in the heads' even share."""
+        first, last = self.tokens
+        return math.ceil(format.pages_for(last - first, self.forced_tokens) / self.pages_per_block)
 
 
 @dataclass(frozen=True)
 class Packing:
     """What an eviction made, or is about to make, of a request. blocks: ids of the `K` fresh blocks that receive the
-    kept pages, in the order in which they are filled."""
+    kept pages, in the order in which they are filled: the format's first part, head after head, then the next."""
 
     region: Region
     blocks: tuple[int, ...]
+    format: Format
 
     @property
     def head_pages(self) -> int:
@@ -127,15 +208,23 @@ class Packing:
         return self.region.blocks - len(self.blocks)
 
     @property
-    def kept_tokens(self) -> int:
-        """Tokens before the stop that are kept, on average over layers and heads."""
+    def held_tokens(self) -> int:
+        """Tokens before the stop that would take, unpacked, the memory that is left of them."""
         return self.region.stop - self.saved_blocks * self.region.block_tokens
 
-    def length(self, pages: Any, seq_len: Any) -> Any:
-        """Tokens that a head with so many packed pages reads when the request has seen `seq_len`; ints or tensors.
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens before the stop that are kept, on average over layers and heads. Where heads compete for pages of
+        several classes, or some keep all of their tokens and leave room, it is a little less."""
+        first, last = self.region.tokens
+        packed = min(self.format.tokens(self.head_pages, self.region.forced_tokens), last - first)
+        return self.region.stop - (last - first) + packed
 
-            s * block_tokens + pages * N + (seq_len - g * block_tokens)
+    def length(self, kept: Any, seq_len: Any) -> Any:
+        """Tokens that a head with so many packed tokens reads when the request has seen `seq_len`; ints or tensors.
+
+            s * block_tokens + kept + (seq_len - g * block_tokens)
 
         a function of vLLM's own `seq_len` and of constants, so that nothing can get out of step with it.
         """
-        return pages * self.region.page_tokens - self.region.blocks * self.region.block_tokens + seq_len
+        return kept - self.region.blocks * self.region.block_tokens + seq_len

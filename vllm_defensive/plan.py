@@ -82,6 +82,8 @@ class StepMessage:
     reconstruct: echo's id -> what its tokens of this step are looked at for.
     held: requests that reached their stop in this step and are scored in a later one.
     released: of these, requests that are served whole after all: nothing has to be kept of them.
+    clear: ids of blocks that held quantised pages and have gone back: whoever has them next may read beyond what it
+        wrote, times nothing, and must not find what are no numbers.
     scores, evictions: to be carried out in this order right after this step's forward pass.
     """
 
@@ -90,6 +92,7 @@ class StepMessage:
     reconstruct: dict[str, Reconstruction] = field(default_factory=dict)
     held: list[str] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
+    clear: list[int] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
     evictions: list[Eviction] = field(default_factory=list)
 

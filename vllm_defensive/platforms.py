@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Any, NamedTuple
 
+from vllm_defensive.packing import LADDER, WIDTHS
 from vllm_defensive.policy import PRESETS
 from vllm_defensive.settings.engine import NONE, TURN_OFF, EvictionConfig, option_name
 from vllm_defensive_kernels import MAX_HEAD_SIZE
+from vllm_defensive_kernels.widths import CLASSES
 
 
 class Platform(NamedTuple):
@@ -24,7 +28,7 @@ PLATFORMS = {
 
 Row = tuple[Any, str, Any, str]  # (whether it is refused, option, value, way out)
 
-CPU_ONLY = "supported on CPUs only, as it sums the attention of all queries; choose another policy on a GPU"
+CPU_ONLY = "supported on CPUs only; choose another policy on a GPU"
 
 
 def current() -> Platform:
@@ -54,14 +58,39 @@ def choose_policies(settings: EvictionConfig, platform: Platform) -> EvictionCon
     return settings.model_copy(update={"policies": tuple(named)})
 
 
+def choose_widths(settings: EvictionConfig, platform: Platform) -> EvictionConfig:
+    """The settings, with what requests may be packed in, and what the policy `auto` packs in.
+
+    On GPUs the decode kernel is compiled for the kinds of pages that the server's own settings ask for. On CPUs any can
+    be read where there is a compiler. Raises ValueError where there is none and the settings ask for one.
+    """
+    if platform == PLATFORMS["cuda"]:
+        names = {"16", *(name for widths in settings.own_widths for name, _ in WIDTHS[widths])}
+        return settings.model_copy(update={"classes": tuple(name for name in CLASSES if name in names)})
+    if compiler() is not None:
+        return settings.model_copy(update={"auto_widths": True})
+    if any(widths != "16" for widths in settings.own_widths):
+        raise ValueError(
+            f"{option_name('widths')}={settings.widths}: CPUs read such pages by functions that are compiled at start, "
+            "and no C++ compiler was found (g++, clang++, or the one that CXX names); install one, or choose 16"
+        )
+    return settings.model_copy(update={"classes": ("16",)})
+
+
+def compiler() -> str | None:
+    """The machine's C++ compiler, looked for as torch.compile does; None: there is none."""
+    names = (os.environ.get("CXX"), "g++", "clang++")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
 def refusal(option: str, value: Any, way_out: str) -> str:
     """What a user reads of an option that does not go together with eviction."""
     return f"{option}={value}: not supported together with --kv-eviction; {way_out}, or {TURN_OFF}"
 
 
 def only_on_cpus(policy: str) -> bool:
-    """Whether the policy reads attention that only CPUs look at."""
-    return policy in PRESETS and PRESETS[policy].accumulates
+    """Whether the policy reads attention that only CPUs look at, or has pages whose classes only these count."""
+    return policy in PRESETS and (PRESETS[policy].accumulates or PRESETS[policy].widths == LADDER)
 
 
 def refused_on_cuda(vllm_config: Any) -> tuple[Row, ...]:

@@ -38,6 +38,7 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
     platform = platforms.current()
     worker, block = platform
     settings = platforms.choose_policies(with_learned_score(settings, engine_args), platform)
+    settings = platforms.choose_widths(settings, platform)
     for name, ours, unset in (("scheduler_cls", SCHEDULER, None), ("worker_cls", worker, "auto")):
         chosen = getattr(engine_args, name)
         if chosen not in (unset, ours):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from vllm_defensive.packing import Packing, Region
+from vllm_defensive.packing import Format, Packing, Region
 from vllm_defensive.policy import PRESETS, LayerScores, Selection
 from vllm_defensive.worker.cuda import launches
 from vllm_defensive_kernels import (
@@ -185,10 +185,11 @@ def eviction_cases(shape: Shape, tokens: int, keep: float) -> Iterator[Case]:
     score = torch.rand(L, H, blocks * N, device=shape.device)
     score[..., -W:] = float("inf")
     layers = [LayerScores(score_HE) for score_HE in score]
-    packing = Packing(Region(tokens, 0, W, N, N), tuple(fresh.tolist()))
+    packing = Packing(Region(tokens, 0, W, N, N), tuple(fresh.tolist()), Format.plain(N))
 
     def choose() -> Selection:
-        return launches.choose(POLICIES["L2"], layers, packing)
+        (selection,) = launches.choose(POLICIES["L2"], layers, packing)
+        return selection
 
     chosen = choose()
     offset, token_PN = chosen.offset_O, chosen.tokens_PN
@@ -208,8 +209,11 @@ def eviction_cases(shape: Shape, tokens: int, keep: float) -> Iterator[Case]:
 
     yield Case("select", size, choose, check_selection, score.numel() * 4 + token_PN.numel() * 4, 0)
 
+    def pack() -> None:
+        launches.pack(pages, table, (chosen,), fresh, packing)
+
     def check_copy() -> None:
-        launches.pack(pages, table, chosen, fresh)
+        pack()
         packed = pages.of_packed(fresh)
         for row in (0, L * H // 2, L * H - 1):
             own = slice(*offset[row : row + 2].tolist())
@@ -225,7 +229,7 @@ def eviction_cases(shape: Shape, tokens: int, keep: float) -> Iterator[Case]:
     yield Case(
         "compact",
         f"{size}, keep {keep}",
-        lambda: launches.pack(pages, table, chosen, fresh),
+        pack,
         check_copy,
         2 * 2 * token_PN.numel() * shape.width + token_PN.numel() * 4,
         0,

@@ -13,6 +13,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from vllm_defensive.packing import Format
+from vllm_defensive_kernels.widths import PageShape
+
 NONE = "none"
 FP8 = "fp8"  # not a policy: stock vLLM with its cache in fp8, half the memory and nothing evicted
 
@@ -88,6 +91,8 @@ class Engine:
         self._numbers = count()
         self._page_tokens = page_tokens
         self._settings = config.EvictionConfig(policy=NONE, per_request=True, shared="evict")
+        model_config = self.llm.llm_engine.vllm_config.model_config
+        self._page = PageShape(page_tokens, model_config.get_head_size(), model_config.dtype.itemsize)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -137,7 +142,8 @@ class Engine:
             return 0.5
         evicted_at = prompt_tokens if setting.boundary is None else setting.boundary
         region = self._settings.region(evicted_at, 0, self._page_tokens)
-        packed = self._settings.budget_blocks(region, setting.policy, setting.keep)
+        widths = self._settings.meant_widths(setting.policy)
+        packed = self._settings.budget_blocks(region, setting.policy, setting.keep, Format.of(widths, self._page))
         if not packed:
             return 1.0
         full_blocks = evicted_at // self._page_tokens

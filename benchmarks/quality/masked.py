@@ -103,7 +103,8 @@ class MaskedModel:
         """Entries that stay, bool `[L, H, T]`. single: choose tokens one by one, as many as the whole pages hold."""
         tokens = len(self._prompt.tokens)
         stop = tokens // page_tokens * page_tokens
-        blocks = Region(tokens, 0, self._window, page_tokens, page_tokens).budget_blocks(keep)
+        region = Region(tokens, 0, self._window, page_tokens, page_tokens)
+        blocks = region.budget_blocks(keep, region.plain)
         cut = [LayerScores(s.scores_HE[:, :stop], None if s.rank_HE is None else s.rank_HE[:, :stop]) for s in scores]
         if single:
             sharers = {"head": 1, "layer": self.heads, "model": self.heads * self.layers}[policy.scope]

@@ -23,6 +23,7 @@ _OPTIONS = (
     "sinks",
     "window_bias",
     "guard",
+    "widths",
 )
 
 
@@ -51,7 +52,7 @@ def _option(policy: Policy, change: str) -> tuple[str, Any]:
         raise ValueError(f"variant option {change!r}: choose from {', '.join(_OPTIONS)}")
     kind = type(getattr(policy, option))
     allowed = getattr(next(f for f in fields(Policy) if f.name == option), "type", None)
-    value = kind(text)
+    value = kind(text.replace(":", ","))  # of widths; a comma parts policies
     if kind is str and value not in getattr(allowed, "__args__", (value,)):
         raise ValueError(f"variant option {change!r}: choose from {', '.join(allowed.__args__)}")
     return option, value

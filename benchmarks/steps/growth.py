@@ -48,13 +48,13 @@ class Bench:
     def evictions(self, policy: str, tokens: int, count: int) -> list[Eviction]:
         """`count` evictions of prompts of `tokens` tokens, each on its own blocks. Raises ValueError if too many."""
         region = Region(tokens, 0, self.window, self.block_size, page_tokens=self.block_size)
-        sources, packed = -(-tokens // self.block_size), region.budget_blocks(KEEP)
+        sources, packed = -(-tokens // self.block_size), region.budget_blocks(KEEP, region.plain)
         if 1 + count * (sources + packed) > self.num_blocks:
             raise ValueError(f"{count} prompts of {tokens} tokens do not fit: set VLLM_CPU_KVCACHE_SPACE higher")
         blocks = iter(range(1, self.num_blocks))  # block 0 is vLLM's null block
         take = lambda n: tuple(next(blocks) for _ in range(n))  # noqa: E731
         scores = [Score(f"r{i}", policy, KEEP, region, take(sources)) for i in range(count)]
-        return [Eviction(score, Packing(region, take(packed))) for score in scores]
+        return [Eviction(score, Packing(region, take(packed), region.plain)) for score in scores]
 
     def seconds(self, evictions: Sequence[Eviction]) -> float:
         """Processor time of carrying them out in one step."""

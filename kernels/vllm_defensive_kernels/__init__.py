@@ -4,7 +4,8 @@ and Triton only.
 
 Axes, used as suffixes of tensor names: `L` layers, `H` KV heads of this rank, `G` query heads a KV head, `Q = H*G`
 query heads, `W` window queries, `R` rows of a batch, `T` tokens, `E` evictable tokens, `N` tokens a page, `D` head
-size, `P` pages, `K` fresh blocks, `O = L*H + 1` page offsets, `S` slots of `PackedState`, `C` columns of a projection.
+size, `P` pages, `K` fresh blocks, `O` page offsets, `S` slots of `PackedState`, `C` columns of a projection, or classes
+of pages, `n` tokens a quantised page.
 
 One convention for storage (`pages.PagedKV`): the cache is seen as **head pages**, `N` tokens of one KV head of one
 layer, through two strided views `key_PND` and `value_PND` of one buffer. The page of a (layer, head, block) is
@@ -15,9 +16,11 @@ which covers every layout of vLLM's cache: block or layer outermost, heads or to
 (`pages.PageAddresses`, where a block may also hold several pages of a head, though the kernels read one).
 
 What a request keeps (`pages.PackedState`): flat page `q` of its packed region lives in block `fresh[q // (L*H)]` at
-inner position `q % (L*H)`, whose (layer slot, head slot) is `divmod(inner, H)`; head (l, h) owns
-`q in [offset[l*H + h], offset[l*H + h + 1])`. Before it lie `shared` whole blocks at their ordinary positions, after it
-the ordinary blocks from `growth` on.
+inner position `q % (L*H)`, whose (layer slot, head slot) is `divmod(inner, H)`; of its pages of class c, head (l, h)
+owns `q in [offset[x], offset[x + 1])` with `x = c*L*H + l*H + h`. Before them lie `shared` whole blocks at their
+ordinary positions, after them the ordinary blocks from `growth` on. A page of class 16 is `N` tokens as the cache has
+them; of other classes it holds, in as many bytes, `n` tokens as codes (`widths`). A head's last page of a class has
+room left only where the head keeps every token of the region, so that nothing else need say how many there are.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ _EXPORTS = {
     "gram_factor": "formulas",
     "list_kept": "selection",
     "compact": "compaction",
+    "compact_quantised": "quantised_compaction",
     "ragged_paged_decode": "decode",
     "DecodeWorkspace": "decode",
 }

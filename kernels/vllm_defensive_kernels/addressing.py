@@ -39,6 +39,15 @@ def positional_page(token, valid, table_ptr, first_page, block_pages, N: tl.cons
 
 
 @triton.jit
+def in_page(place, row_stride, ROW: tl.constexpr):
+    """How far a number (a byte, an fp16 number) is from the first one of its page. ROW: numbers of a row; 0 where the
+    rows of a page follow one another, and nothing has to be divided."""
+    if ROW == 0:
+        return place
+    return place // ROW * row_stride + place % ROW
+
+
+@triton.jit
 def product(a, b):
     """a @ b in fp32 without TF32: scores are compared with one another, and TF32 would make many of them equal."""
     if _WIDEN:

@@ -13,6 +13,7 @@ from vllm_defensive_kernels.addressing import power_of_two, runs_triton, width
 from vllm_defensive_kernels.checks import refuse, require_device, require_dtype, require_int, require_shape
 from vllm_defensive_kernels.decode_kernels import decode_kernel, merge_kernel
 from vllm_defensive_kernels.pages import PackedState, PagedKV
+from vllm_defensive_kernels.widths import CLASSES, header_bytes
 
 BLOCK_T = 64  # keys a step: 32 KiB of K and V for a 128-wide bf16 head; wider heads get fewer
 BLOCK_M = 64  # query rows a tile, at most, unless G is more; wider heads get fewer
@@ -63,6 +64,28 @@ def choose_splits(rows: int, group: int, num_kv_heads: int, max_query_len: int, 
     return min(max(wanted, 16 if q_tiles == 1 else 1), MAX_SPLITS)
 
 
+def step_tokens(page_tokens: int, head_size: int = 128) -> int:
+    """Tokens a step over a page of so many codes: a step begins where a page does, so that the last of a page may have
+    few. The most of 16, 32 and 64 that pad a page by at most a quarter more than 16 do; fewer of wider heads."""
+
+    def padded(each: int) -> int:
+        return -(-page_tokens // each) * each
+
+    return max(
+        each for each in (16, 32, BLOCK_T) if each * width(head_size) <= BLOCK_T and 4 * padded(each) <= 5 * padded(16)
+    )
+
+
+def coded_classes(pages: PagedKV, state: PackedState) -> tuple[tuple[int, int, int, int, int], ...]:
+    """What the kernels know of each class of codes: see `decode_kernels`."""
+    size, classes = pages.head_size, []
+    for name in state.coded:
+        tokens, bits = pages.page_shape.tokens(name), CLASSES[name]
+        step = step_tokens(tokens, size)
+        classes.append((bits.key_bits, bits.value_bits, tokens, step, header_bytes(size, tokens)))
+    return tuple(classes)
+
+
 def ragged_paged_decode(
     query_TQD: Tensor,
     pages: PagedKV,
@@ -91,8 +114,9 @@ def ragged_paged_decode(
     splits: power of two; the launch grid depends on it, on the number of rows and on max_query_len alone.
     scale: of the logits, default `D ** -0.5`. key_scale, value_scale: what fp8 pages are multiplied with when read.
 
-    The result equals softmax attention over the concatenation of the three segments, accumulated in fp32. No host sync;
-    allocates nothing when out and workspace are given. Raises ValueError for arguments that do not fit each other.
+    The result equals softmax attention over the concatenation of the three segments, accumulated in fp32. Numbers of
+    quantised pages are rounded to the queries' dtype first. No host sync; allocates nothing when out and workspace are
+    given. Raises ValueError for arguments that do not fit each other.
     """
     tokens, num_heads, head_size = query_TQD.shape
     rows, kv_heads = table_RB.shape[0], pages.num_kv_heads
@@ -107,7 +131,8 @@ def ragged_paged_decode(
     require_shape("query_start_R1", query_start_R1, (rows + 1,))
     require_shape("seq_len_R", seq_len_R, (rows,))
     require_shape("slot_R", slot_R, (rows,))
-    require_shape("state.offset_SO", state.offset_SO, (None, pages.num_layers * kv_heads + 1))
+    offsets = len(state.classes) * pages.num_layers * kv_heads + 1
+    require_shape("state.offset_SO", state.offset_SO, (None, offsets))
     indices = {"table_RB": table_RB, "query_start_R1": query_start_R1, "seq_len_R": seq_len_R, "slot_R": slot_R}
     for name, tensor in indices.items():
         require_dtype(name, tensor, (torch.int32,))
@@ -118,6 +143,8 @@ def ragged_paged_decode(
     out = torch.empty_like(query_TQD) if out_TQD is None else out_TQD
     require_shape("out_TQD", out, (tokens, num_heads, head_size))
     scale = head_size**-0.5 if scale is None else scale
+    # As bytes, and as the fp16 numbers of their headers.
+    coded_views = (pages.row_PNY, pages.half_PNX) if state.coded else (None, None)
     if not runs_triton(query_TQD):
         return reference.ragged_paged_decode(
             query_TQD, pages, layer, table_RB, query_start_R1, seq_len_R, slot_R, state, out_TQD=out,
@@ -133,10 +160,18 @@ def ragged_paged_decode(
 
     block_m, wide = tile_rows(group, max_query_len, head_size), width(head_size)
     q_tiles = -(-max_query_len // (block_m // group))
-    shape = {"H": kv_heads, "G": group, "N": pages.page_tokens, "D": head_size, "BLOCK_D": power_of_two(head_size, 16)}
+    shape = {
+        "LH": pages.num_layers * kv_heads,
+        "H": kv_heads,
+        "G": group,
+        "N": pages.page_tokens,
+        "D": head_size,
+        "BLOCK_D": power_of_two(head_size, 16),
+        "CLASSES": coded_classes(pages, state),
+    }
     tiling = {"BLOCK_M": block_m, "BLOCK_T": BLOCK_T // wide, "SPLITS": splits, "MIN_STEPS": MIN_STEPS}
     decode_kernel[(rows * q_tiles, kv_heads, splits)](
-        out, workspace.part, workspace.lse, query_TQD, pages.key_PND, pages.value_PND,
+        out, workspace.part, workspace.lse, query_TQD, pages.key_PND, pages.value_PND, *coded_views,
         query_start_R1, seq_len_R, table_RB, slot_R,
         state.fresh_SK, state.offset_SO, state.shared_S, state.growth_S, pages.layer_page_L,
         scale * key_scale * math.log2(math.e), value_scale, layer, q_tiles,
@@ -144,7 +179,7 @@ def ragged_paged_decode(
         pages.key_PND.stride(0), pages.key_PND.stride(1), pages.value_PND.stride(0), pages.value_PND.stride(1),
         table_RB.stride(0), state.fresh_SK.stride(0), state.offset_SO.stride(0),
         pages.layer_pages or 0, pages.block_pages, pages.head_pages,
-        LH=pages.num_layers * kv_heads, EVEN_LAYERS=pages.layer_pages is not None, **shape, **tiling,
+        EVEN_LAYERS=pages.layer_pages is not None, ROW=pages.row_bytes if state.coded else 0, **shape, **tiling,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     if splits > 1:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_defensive_kernels.checks import refuse, require_int, require_shape
+from vllm_defensive_kernels.widths import CLASSES, PageShape
 
 MAX_HEAD_SIZE = 512  # tiles for wider heads are not made: registers would spill
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -116,6 +117,38 @@ class PagedKV(PageAddresses):
     def head_size(self) -> int:
         return self.key_PND.shape[2]
 
+    @property
+    def page_shape(self) -> PageShape:
+        return PageShape(self.page_tokens, self.head_size, self.key_PND.element_size())
+
+    @cached_property
+    def row_PNY(self) -> Tensor:
+        """uint8 `[pages, N, 2*D*bytes of a number]`: the rows of a page, key and value beside each other, as bytes.
+
+        Quantised pages are written and read through it. Raises ValueError where a row is not one run of memory, or
+        where numbers are of a byte already.
+        """
+        key, value, size = self.key_PND, self.value_PND, self.head_size
+        if key.element_size() < 2:
+            refuse("key_PND.dtype", key.dtype, "fp32, fp16 or bf16 for quantised pages, or 16 for their widths")
+        if size % 2:
+            refuse("head_size", size, "an even one for quantised pages, or 16 for their widths")
+        beside = value.data_ptr() - key.data_ptr() == size * key.element_size()
+        if not beside or value.stride() != key.stride() or key.stride(1) < 2 * size:
+            refuse("value_PND", value.stride(), "values right behind their keys for quantised pages")
+        row_PNX = key.as_strided((*key.shape[:2], 2 * size), key.stride())
+        return row_PNX.view(torch.uint8)
+
+    @cached_property
+    def half_PNX(self) -> Tensor:
+        """The same as fp16 numbers, which the steps and minima are."""
+        return self.row_PNY.view(torch.float16)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, for `addressing.in_page`: 0 where a page's rows follow one another."""
+        return 0 if self.row_PNY.stride(1) == self.row_PNY.shape[2] else self.row_PNY.shape[2]
+
     @classmethod
     def from_layers(cls, layer_BHNC: Sequence[Tensor]) -> PagedKV:
         """Page view of the caches of all layers of one KV cache group.
@@ -157,17 +190,22 @@ class PagedKV(PageAddresses):
 class PackedState:
     """What evicted requests keep, one slot a request; persistent buffers, so that a captured graph can read them.
 
-    fresh_SK: int32 `[slots, K_max]`, ids of the fresh blocks. offset_SO: int32 `[slots, L*H + 1]`, first page of each
-    head in the packed region, in the order of `PageAddresses.of_packed`. shared_S, growth_S: int32 `[slots]`, `s` and
-    `g` in blocks.
+    fresh_SK: int32 `[slots, K_max]`, ids of the fresh blocks. shared_S, growth_S: int32 `[slots]`, `s` and `g` in
+    blocks. classes: of the pages that a slot may have, in the order of `widths.CLASSES`, "16" first.
+    offset_SO: int32 `[slots, C*L*H + 1]`, first page of each head and class in the packed region, in the order of
+    `PageAddresses.of_packed`: the heads of the first class, then those of the next. A slot that has no pages of a class
+    has as many there as any head that keeps none.
     """
 
     fresh_SK: Tensor
     offset_SO: Tensor
     shared_S: Tensor
     growth_S: Tensor
+    classes: tuple[str, ...] = ("16",)
 
     def __post_init__(self) -> None:
+        if self.classes != ("16", *(name for name in CLASSES if name != "16" and name in self.classes)):
+            refuse("classes", self.classes, f"16 and any others of {', '.join(CLASSES)}, in this order")
         slots = self.fresh_SK.shape[0]
         require_shape("fresh_SK", self.fresh_SK, (slots, None))
         require_shape("offset_SO", self.offset_SO, (slots, None))
@@ -179,16 +217,23 @@ class PackedState:
         if self.fresh_SK.stride(1) != 1 or self.offset_SO.stride(1) != 1:
             refuse("fresh_SK, offset_SO strides", (self.fresh_SK.stride(), self.offset_SO.stride()), "contiguous rows")
 
+    @property
+    def coded(self) -> tuple[str, ...]:
+        """The classes whose pages hold codes."""
+        return self.classes[1:]
+
     @classmethod
     def empty(
-        cls, slots: int, max_blocks: int, num_layers: int, num_kv_heads: int, device: torch.device | str
-    ) -> PackedState:
+        cls, slots: int, max_blocks: int, num_layers: int, num_kv_heads: int, device: torch.device | str,
+        classes: tuple[str, ...] = ("16",),
+    ) -> PackedState:  # fmt: skip
         """Zeroed state: every slot is a request with nothing packed."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.int32, device=device)
 
-        return cls(zeros(slots, max_blocks), zeros(slots, num_layers * num_kv_heads + 1), zeros(slots), zeros(slots))
+        offsets = len(classes) * num_layers * num_kv_heads + 1
+        return cls(zeros(slots, max_blocks), zeros(slots, offsets), zeros(slots), zeros(slots), classes)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from vllm_defensive_kernels import echo, formulas
+from vllm_defensive_kernels import echo, formulas, quantised
 from vllm_defensive_kernels.learned import Rotation, foretold_peaks
 from vllm_defensive_kernels.pages import PackedState, PagedKV, RaggedTokens
 
@@ -103,13 +103,27 @@ def learned_page_scores(
 
 
 def list_kept(
-    score_RE: Tensor, last_R1: Tensor, offset_O: Tensor, *, pages: int, page_tokens: int, first_token: int
-) -> Tensor:
+    score_RE: Tensor, last_R1: Tensor, offset_O: Tensor, *, pages: int, page_tokens: int, first_token: int,
+    taken_R: Tensor | None = None, taken_last_R1: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Reference of `selection.list_kept`."""
-    keep_RE = formulas.keep_down_to(score_RE, offset_O.diff() * page_tokens, last_R1)
+    candidates, slots_R = score_RE.shape[1], offset_O.diff() * page_tokens
+    taken = 0 if taken_R is None else taken_R
+    upto_R = (taken + slots_R).clamp_max(candidates)
+    keep_RE = formulas.keep_down_to(score_RE, upto_R, last_R1)
+    if taken_R is not None:
+        assert taken_last_R1 is not None
+        keep_RE &= ~formulas.keep_down_to(score_RE, taken_R, taken_last_R1)
     # NumPy finds the marks on one core 5 to 9 times faster than torch, and 20 times faster than a running count does.
-    flat_X = torch.from_numpy(keep_RE.cpu().numpy().reshape(-1).nonzero()[0])
-    token_X = flat_X.remainder_(score_RE.shape[1]).to(score_RE.device, torch.int32).add_(first_token)
+    flat_X = torch.from_numpy(keep_RE.cpu().numpy().reshape(-1).nonzero()[0]).to(score_RE.device)
+    if len(flat_X) == pages * page_tokens:
+        return flat_X.remainder_(candidates).int().add_(first_token).view(pages, page_tokens)
+    token_X = torch.full((pages * page_tokens,), -1, dtype=torch.int32, device=score_RE.device)
+    count_R, row_X = upto_R - taken, flat_X // candidates
+    behind_R = offset_O[:-1] * page_tokens - (count_R.cumsum(0) - count_R)  # from a place among all to one in the pages
+    token_X[torch.arange(len(flat_X), device=flat_X.device) + behind_R[row_X]] = (
+        flat_X % candidates
+    ).int() + first_token
     return token_X.view(pages, page_tokens)
 
 
@@ -129,6 +143,24 @@ def compact(
         target_PND[target_P] = rescale(kept_PND, target_PND.dtype, scale)
 
 
+def compact_quantised(
+    source: PagedKV, table_B: Tensor, offset_O: Tensor, token_Pn: Tensor, target: PagedKV, fresh_K: Tensor, *,
+    page_class: str, first_page: int,
+) -> None:  # fmt: skip
+    """Reference of `quantised_compaction.compact_quantised`."""
+    pages, heads = len(token_Pn), source.num_kv_heads
+    target_P = target.of_packed(fresh_K)[first_page : first_page + pages]
+    flat = torch.arange(pages, dtype=offset_O.dtype, device=token_Pn.device)
+    owner_P1 = torch.searchsorted(offset_O[1:].contiguous(), flat, right=True)[:, None]
+    count_P, token_Pn = (token_Pn >= 0).sum(1), token_Pn.clamp_min(0).long()
+    source_Pn = source.page_of(owner_P1 // heads, owner_P1 % heads, table_B[token_Pn // source.page_tokens])
+    place = source_Pn, token_Pn % source.page_tokens
+    page_PY = quantised.pack_pages(
+        source.key_PND[place], source.value_PND[place], count_P, target.page_shape, page_class, channel_major=False
+    )
+    target.row_PNY[target_P] = page_PY.view(-1, *target.row_PNY.shape[1:])
+
+
 def rescale(value: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     """Multiply in fp32 and convert, saturating at the ends of an fp8 format; the same bits where nothing changes."""
     if value.dtype == dtype and scale == 1.0:
@@ -143,7 +175,7 @@ def rescale(value: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
 def packed_rows(
     pages: PagedKV, layer: int, head: int, table_B: Tensor, seq_len: int, slot: int, state: PackedState
 ) -> tuple[Tensor, Tensor]:
-    """Page and place in it of every key that one head of one row has left, in order. int64 [len(l, h)] each."""
+    """Page and place in it of every key that one head of one row has left as it was, in order. int64 `[T]` each."""
     row, page_tokens = layer * pages.num_kv_heads + head, pages.page_tokens
     shared = growth = first = last = 0
     if slot >= 0:
@@ -159,6 +191,26 @@ def packed_rows(
     return torch.cat(segments)[index // page_tokens], index % page_tokens
 
 
+def coded_rows(pages: PagedKV, layer: int, head: int, slot: int, state: PackedState) -> tuple[Tensor, Tensor]:
+    """Keys and values of one head of one row that lie in quantised pages, class after class. fp32 `[T, D]` each."""
+    heads, shape = pages.num_layers * pages.num_kv_heads, pages.page_shape
+    nothing_TD = torch.empty(0, pages.head_size, device=pages.key_PND.device)
+    parts = [(nothing_TD, nothing_TD)]
+    if slot >= 0:
+        left = int(state.growth_S[slot] - state.shared_S[slot]) * pages.page_tokens  # the most that it can have
+        for c, name in enumerate(state.classes):
+            row = c * heads + layer * pages.num_kv_heads + head
+            first, last = state.offset_SO[slot, row : row + 2].tolist()
+            held = min((last - first) * shape.tokens(name), left)
+            left -= held
+            if name in state.coded:
+                row_PNY = pages.row_PNY[pages.of_packed(state.fresh_SK[slot])[first:last]]
+                key_PnD, value_PnD = quantised.unpack_pages(row_PNY.flatten(1), shape, name, channel_major=False)
+                parts.append((key_PnD.flatten(0, 1)[:held], value_PnD.flatten(0, 1)[:held]))
+    key, value = zip(*parts, strict=True)
+    return torch.cat(key), torch.cat(value)
+
+
 def ragged_paged_decode(
     query_TQD: Tensor, pages: PagedKV, layer: int, table_RB: Tensor, query_start_R1: Tensor, seq_len_R: Tensor,
     slot_R: Tensor, state: PackedState, *, out_TQD: Tensor, scale: float, key_scale: float, value_scale: float,
@@ -169,7 +221,9 @@ def ragged_paged_decode(
     for row, (begin, end) in enumerate(itertools.pairwise(starts)):
         for head in range(pages.num_kv_heads if end > begin else 0):
             place = packed_rows(pages, layer, head, table_RB[row], seq_lens[row], slots[row], state)
-            key_TD, value_TD = pages.key_PND[place].float(), pages.value_PND[place].float()
+            coded = coded_rows(pages, layer, head, slots[row], state)
+            plain = pages.key_PND[place].float(), pages.value_PND[place].float()  # they end with the row's queries
+            key_TD, value_TD = (torch.cat(each) for each in zip(coded, plain, strict=True))
             heads = slice(head * group, (head + 1) * group)
             logits_QGT = query_TQD[begin:end, heads].float() @ key_TD.T * (scale * key_scale)
             # The row's last query token sees all keys, the one before it all but one, and so on.

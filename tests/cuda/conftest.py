@@ -33,6 +33,11 @@ if MODE == "pretend":
     pretend.finish()
 
 
+WITH_KERNELS = (
+    "compaction", "decode", "foretold", "norms", "quantised_compaction", "reconstruction", "selection", "window",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random Llama of two layers, 4 query and 2 KV heads of size 32."""
@@ -46,10 +51,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Where `request.param` is "reference", the kernels' references run instead of them, unless there is a GPU: what
     takes these a millisecond takes the interpreter a second. `tests/kernels` holds the two to each other."""
     if MODE == "pretend" and request.param == "reference":
-        from vllm_defensive_kernels import compaction, decode, foretold, norms, reconstruction, selection, window
-
-        for module in (compaction, decode, foretold, norms, reconstruction, selection, window):
-            monkeypatch.setattr(module, "runs_triton", lambda tensor: False)
+        for name in WITH_KERNELS:
+            monkeypatch.setattr(f"vllm_defensive_kernels.{name}.runs_triton", lambda tensor: False)
     return str(request.param)
 
 
@@ -68,6 +71,6 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         return call
 
     scores = "window_scores", "value_norm", "reconstruction_scores", "learned_scores"
-    for name in (*scores, "ragged_paged_decode", "list_kept", "compact"):
+    for name in (*scores, "ragged_paged_decode", "list_kept", "compact", "compact_quantised"):
         monkeypatch.setattr(launches, name, counted(name, getattr(launches, name)))
     yield calls

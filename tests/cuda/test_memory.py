@@ -16,6 +16,7 @@ NOTHING = Projections(nn.Module(), [], 32, 128, keep=False)
 LLAMA_8B = Model(32, 32, 8, 128, torch.bfloat16, page_tokens=16)
 L, H, Q, N, D, W = 3, 2, 4, 16, 8, 32
 REQUESTS, TOKENS, PROMPTS, ECHOES = 6, 1000, 2, 64
+CLASSES = ("16", "8", "4")
 
 
 def bytes_of(*parts: object) -> int:
@@ -34,10 +35,13 @@ def test_what_lasts_is_counted_byte_for_byte() -> None:
         max_requests=REQUESTS,
         prompts_at_once=PROMPTS,
         echoes_at_once=ECHOES,
+        classes=len(CLASSES),
     )
     windows = WindowQueries(L, W, Q, D, torch.float32)
     pages = PagedKV.from_layers(list(torch.zeros(L, 4, H, N, 2 * D)))
-    runtime = CUDARuntime(pages, windows, {}, max_requests=REQUESTS, max_blocks=-(-TOKENS // N), num_query_heads=Q)
+    runtime = CUDARuntime(
+        pages, windows, {}, max_requests=REQUESTS, max_blocks=-(-TOKENS // N), num_query_heads=Q, classes=CLASSES
+    )
     captures = [windows.plan(str(i), (TOKENS - W, TOKENS), (TOKENS - 8, TOKENS), 0) for i in range(PROMPTS)]
     assert bytes_of(runtime.workspace) == counted.decode
     assert bytes_of(runtime.state, runtime.slot_R) == counted.state

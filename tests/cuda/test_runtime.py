@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from tests.evictions import eviction
+from vllm_defensive.packing import Format, Packing
 from vllm_defensive.plan import Reconstruction, StepMessage
+from vllm_defensive.policy import Selection
 from vllm_defensive.worker.cuda import launches
 from vllm_defensive.worker.cuda.runtime import NOBODY, CUDARuntime
 from vllm_defensive.worker.window import WindowQueries
@@ -47,8 +50,13 @@ def evict(runtime: CUDARuntime, request_id: str, blocks: int = 2) -> None:
     event = eviction(
         7 * N + 3, fresh, shared_blocks=1, source_blocks=tuple(range(8)), request_id=request_id, block_tokens=N
     )
-    offsets = torch.arange(L * H + 1, dtype=torch.int32) * blocks
-    runtime.install(event, offsets, torch.tensor(fresh, dtype=torch.int32))
+    runtime.install(event, (filled([[blocks] * H] * L, N),), torch.tensor(fresh, dtype=torch.int32))
+
+
+def filled(pages: list[list[int]], tokens: int) -> Selection:
+    """So many pages of each layer and head, whatever is in them."""
+    pages_LH = torch.tensor(pages, dtype=torch.int32)
+    return Selection(pages_LH, torch.zeros(int(pages_LH.sum()), tokens, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("tokens, apart, groups", [(10, False, [(0, 5)]), (30, False, [(0, 3), (3, 5)]),
@@ -69,6 +77,35 @@ def test_state_is_written_where_the_runner_keeps_the_request(runtime: CUDARuntim
     assert state.offset_SO[5].tolist() == [0, 2, 4, 6, 8]
     assert (int(state.shared_S[5]), int(state.growth_S[5])) == (1, 7)
     assert not state.fresh_SK[[0, 1, 2, 3, 4, 6, 7]].any()
+
+
+def test_pages_of_every_class_that_is_served_have_their_offsets() -> None:
+    """Of a class that a request has no pages of, all heads' begin where the next class's do."""
+    pages = PagedKV.from_layers(list(torch.zeros(L, 20, H, N, 2 * D)))
+    sizes = {"max_requests": 8, "max_blocks": 10, "num_query_heads": Q}
+    windows, classes = WindowQueries(L, W, Q, D, torch.float32), ("16", "8", "k8v4", "4")
+    runtime = CUDARuntime(pages, windows, INDEX, **sizes, classes=classes)
+    plain = eviction(7 * N + 3, (10, 11), request_id="a", block_tokens=N)
+    mixed = dataclasses.replace(
+        plain,
+        score=dataclasses.replace(plain.score, request_id="b"),
+        packing=Packing(plain.region, (12, 13), Format.of("8,4", pages.page_shape)),
+    )
+    fresh = torch.tensor([12, 13], dtype=torch.int32)
+    runtime.install(plain, (filled([[3, 1], [2, 2]], N),), fresh)
+    runtime.install(mixed, (filled([[1, 0], [2, 0]], 29), filled([[0, 3], [1, 1]], 58)), fresh)
+    assert runtime.state.offset_SO[INDEX["a"]].tolist() == [0, 3, 4, 6] + [8] * 13
+    assert runtime.state.offset_SO[INDEX["b"]].tolist() == [0] * 4 + [0, 1, 1, 3] + [3] * 4 + [3, 3, 6, 7, 8]
+
+
+def test_blocks_are_cleared_whole_and_no_others(runtime: CUDARuntime) -> None:
+    runtime.pages.key_PND.fill_(float("nan"))
+    runtime.pages.value_PND.fill_(float("nan"))
+    runtime.clear([3, 7])
+    cleared = runtime.pages.of_blocks(torch.tensor([3, 7])).flatten()
+    for data in (runtime.pages.key_PND, runtime.pages.value_PND):
+        assert not data[cleared].any()
+        assert set((~data.isnan()).flatten(1).any(1).nonzero().flatten().tolist()) == set(cleared.tolist())
 
 
 def test_rows_find_their_slots_and_padding_has_none(runtime: CUDARuntime) -> None:

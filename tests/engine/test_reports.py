@@ -37,7 +37,9 @@ def test_with_stop_strings_every_output_carries_it(tiny_model: Path, asynchronou
     request_id = h.add(text(300, 0), max_tokens=20, extra_args=REPORT, stop=["never"])
     other = h.add(text(300, 1), max_tokens=20, extra_args=REPORT)
     outputs = outputs_of(h, request_id, 8)
-    told = {"kv_eviction": {"policy": "snapkv", "prompt_tokens": 300, "kept_tokens": 2 * 32 + 12}}
+    kept = 2 * 32 + 12
+    report = {"policy": "snapkv", "widths": "16", "prompt_tokens": 300, "kept_tokens": kept, "held_tokens": kept}
+    told = {"kv_eviction": report}
     assert len(outputs) > 4 and all(output.kv_transfer_params == told for output in outputs)
     assert all(output.kv_transfer_params is None for output in outputs_of(h, other, 4))
     h.run()

@@ -30,6 +30,7 @@ from vllm_defensive_kernels import (
     Rotation,
     addressing,
     compact,
+    compact_quantised,
     learned_page_scores,
     learned_scores,
     list_kept,
@@ -83,13 +84,23 @@ def cache(dtype: torch.dtype, heads: int, page_tokens: int, head_size: int) -> P
     return PagedKV.from_layers(list(torch.zeros(2, 9, heads, page_tokens, 2 * head_size).to(dtype)))
 
 
+def tokens_apart(pages: PagedKV, dtype: torch.dtype) -> PagedKV:
+    """The same in the layout that has the heads inside the tokens: rows of a page do not follow one another."""
+    heads, tokens, size = pages.num_kv_heads, pages.page_tokens, pages.head_size
+    return PagedKV.from_layers(list(torch.zeros(2, 9, tokens, heads, 2 * size).to(dtype).transpose(2, 3)))
+
+
 def decode(
-    dtype: torch.dtype, group: int, page_tokens: int, head_size: int, kv: torch.dtype, queries: int, heads: int = 8
-) -> None:
+    dtype: torch.dtype, group: int, page_tokens: int, head_size: int, kv: torch.dtype, queries: int, heads: int = 8,
+    classes: tuple[str, ...] = (), apart: bool = False,
+) -> None:  # fmt: skip
+    """classes: beside 16."""
     pages = cache(kv, heads, page_tokens, head_size)
+    pages = tokens_apart(pages, kv) if apart else pages
     query = torch.zeros(4 * queries, heads * group, head_size, dtype=dtype)
     rows = int32(4, 64), int32(5), int32(4), int32(4)
-    ragged_paged_decode(query, pages, 1, *rows, PackedState.empty(4, 16, 2, heads, "cpu"), max_query_len=queries)
+    state = PackedState.empty(4, 16, 2, heads, "cpu", ("16", *classes))
+    ragged_paged_decode(query, pages, 1, *rows, state, max_query_len=queries)
 
 
 def window(
@@ -149,11 +160,26 @@ def copy(source: torch.dtype, target: torch.dtype, page_tokens: int, head_size: 
     compact(next(pair), int32(64), int32(2 * heads + 1), token, next(pair), int32(4), key_scale=scale)
 
 
-def listing() -> None:
-    list_kept(torch.zeros(16, 4096), torch.zeros(16, 1), int32(17), pages=640, page_tokens=16, first_token=0)
+def copy_codes(
+    kv: torch.dtype, page_tokens: int, head_size: int, page_class: str, heads: int = 8, apart: bool = False
+) -> None:
+    source = cache(kv, heads, page_tokens, head_size)
+    source = tokens_apart(source, kv) if apart else source
+    token = int32(4 * 2 * heads, source.page_shape.tokens(page_class))
+    own = int32(64), int32(2 * heads + 1), token, source, int32(4)
+    compact_quantised(source, *own, page_class=page_class, first_page=0)
+
+
+def listing(page_tokens: int = 16, *, behind: bool = False) -> None:
+    """behind: of what another class has left."""
+    taken = {"taken_R": torch.zeros(16).long(), "taken_last_R1": torch.zeros(16, 1)} if behind else {}
+    options = {"pages": 640, "page_tokens": page_tokens, "first_token": 0}
+    list_kept(torch.zeros(16, 16 * 640), torch.zeros(16, 1), int32(17), **options, **taken)
 
 
 GROUPS = ((1, 64), (2, 16), (3, 48), (8, 64), (16, 32))  # G and N that no other variant has
+# Head sizes and a class of codes: with what ALL has, each class of each size that most models have.
+CODED = {64: "4", 128: "k8v4", 256: "8"}
 QUICK: dict[str, Callable[[], None]] = {
     "decode bf16": lambda: decode(BF16, 4, 16, 128, BF16, 1),
     "window bf16": lambda: window(BF16, 4, 16, 128, BF16),
@@ -162,6 +188,12 @@ QUICK: dict[str, Callable[[], None]] = {
     "learned bf16": lambda: learned(16, 128, BF16),
     "list_kept": listing,
     "compact bf16": lambda: copy(BF16, BF16, 16, 128),
+    "list_kept 39 behind": lambda: listing(39, behind=True),
+    **{f"codes bf16 D={size} {name}": partial(copy_codes, BF16, 16, size, name) for size, name in CODED.items()},
+    **{
+        f"decode bf16 D={size} {name}": partial(decode, BF16, 4, 16, size, BF16, 1, classes=(name,))
+        for size, name in CODED.items()
+    },
     "decode bf16 fp8 pages": lambda: decode(BF16, 4, 16, 128, FP8, 1),
     "decode bf16 D=512": lambda: decode(BF16, 8, 16, 512, BF16, 1),
     "value_norm bf16 L2 D=256": lambda: norm(BF16, 16, 256, BF16, 2),
@@ -203,6 +235,22 @@ ALL: dict[str, Callable[[], None]] = QUICK | {
     **{f"window bf16 G={group} N={n}": partial(window, BF16, group, n, 128, BF16) for group, n in GROUPS},
     **{f"reconstruction bf16 G={group} N={n}": partial(echoes, BF16, group, n, 128, BF16) for group, n in GROUPS},
     "reconstruction of any number": lambda: echoes(BF16, 4, 16, 128, BF16, 2, (64, 1, 2, 5, 16, 300), 4001),
+    **{
+        f"codes bf16 D={size} {name} apart": partial(copy_codes, BF16, 16, size, name, apart=True)
+        for size, name in ((64, "8"), (80, "4"), (128, "4"), (256, "k8v4"))
+    },
+    **{
+        f"decode bf16 D={size} {'+'.join(names)}{' apart' * apart}": partial(
+            decode, BF16, 4, 16, size, BF16, 1, 8, names, apart
+        )
+        for size in (64, 80, 128, 256)
+        for names, apart in ((("k8v4",), size != 128), (("8", "4"), False))
+    },
+    "codes fp32 D=80 N=32 k8v4": lambda: copy_codes(FP32, 32, 80, "k8v4"),
+    "decode bf16 5 queries k8v4": lambda: decode(BF16, 4, 16, 128, BF16, 5, classes=("k8v4",)),
+    "decode fp16 D=64 N=32 8+4": lambda: decode(FP16, 4, 32, 64, FP16, 1, classes=("8", "4")),
+    "decode bf16 long queries D=128 k8v4": lambda: decode(BF16, 4, 16, 128, BF16, 512, classes=("k8v4",)),
+    "decode bf16 long queries D=256 8+4": lambda: decode(BF16, 4, 16, 256, BF16, 512, classes=("8", "4")),
     "window bf16 8 queries": lambda: window(BF16, 4, 16, 128, BF16, rows=8),
     "decode bf16 D=256 N=544": lambda: decode(BF16, 8, 544, 256, BF16, 1, heads=2),
     "window bf16 D=256 N=544": lambda: window(BF16, 8, 544, 256, BF16, heads=2),

@@ -87,6 +87,14 @@ def test_state_of_the_wrong_dtype_is_refused() -> None:
         dataclasses.replace(empty, offset_SO=empty.offset_SO.long())
 
 
+def test_state_has_room_for_every_class_in_the_order_of_all() -> None:
+    state = PackedState.empty(2, 3, 4, 5, DEVICE, ("16", "8", "4"))
+    assert state.offset_SO.shape == (2, 3 * 20 + 1) and state.coded == ("8", "4")
+    for classes in (("16", "4", "8"), ("8",), ("16", "5")):
+        with pytest.raises(ValueError, match="choose 16 and any others of 16, 8, k8v4, 4, in this order"):
+            dataclasses.replace(state, classes=classes)
+
+
 def test_ragged_tokens_start_where_the_row_before_ends() -> None:
     tokens = RaggedTokens.of([3, 0, 4], DEVICE)
     assert tokens.start_R.tolist() == [0, 3, 3]

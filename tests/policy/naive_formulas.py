@@ -46,6 +46,22 @@ def laprox(policy: Any, layer: Layer, index: int, scale: float) -> np.ndarray:
     return scores / scores.sum()
 
 
+def exposure(policy: Any, layer: Layer, index: int, scale: float) -> np.ndarray:
+    heads, group, window, n = sizes(layer)
+    rows, tokens = attention(layer, scale), n + window
+    mean = np.zeros((heads, tokens))
+    for h in range(heads):
+        for t in range(tokens):
+            seeing = [w for w in range(window) if n + w >= t]
+            mean[h, t] = sum(rows[h, g, w, t] for g in range(group) for w in seeing) / (group * len(seeing))
+    pooled_five = np.zeros_like(mean)
+    for t in range(tokens):
+        around = [abs(t + i) for i in range(-2, 3)]
+        around = [u if u < tokens else 2 * (tokens - 1) - u for u in around]
+        pooled_five[:, t] = mean[:, around].mean(axis=1)
+    return pooled_five[:, :n]
+
+
 def tova(policy: Any, layer: Layer, index: int, scale: float) -> np.ndarray:
     heads, group, _, n = sizes(layer)
     rows = attention(layer, scale)
@@ -189,6 +205,7 @@ def local_heads(layer: Layer, scale: float) -> list[bool]:
 FORMULAS: dict[str, Formula] = {
     "random": random,
     "l2": laprox,
+    "exposure": exposure,
     "last": tova,
     "group-peak": lava,
     "deletion": deletion,

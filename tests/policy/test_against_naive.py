@@ -22,7 +22,8 @@ from tests.policy.naive_formulas import local_heads
 from vllm_defensive.policy import PRESETS, LayerScores, Policy
 
 VARIANTS = {
-    **{name: policy for name, policy in PRESETS.items() if name not in ("random-uneven", "kvzip")},
+    **{name: policy for name, policy in PRESETS.items() if name not in ("random-uneven", "kvzip", "rdkv")},
+    "rdkv-window": replace(PRESETS["rdkv"], keeps_window=True, widths="16"),
     "kvzip-window": replace(PRESETS["kvzip"], keeps_window=True),
     "kvzip-gram": replace(PRESETS["kvzip"], keeps_window=True, value_weight="l2-gram"),
     "defensivekv-true-bias": replace(PRESETS["defensivekv"], window_bias="true"),

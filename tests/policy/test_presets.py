@@ -37,6 +37,7 @@ def test_public_names_are_frozen() -> None:
         "echokv",
         "learnedkv",
         "learned-halokv",
+        "rdkv",
     )
     # A benchmark in this process may have added variants, which are called after the policy that they vary.
     assert tuple(name for name in public_names() if "@" not in name) == names

@@ -46,7 +46,9 @@ def test_a_record_counts_whole_blocks_and_the_tail() -> None:
         "request_id": "a",
         "policy": "snapkv",
         "prompt_tokens": 1000,
+        "widths": "16",
         "kept_tokens": (2 + 5) * 32 + 8,
+        "held_tokens": (2 + 5) * 32 + 8,
         "freed_blocks": 31 - 2 - 5,
     }
 
@@ -132,7 +134,8 @@ def test_an_engine_is_known_before_it_counts_anything(tiny_model: Path) -> None:
     register()
     settings = {"kv_eviction": {"policy": "snapkv", "keep": 0.3}}
     AsyncEngineArgs(model=str(tiny_model), disable_log_stats=True, additional_config=settings).create_engine_config()
-    assert status.summary()["config"] == config.parse(settings["kv_eviction"]).as_json()
+    expected = config.parse(settings["kv_eviction"]).as_json()
+    assert status.summary()["config"] == {**expected, "auto_widths": True}, "as CPUs with a compiler have it"
     status.configure({})
 
 

@@ -52,6 +52,18 @@ def test_an_evicted_request_holds_packed_blocks_tail_and_growth() -> None:
     assert after.full == 20 * 32 * (35 - 31 + 6)
 
 
+def test_widths_are_more_tokens_in_as_many_bytes() -> None:
+    sixteen, eight, four = (
+        plan(MODEL, 10**6, 1000, 100, EvictionConfig(policy="snapkv", keep=0.2, widths=widths))
+        for widths in ("16", "8", "4")
+    )
+    assert (sixteen.kept, eight.kept, four.kept) == (6 * 32 + 8, 6 * 61 + 8, 6 * 120 + 8)
+    assert sixteen.full == eight.full == four.full
+    # Nobody needs more pages than hold all tokens: 992 of them fill 9 pages of 120.
+    all_of_it = plan(MODEL, 10**6, 1000, 100, EvictionConfig(policy="snapkv", keep=0.5, widths="4"))
+    assert all_of_it.kept == 1000 and all_of_it.full == 20 * 32 * (35 - 31 + 9)
+
+
 def test_a_short_prompt_is_planned_as_stock() -> None:
     eviction = EvictionConfig(policy="snapkv", keep=0.2)
     assert plan(MODEL, 10**6, 200, 10, eviction) == plan(MODEL, 10**6, 200, 10, None)
@@ -129,15 +141,15 @@ def test_unusable_configuration_ends_with_2_and_one_line(
 
 
 @pytest.mark.parametrize("pool", [2, 4, 8])
-@pytest.mark.parametrize("policy", [None, "snapkv"])
-def test_as_many_requests_run_as_planned(tiny_model: Path, policy: str | None, pool: int) -> None:
+@pytest.mark.parametrize("policy, widths", [(None, "16"), ("snapkv", "16"), ("snapkv", "8"), ("snapkv", "8,4")])
+def test_as_many_requests_run_as_planned(tiny_model: Path, policy: str | None, widths: str, pool: int) -> None:
     """vLLM's own scheduler, without a model: the plan is what is safe, and a peak goes beyond it by a quarter at most.
 
     At a peak most requests have just begun to grow, and those that meet the end of the memory later are preempted.
     """
     from tests.engine.harness import Harness, text
 
-    settings = {"keep": 0.2} if policy else {}
+    settings = {"keep": 0.2, "widths": widths} if policy else {}
     h = Harness(tiny_model, num_blocks=pool * 73, policy=policy, chunk=2048, max_num_seqs=128, **settings)
     for i in range(6 * pool):
         h.add(text(2048, i), max_tokens=256)
@@ -145,8 +157,8 @@ def test_as_many_requests_run_as_planned(tiny_model: Path, policy: str | None, p
     while h.scheduler.has_requests():
         h.step()
         peak = max(peak, len(h.scheduler.running))
-    eviction = EvictionConfig.model_validate({"policy": policy, "keep": 0.2}) if policy else None
-    planned = plan(Model(1, 0, 0, 1), pool * 73 * 32, 2048, 256, eviction)
+    eviction = EvictionConfig.model_validate({"policy": policy, **settings}) if policy else None
+    planned = plan(Model(1, 0, 0, 1, None, 32, 2), pool * 73 * 32, 2048, 256, eviction)
     assert planned.at_once <= peak <= 1.25 * planned.at_once_mean
 
 

@@ -31,7 +31,7 @@ class EvictionBlockManager(FullAttentionManager):
         self.eviction: EvictionConfig = kv_cache_spec.eviction
         self.lifecycle = Lifecycle(self.eviction.window, with_token_ids=self.eviction.audit is not None)
         can_share = self.enable_caching and self.block_size == self.block_pool.hash_block_size
-        self.outlook = Outlook(self.eviction, self.block_size, self.block_pool, can_share)
+        self.outlook = Outlook(self.eviction, kv_cache_spec.page, self.block_pool, can_share)
         # The scheduler's own dict of live requests, set by it. Without it (a manager used on its own) nothing is ever
         # evicted.
         self.requests: Mapping[str, Request] = {}
@@ -89,7 +89,8 @@ class EvictionBlockManager(FullAttentionManager):
             return
         blocks = self.req_to_blocks[life.request.request_id][: cdiv(life.stop, self.block_size)]
         packed = self.block_pool.get_new_blocks(count)
-        self.lifecycle.pack(life, region, packed, [block.block_id for block in blocks])
+        format = self.outlook.format(life.settings)
+        self.lifecycle.pack(life, region, packed, [block.block_id for block in blocks], format)
 
     def life(self, request_id: str) -> Life | None:
         """The request's life, or its outlook before it has blocks; None if we do not know the request."""

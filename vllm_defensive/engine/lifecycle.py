@@ -11,7 +11,7 @@ from vllm.v1.request import Request
 
 from vllm_defensive.counts import REMEMBERED, Totals
 from vllm_defensive.engine.life import Life, Phase
-from vllm_defensive.packing import Packing, Region
+from vllm_defensive.packing import Format, Packing, Region
 from vllm_defensive.plan import Eviction, Reconstruction, Score, StepMessage
 from vllm_defensive.settings.engine import NONE
 from vllm_defensive.settings.request import RequestSettings
@@ -35,6 +35,7 @@ class Lifecycle:
         # Since the workers were last told: requests that began to stand still, and that were given up.
         self._held: list[str] = []
         self._released: list[str] = []
+        self._clear: list[int] = []  # blocks of quantised pages that have gone back
         self._reconstruct: dict[str, Reconstruction] = {}
         self._watched: set[str] = set()  # in `lives`, and their last tokens before the stop are still to be scheduled
         self._planned: dict[str, Eviction] = {}
@@ -54,12 +55,14 @@ class Lifecycle:
             if life.ahead:
                 self._watched.add(request_id)
 
-    def pack(self, life: Life, region: Region, blocks: list[KVCacheBlock], source_blocks: Sequence[int]) -> None:
+    def pack(
+        self, life: Life, region: Region, blocks: list[KVCacheBlock], source_blocks: Sequence[int], format: Format
+    ) -> None:
         """The request's stop is reached by what was allocated just now: it holds packed blocks beside its originals."""
         request_id, settings = life.request.request_id, life.settings
         token_ids = tuple(life.request.all_token_ids[: life.stop]) if self._with_token_ids else None
         score = Score(request_id, settings.policy, settings.keep, region, tuple(source_blocks))
-        packing = Packing(region, tuple(block.block_id for block in blocks))
+        packing = Packing(region, tuple(block.block_id for block in blocks), format)
         life.eviction, life.blocks = Eviction(score, packing, token_ids), blocks
         self.packed_blocks += len(blocks)
         if not life.echo_tokens:
@@ -102,8 +105,14 @@ class Lifecycle:
         self.totals.cancelled += 1
         self.packed_blocks -= len(life.blocks)
         life.cached = False  # what is computed from now on may be hashed like any other
+        self._note_quantised(life)
         blocks, life.blocks, life.eviction = life.blocks, [], None
         return blocks
+
+    def _note_quantised(self, life: Life) -> None:
+        """The request's packed blocks go back: what is in them is no number to anybody else."""
+        if life.packing is not None and life.packing.format.quantised:
+            self._clear += life.packing.blocks
 
     def release(self, life: Life) -> Region:
         """The step that packed has been processed: the originals of this region are to go back."""
@@ -141,6 +150,7 @@ class Lifecycle:
         if life.phase is Phase.PACKING:
             self._count(life)
         self.packed_blocks -= len(life.blocks)
+        self._note_quantised(life)
         if life.phase is Phase.PACKED and life.packing is not None:
             self.saved_blocks -= life.packing.saved_blocks
         return life.blocks
@@ -159,6 +169,7 @@ class Lifecycle:
         message.reconstruct, self._reconstruct = self._reconstruct, {}
         message.held, self._held = [r for r in self._held if r in self.echoing], []
         message.released, self._released = self._released, []
+        message.clear, self._clear = self._clear, []
         for request_id in [r for r in self._watched if r in num_scheduled_tokens]:
             life = self.lives[request_id]
             end = life.request.num_computed_tokens
@@ -178,6 +189,7 @@ class Lifecycle:
         self.totals.prefix_hit_tokens += life.hit_tokens
         self.totals.prompt_tokens += life.eviction.region.stop
         self.totals.kept_tokens += life.eviction.packing.kept_tokens
+        self.totals.held_tokens += life.eviction.packing.held_tokens
 
     def take_done(self) -> list[Eviction]:
         """Evictions that were carried out since the last call."""
@@ -199,8 +211,9 @@ class Lifecycle:
         self._reports.pop(request_id, None)
 
     def report(self, request_id: str) -> dict[str, Any] | None:
-        """For the response of a request that asks for it: its policy, and tokens of its whole prompt, all and kept (a
-        mean over layers and heads); where it was looked at again, tokens that this took."""
+        """For the response of a request that asks for it: its policy and widths; tokens of its whole prompt, all and
+        kept (a mean over layers and heads), and how many would take, unpacked, the memory that is left; where it was
+        looked at again, tokens that this took."""
         life = self.lives.get(request_id)
         if life is None:
             return self._reports.get(request_id)
@@ -208,7 +221,13 @@ class Lifecycle:
             return None
         prompt, packing = life.request.num_prompt_tokens, life.packing
         if packing is None or life.phase is Phase.ECHOING:  # a request may end before its echoes do: nothing is packed
-            return {"policy": NONE, "prompt_tokens": prompt, "kept_tokens": prompt}
-        kept = prompt - (packing.region.stop - packing.kept_tokens)
-        report = {"policy": life.settings.policy, "prompt_tokens": prompt, "kept_tokens": kept}
+            return {"policy": NONE, "prompt_tokens": prompt, "kept_tokens": prompt, "held_tokens": prompt}
+        behind = prompt - packing.region.stop
+        report = {
+            "policy": life.settings.policy,
+            "widths": packing.format.widths,
+            "prompt_tokens": prompt,
+            "kept_tokens": behind + packing.kept_tokens,
+            "held_tokens": behind + packing.held_tokens,
+        }
         return report if not life.echo_tokens else {**report, "echo_tokens": life.repeated}

@@ -12,18 +12,21 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_defensive.engine.life import Life, Phase
 from vllm_defensive.engine.sharing import Relatives, worth_sharing
-from vllm_defensive.packing import Region, echo_blocks, echo_tokens
+from vllm_defensive.packing import WIDTHS, Format, Region, echo_blocks, echo_tokens
 from vllm_defensive.policy import PRESETS
 from vllm_defensive.settings.engine import EvictionConfig
-from vllm_defensive.settings.request import settings_or_none
+from vllm_defensive.settings.request import RequestSettings, settings_or_none
+from vllm_defensive_kernels.widths import PageShape
 
 
 class Outlook:
     """Judges requests by their settings, by who else is there, and by what the pool can hold."""
 
-    def __init__(self, settings: EvictionConfig, block_tokens: int, pool: BlockPool, can_share: bool) -> None:
-        """can_share: blocks are hashed, in the size in which they are allocated."""
-        self.settings, self.block_tokens = settings, block_tokens
+    def __init__(self, settings: EvictionConfig, page: PageShape, pool: BlockPool, can_share: bool) -> None:
+        """page: of one head; a block is one of each. can_share: blocks are hashed, in the size in which they are
+        allocated."""
+        self.settings, self.block_tokens = settings, page.rows
+        self._formats = {widths: Format.of(widths, page) for widths in WIDTHS}
         self.relatives = Relatives()
         # Block managers of the model's other KV cache groups: they take from the same pool.
         self.other_managers: Sequence[SingleTypeKVCacheManager] = ()
@@ -106,4 +109,9 @@ class Outlook:
     def _budget(self, life: Life, shared_blocks: int) -> tuple[Region, int]:
         protected = min(cdiv(life.settings.protect, self.block_tokens), life.stop // self.block_tokens)
         region = self.settings.region(life.stop, max(shared_blocks, protected), self.block_tokens)
-        return region, self.settings.budget_blocks(region, life.settings.policy, life.settings.keep)
+        settings = life.settings
+        return region, self.settings.budget_blocks(region, settings.policy, settings.keep, self.format(settings))
+
+    def format(self, settings: RequestSettings) -> Format:
+        """How a request with these settings is packed."""
+        return self._formats[settings.widths or "16"]

@@ -12,12 +12,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
+from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from vllm_defensive.compat.scheduling import register_spec
-from vllm_defensive.packing import ECHO_OVERHEAD
+from vllm_defensive.packing import ECHO_OVERHEAD, Format
 from vllm_defensive.policy import PRESETS
 from vllm_defensive.settings.engine import EvictionConfig
+from vllm_defensive_kernels.widths import PageShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,11 @@ class EvictableSpec(FullAttentionSpec):
     """Full attention whose blocks may be repacked after prefill. `eviction` travels with it to the block manager."""
 
     eviction: EvictionConfig
+
+    @property
+    def page(self) -> PageShape:
+        """Of one head: a block is one of each layer and head."""
+        return PageShape(self.block_size, self.head_size, get_dtype_size(self.dtype))
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Blocks of the longest request at its peak: all originals and the packed blocks, in bytes.
@@ -36,7 +43,9 @@ class EvictableSpec(FullAttentionSpec):
         max_tokens = vllm_config.model_config.max_model_len
         lengths = range(max(1, max_tokens - self.block_size), max_tokens + 1)
         eviction = self.eviction
-        packed = max(eviction.budget_blocks(eviction.region(length, 0, self.block_size)) for length in lengths)
+        format = Format.of(eviction.meant_widths(eviction.policy), self.page)
+        regions = (eviction.region(length, 0, self.block_size) for length in lengths)
+        packed = max(eviction.budget_blocks(region, format=format) for region in regions)
         if any(name in PRESETS and PRESETS[name].reconstructs for name in eviction.stands_for(eviction.policy)):
             # An echo's positions end where the model's do: it and the prompt are no longer than the longest prompt.
             packed += cdiv(ECHO_OVERHEAD, self.block_size)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from vllm_defensive.packing import LADDER
 from vllm_defensive.policy.aggregates import AGGREGATES, Aggregate
 
 ValueWeight = Literal["none", "l1", "l2-gram", "raw-l2", "raw-l1-max"]
@@ -18,6 +19,7 @@ LayerBudget = Literal["even", "linear", "preference", "entropy"]
 HeadBudget = Literal["scope", "typed"]
 Stages = Literal["none", "half-budget", "mass"]
 WindowBias = Literal["reference", "true"]
+Widths = Literal["16", "k8v4", "8", "4", "8,4", "16,8,4"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Policy:
     """The policy that serves a request which cannot be repeated, or whose keys stand at positions of their own."""
     keeps_window: bool = True
     """Whether the window is kept whatever its scores."""
+    widths: Widths = "16"
+    """Bits in which what is kept is packed (`packing.WIDTHS`), unless a request or the server says otherwise."""
     score: Callable[..., Tensor] | None = None
     """Of "custom": called for each layer with query_WQD, key_HSD, value_HSD, output_QDM and scale as keywords (see
     `score_layer`); returns fp32 [H, T], T the tokens before the window, larger is kept."""
@@ -163,5 +167,7 @@ class Policy:
             raise ValueError(f"{wrong}head_budget='typed' needs aggregate='stratified'")
         if self.layer_budget != "even" and self.scope == "model":
             raise ValueError(f"{wrong}layer_budget={self.layer_budget!r} needs scope='head' or 'layer'")
+        if self.widths == LADDER and self.scope != "head":
+            raise ValueError(f"{wrong}widths={LADDER!r} needs scope='head'")
         if self.head_budget == "typed" and (self.scope == "head" or self.layer_budget != "even"):
             raise ValueError(f"{wrong}head_budget='typed' needs scope='layer' or 'model', and layer_budget='even'")

@@ -259,6 +259,17 @@ _ROWS = (
         fallback="halokv",
     ),
     Policy(
+        name="rdkv",
+        summary="mean attention of the queries that see a token; each head's tokens in 16, 8 or 4 bits, whichever "
+        "split distorts it least (keys take their token's bits, where RDKV gives them bits by channel)",
+        source="https://arxiv.org/abs/2605.08317",
+        aggregate="exposure",
+        scope="head",
+        pool_kernel=1,  # of 5, in the function, which mirrors the prompt's ends
+        keeps_window=False,
+        widths="16,8,4",
+    ),
+    Policy(
         name="keep-all",
         summary="keeps every token, packed as any policy packs: its output must equal stock vLLM's",
         source="tests",

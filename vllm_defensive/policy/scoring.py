@@ -63,7 +63,10 @@ def score_layer(
     assert 0 <= start < stop <= tokens, f"evictable range {evictable} of a prompt of {tokens} tokens"
     assert tokens > window, f"a prompt of {tokens} tokens has none before its window of {window}"
     if policy.needs_queries:
-        assert query_WQD is not None and query_WQD.shape[0] == window, f"{policy.name} needs the window's queries"
+        assert query_WQD is not None, f"{policy.name} needs the window's queries"
+        assert not policy.keeps_window or query_WQD.shape[0] == window, (
+            f"{policy.name} needs all of the window's queries"
+        )
     if policy.needs_all_values:
         assert value_HSD.shape[1] == tokens, f"{policy.name} needs the values of all tokens"
     whole = Layer(

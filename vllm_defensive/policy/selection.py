@@ -1,10 +1,10 @@
 """From the scores of all layers to the pages and tokens that stay. This is where a kept token is chosen, on any device.
 
 Axes: L layers, H KV heads, R = L*H rows, E evictable tokens, N tokens a page, J = E/N, P pages kept in all,
-O = R + 1 page offsets.
+O = R + 1 page offsets, C classes of pages, V ways to split pages over them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vllm_defensive.packing import LADDER, Format
 from vllm_defensive.policy.budget import guarded
 from vllm_defensive.policy.definition import Policy
 from vllm_defensive.policy.layer import LayerScores
@@ -25,18 +26,27 @@ class ListKept(Protocol):
     """`vllm_defensive_kernels.list_kept`, which runs where Triton does, or its reference."""
 
     def __call__(
-        self, score_RE: Tensor, last_R1: Tensor, offset_O: Tensor, *, pages: int, page_tokens: int, first_token: int
+        self,
+        score_RE: Tensor,
+        last_R1: Tensor,
+        offset_O: Tensor,
+        *,
+        pages: int,
+        page_tokens: int,
+        first_token: int,
+        taken_R: Tensor | None = None,
+        taken_last_R1: Tensor | None = None,
     ) -> Tensor: ...
 
 
 @dataclass
 class Selection:
-    """What stays, head after head: (layer 0, head 0), (layer 0, head 1), ..."""
+    """What stays in pages of one class, head after head: (layer 0, head 0), (layer 0, head 1), ..."""
 
     pages_LH: Tensor
     """int32: pages of each head."""
     tokens_PN: Tensor
-    """int32: absolute positions, ascending within each head."""
+    """int32: absolute positions, ascending within each head; -1 where a head's last page has room left."""
 
     @cached_property
     def offset_O(self) -> Tensor:
@@ -59,14 +69,39 @@ def select(
     Equal scores: the lowest (layer, head, token) wins. Nothing is read back from a GPU.
     list_kept: how the tokens are listed, once it is known how many each head keeps; the kernel, where Triton runs.
     """
+    format = Format.plain(page_size)
+    (selection,) = select_packed(
+        policy, scores, format, head_pages=packed_blocks, forced_tokens=0, evictable=evictable, list_kept=list_kept
+    )
+    return selection
+
+
+def select_packed(
+    policy: Policy,
+    scores: Sequence[LayerScores],
+    format: Format,
+    *,
+    head_pages: int,
+    forced_tokens: int,
+    evictable: tuple[int, int],
+    list_kept: ListKept = reference.list_kept,
+) -> tuple[Selection, ...]:
+    """`select` for pages of several classes, `head_pages` * L * H in all: a selection for each part of the format. A
+    head's best tokens are in the first part's pages.
+
+    forced_tokens: of each head, +inf. Where the pages have more room than there are tokens, some stay empty in part.
+    """
+    assert head_pages > 0, "nothing would be kept"
+    if format.widths == LADDER:
+        return _select_by_distortion(scores, format, head_pages, evictable, list_kept)
     layers, heads = len(scores), scores[0].scores_HE.shape[0]
     sharers = {"head": 1, "layer": heads, "model": layers * heads}[policy.scope]
-    return select_within(
+    return _select(
         policy,
         scores,
-        page_size=page_size,
-        budget_pages=packed_blocks * sharers,
-        guard_pages=guarded(policy.guard, packed_blocks),
+        page_sizes=[part.tokens for part in format.parts],
+        budgets=format.split(head_pages * sharers, sharers, forced_tokens),
+        guards=[guarded(policy.guard, pages) for pages in format.split(head_pages, 1, forced_tokens)],
         evictable=evictable,
         list_kept=list_kept,
     )
@@ -86,35 +121,124 @@ def select_within(
 
     With pages of one token and `reference_budget` this keeps what the reference implementation keeps.
     """
+    (selection,) = _select(
+        policy,
+        scores,
+        page_sizes=[page_size],
+        budgets=[budget_pages],
+        guards=[guard_pages],
+        evictable=evictable,
+        list_kept=list_kept,
+    )
+    return selection
+
+
+DISTORTION = {"16": 0.0, "8": 4.8e-5, "4": 0.0138}
+"""Of a value in so many bits, relative to its square (RDKV's constants, arXiv 2605.08317); what is evicted loses 1."""
+
+
+def _select_by_distortion(
+    scores: Sequence[LayerScores], format: Format, head_pages: int, evictable: tuple[int, int], list_kept: ListKept
+) -> tuple[Selection, ...]:
+    """RDKV: of the ways to split a head's pages over the classes, the one that distorts least, a token counting by its
+    score. Its best tokens are in the widest pages. Every head has as many pages. Reads the counts back."""
+    layers, (heads, tokens) = len(scores), scores[0].scores_HE.shape
+    score_RE = _rows([layer.scores_HE for layer in scores])
+    sorted_RE = formulas.sort_down(score_RE)
+    sizes = torch.tensor([part.tokens for part in format.parts], device=score_RE.device)
+    splits_VC = torch.tensor(list(_splits(head_pages, len(format.parts))), device=score_RE.device)
+    upto_VC = (splits_VC * sizes).cumsum(1).clamp_max(tokens)
+    # The gain of a split is that of its classes' runs of tokens.
+    sum_RE = torch.nn.functional.pad(sorted_RE.double().cumsum(1), (1, 0))
+    gain_RV = torch.zeros(len(score_RE), len(splits_VC), dtype=torch.float64, device=score_RE.device)
+    from_V = torch.zeros_like(upto_VC[:, 0])
+    for part, upto_V in zip(format.parts, upto_VC.T, strict=True):
+        gain_RV += (1 - DISTORTION[part.page_class]) * (sum_RE[:, upto_V] - sum_RE[:, from_V])
+        from_V = upto_V
+    best_RC = splits_VC[gain_RV.argmax(dim=1)]
+    selections: list[Selection] = []
+    before: dict[str, Tensor] = {}
+    taken_R = torch.zeros(len(score_RE), dtype=torch.int64, device=score_RE.device)
+    for part, pages_R in zip(format.parts, best_RC.T, strict=True):
+        upto_R = (taken_R + pages_R * part.tokens).clamp_max(tokens)
+        last_R1 = formulas.last_value(sorted_RE, upto_R)
+        kept = list_kept(
+            score_RE,
+            last_R1,
+            _offsets(pages_R),
+            pages=int(pages_R.sum()),
+            page_tokens=part.tokens,
+            first_token=evictable[0],
+            **before,
+        )
+        selections.append(Selection(pages_R.view(layers, heads).int(), kept))
+        taken_R, before = upto_R, {"taken_R": upto_R, "taken_last_R1": last_R1}
+    return tuple(selections)
+
+
+def _splits(pages: int, classes: int) -> Iterator[tuple[int, ...]]:
+    """All ways to share pages out, those with the most in the first classes first."""
+    if classes == 1:
+        yield (pages,)
+        return
+    for first in range(pages, -1, -1):
+        for rest in _splits(pages - first, classes - 1):
+            yield (first, *rest)
+
+
+def _select(
+    policy: Policy,
+    scores: Sequence[LayerScores],
+    *,
+    page_sizes: Sequence[int],
+    budgets: Sequence[int],
+    guards: Sequence[int],
+    evictable: tuple[int, int],
+    list_kept: ListKept,
+) -> tuple[Selection, ...]:
+    """Part by part: pages of one size, a budget of them for each unit, for the tokens that the parts before left."""
     layers, (heads, tokens) = len(scores), scores[0].scores_HE.shape
     start, stop = evictable
-    assert tokens == stop - start and tokens % page_size == 0, (
-        f"{tokens} scores for {evictable} in pages of {page_size}"
-    )
-    head_pages = tokens // page_size
+    assert tokens == stop - start, f"{tokens} scores for {evictable}"
     units = {"head": layers * heads, "layer": layers, "model": 1}[policy.scope]
-    assert 0 < budget_pages <= head_pages * layers * heads // units, f"{budget_pages} pages do not fit in {units}"
 
     score_RE = _rows([layer.scores_HE for layer in scores])
     halves = policy.stages == "half-budget" and scores[0].rank_HE is not None
     at_once = formulas.rows_at_once(score_RE, thrifty=halves)  # ranks take as much memory as scores
-    gains_RJ, last_RJ = _gains(score_RE, page_size, at_once)
-    gains_UHJ = gains_RJ.view(units, -1, head_pages)
-    if policy.layer_budget != "even":
-        budget_pages -= budget_pages % gains_UHJ.shape[1]  # a layer's is so many pages for each of its heads
-    pages_R = _allocate(policy, scores, gains_UHJ, budget_pages, guard_pages, start)
-    last_R1 = formulas.last_value(last_RJ, pages_R)
+    taken_R: Tensor | None = None
+    chosen: list[tuple[int, Tensor, Tensor, Tensor]] = []  # of each part: pages, pages and tokens of each row, lowest
+    for page_size, budget_pages, guard_pages in zip(page_sizes, budgets, guards, strict=True):
+        gains_RJ, last_RJ = _gains(score_RE, page_size, at_once, taken_R)
+        gains_UHJ = gains_RJ.view(units, layers * heads // units, -1)
+        most = gains_UHJ.shape[1] * gains_UHJ.shape[2]
+        assert 0 <= budget_pages <= most, f"{budget_pages} pages do not fit in {units}"
+        if policy.layer_budget != "even":
+            budget_pages -= budget_pages % gains_UHJ.shape[1]  # a layer's is so many pages for each of its heads
+        pages_R = _allocate(policy, scores, gains_UHJ, budget_pages, guard_pages, start)
+        before_R = 0 if taken_R is None else taken_R
+        taken_R = (before_R + pages_R * page_size).clamp_max(tokens)
+        chosen.append((budget_pages * units, pages_R, taken_R, formulas.last_value(last_RJ, pages_R)))
     if halves:
-        score_RE, last_R1 = _half_by_rank(score_RE, [layer.rank_HE for layer in scores], pages_R * page_size, at_once)
-    tokens_PN = list_kept(
-        score_RE,
-        last_R1,
-        _offsets(pages_R),
-        pages=budget_pages * units,
-        page_tokens=page_size,
-        first_token=start,
-    )
-    return Selection(pages_R.view(layers, heads).int(), tokens_PN)
+        counts = [upto_R for _, _, upto_R, _ in chosen]
+        score_RE, lasts = _half_by_rank(score_RE, [layer.rank_HE for layer in scores], counts, at_once)
+        chosen = [(*part[:3], last_R1) for part, last_R1 in zip(chosen, lasts, strict=True)]
+    selections: list[Selection] = []
+    before: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+    for page_size, (pages, pages_R, upto_R, last_R1) in zip(page_sizes, chosen, strict=True):
+        if before[1] is not None:
+            last_R1 = torch.where(pages_R[:, None] > 0, last_R1, before[1])  # of a row without such pages: as before
+        tokens_PN = list_kept(
+            score_RE,
+            last_R1,
+            _offsets(pages_R),
+            pages=pages,
+            page_tokens=page_size,
+            first_token=start,
+            **({} if before[1] is None else {"taken_R": before[0], "taken_last_R1": before[1]}),
+        )
+        selections.append(Selection(pages_R.view(layers, heads).int(), tokens_PN))
+        before = upto_R, last_R1
+    return tuple(selections)
 
 
 def _allocate(
@@ -166,29 +290,48 @@ def _rows(layers_HE: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(layers_HE)).nan_to_num_(nan=0.0, posinf=float("inf"))
 
 
-def _gains(score_RE: Tensor, page_size: int, at_once: int) -> tuple[Tensor, Tensor]:
+def _gains(score_RE: Tensor, page_size: int, at_once: int, taken_R: Tensor | None) -> tuple[Tensor, Tensor]:
     """Of each page that a row could fill, its best tokens first, the score that it adds and the lowest in it. Each fp32
-    [R, J]."""
+    [R, J]. taken_R: int64, so many of its best are in other pages; pages for which nothing is left gain -inf."""
     gains, lasts = [], []
-    for some_RE in score_RE.split(at_once):
+    parts = [None] * (-(-len(score_RE) // at_once)) if taken_R is None else taken_R.split(at_once)
+    for some_RE, taken in zip(score_RE.split(at_once), parts, strict=True):
         sorted_RE = formulas.sort_down(some_RE)
-        gains.append(formulas.page_gains(sorted_RE, page_size))
-        lasts.append(sorted_RE[:, page_size - 1 :: page_size].clone())  # a copy: the sorted scores may go
+        tokens, missing = sorted_RE.shape[1], -sorted_RE.shape[1] % page_size
+        if taken is None:
+            gain_RJ = formulas.page_gains(torch.nn.functional.pad(sorted_RE, (0, missing)), page_size)
+            last_RJ = sorted_RE[:, page_size - 1 :: page_size]
+            if missing:
+                last_RJ = torch.cat([last_RJ, sorted_RE[:, -1:]], dim=1)
+        else:
+            place_RE = taken[:, None] + torch.arange(tokens + missing, device=taken.device)
+            left_RE = sorted_RE.gather(1, place_RE.clamp_max(tokens - 1)).masked_fill_(place_RE >= tokens, 0)
+            ends_RJ = place_RE[:, page_size - 1 :: page_size]
+            gain_RJ = formulas.page_gains(left_RE, page_size)
+            gain_RJ = gain_RJ.masked_fill_(ends_RJ - (page_size - 1) >= tokens, float("-inf"))
+            last_RJ = sorted_RE.gather(1, ends_RJ.clamp_max(tokens - 1))
+        gains.append(gain_RJ)
+        lasts.append(last_RJ.clone())  # a copy: the sorted scores may go
     return torch.cat(gains), torch.cat(lasts)
 
 
 def _half_by_rank(
-    score_RE: Tensor, ranks_HE: Sequence[Tensor | None], count_R: Tensor, at_once: int
-) -> tuple[Tensor, Tensor]:
-    """CriticalKV: half of a row's tokens by score, the rest by rank among what is left. -> (fp32 [R, E], [R, 1]), by
-    which to choose all of them, and the lowest of it that is kept."""
+    score_RE: Tensor, ranks_HE: Sequence[Tensor | None], counts: Sequence[Tensor], at_once: int
+) -> tuple[Tensor, list[Tensor]]:
+    """CriticalKV: half of a row's tokens by score, the rest by rank among what is left. counts: int [R], tokens that a
+    row keeps in the first part, in the first two, and so on. -> fp32 [R, E], by which to choose all of them, and the
+    lowest of it in so many, [R, 1] each."""
     present_HE = [rank_HE for rank_HE in ranks_HE if rank_HE is not None]
     assert len(present_HE) == len(ranks_HE), "some layers have a rank and some have none"
-    rank_RE, lasts = _rows(present_HE), []
-    for scores, ranks, counts in zip(*(each.split(at_once) for each in (score_RE, rank_RE, count_R)), strict=True):
-        ranks.masked_fill_(formulas.keep_best(scores, counts // 2), float("inf"))
-        lasts.append(formulas.last_value(formulas.sort_down(ranks), counts))
-    return rank_RE, torch.cat(lasts)
+    rank_RE = _rows(present_HE)
+    lasts: list[list[Tensor]] = [[] for _ in counts]
+    parts = zip(*(count_R.split(at_once) for count_R in counts), strict=True)
+    for scores, ranks, some in zip(score_RE.split(at_once), rank_RE.split(at_once), parts, strict=True):
+        ranks.masked_fill_(formulas.keep_best(scores, some[-1] // 2), float("inf"))
+        sorted_RE = formulas.sort_down(ranks)
+        for last, count_R in zip(lasts, some, strict=True):
+            last.append(formulas.last_value(sorted_RE, count_R))
+    return rank_RE, [torch.cat(last) for last in lasts]
 
 
 def _offsets(pages_R: Tensor) -> Tensor:

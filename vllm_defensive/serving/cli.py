@@ -10,6 +10,7 @@ import argparse
 from typing import Any
 
 from vllm_defensive.compat import contract
+from vllm_defensive.packing import OFFERED
 from vllm_defensive.settings import engine as config
 
 _PREFIX = "kv_eviction"
@@ -38,6 +39,7 @@ def add_flags(parser: Any, supported: bool = True) -> None:
     metavars |= {
         "score": "auto|window|reconstruct|learned",
         "learned": "FILE",
+        "widths": "|".join((config.AUTO, *OFFERED)),
         "shared": "keep|evict",
         "admission": "eager|steady",
         "policies": "POLICY,...",

@@ -25,6 +25,10 @@ COUNTERS = {
         "Prompt tokens of evicted requests, up to where they were evicted.",
     ),
     "kept_tokens": ("vllm:kv_eviction_kept_tokens", "Prompt tokens kept, mean over layers and heads."),
+    "held_tokens": (
+        "vllm:kv_eviction_held_tokens",
+        "Tokens that would take, unpacked, the memory that is left of evicted prompts.",
+    ),
     "prefix_hit_tokens": (
         "vllm:kv_eviction_prefix_hit_tokens",
         "Prompt tokens of evicted requests that came from the prefix cache.",
@@ -40,7 +44,7 @@ KEPT_PAGES = ("vllm:kv_eviction_kept_pages", "Head pages that evictions kept, by
 BY_POLICY = ("vllm:kv_eviction_requests_by_policy", "Evictions, by the policy that chose.")
 KEEP_SHARE = (
     "vllm:kv_eviction_keep_share",
-    "Share of its prompt's tokens, up to where it was evicted, that a request kept.",
+    "Share of the memory of its prompt, up to where it was evicted, that a request kept.",
 )
 # field of State -> (metric, what it says)
 GAUGES = {
@@ -114,7 +118,7 @@ class EvictionStatLogger(AggregateStatLoggerBase):
     def _record_one(self, record: dict[str, Any], engine: str) -> None:
         labels = (self._model, engine, record["policy"])
         self._by_policy.labels(*labels).inc()
-        self._shares.labels(*labels).observe(record["kept_tokens"] / record["prompt_tokens"])
+        self._shares.labels(*labels).observe(record["held_tokens"] / record["prompt_tokens"])
         recent.remember(record)
 
     def log_engine_initialized(self) -> None:

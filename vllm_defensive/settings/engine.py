@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from vllm_defensive.packing import Region
+from vllm_defensive.packing import OFFERED, WIDTHS, Format, Region
 from vllm_defensive.policy import PRESETS, public_names
 
 KEY = "kv_eviction"
@@ -24,6 +24,10 @@ INTERNAL_POLICIES = "VLLM_DEFENSIVE_INTERNAL_POLICIES"
 
 AUTO_POLICIES = {"window": "halokv", "reconstruct": "echokv", "learned": "learned-halokv"}
 """What `auto` stands for, by what a request is scored by."""
+
+AUTO_WIDTHS = ((0.56, "8"), (0.43, "k8v4"), (0.15, "8,4"), (0.0, "k8v4"))
+"""In what `auto` packs, where the device reads such pages well, from a ratio on. 8 and k8v4 hold every token from there
+on; below, what keeps most answers as they were (docs/quality.md)."""
 
 ScoredBy = Literal["auto", "window", "reconstruct", "learned"]
 
@@ -58,7 +62,17 @@ class EvictionConfig(BaseModel):
     window_keep: float | None = Field(
         None, description="set from the learned score: the least ratio at which auto goes by it without a boundary, too"
     )
-    keep: float = Field(0.2, gt=0, le=1, description="fraction of each prompt's KV cache to keep")
+    keep: float = Field(0.2, gt=0, le=1, description="fraction of the bytes of each prompt's KV cache to keep")
+    widths: str = Field(
+        AUTO,
+        description="bits in which what is kept is packed: 16, as the cache has it; or 8; or 4; or 8,4: the best "
+        "quarter of the pages 8; or k8v4: keys 8, values 4, two and a half times as many tokens in the same bytes; "
+        "auto: with the policy auto on CPUs by the ratio, else 16, or what the policy is about",
+    )
+    auto_widths: bool = Field(False, description="set by the device: whether the policy auto packs in fewer bits")
+    classes: tuple[str, ...] | None = Field(
+        None, description="set by the device: the kinds of pages that are compiled; none: any are"
+    )
     window: int = Field(
         32, ge=1, description="observation window: the last prompt tokens, whose attention scores all others"
     )
@@ -85,6 +99,11 @@ class EvictionConfig(BaseModel):
     @classmethod
     def _known_policy(cls, name: str) -> str:
         return known_policy(name)
+
+    @field_validator("widths", mode="before")
+    @classmethod
+    def _known_widths(cls, widths: Any) -> str:
+        return known_widths(widths, auto=True)
 
     @field_validator("policies", mode="before")
     @classmethod
@@ -152,6 +171,25 @@ class EvictionConfig(BaseModel):
             by = "learned" if learned else "reconstruct" if boundary else "window"
         return AUTO_POLICIES[by]
 
+    def meant_widths(self, policy: str, widths: str | None = None, keep: float | None = None) -> str:
+        """In what a request is packed that names this policy, these widths or none, and this ratio or none."""
+        widths = self.widths if widths is None else widths
+        if widths != AUTO:
+            return widths
+        if policy != AUTO or not self.auto_widths:
+            return PRESETS[policy].widths if policy in PRESETS else "16"
+        keep = self.keep if keep is None else keep
+        return next(name for least, name in AUTO_WIDTHS if keep >= least)
+
+    def allows_widths(self, widths: str) -> bool:
+        """Whether pages of these widths can be made, and read."""
+        return self.classes is None or all(name in self.classes for name, _ in WIDTHS[widths])
+
+    @property
+    def own_widths(self) -> list[str]:
+        """All that requests are packed in which say nothing of widths, whatever policy they may name."""
+        return list(dict.fromkeys(self.meant_widths(name) for name in self.choices if name != NONE))
+
     def allows(self, policy: str) -> bool:
         """Whether a request may name this policy, one that `known_policy` knows."""
         named = (NONE, self.policy, *(self.policies or ()))
@@ -166,17 +204,22 @@ class EvictionConfig(BaseModel):
         """What an eviction at `stop` chooses from, with this engine's window."""
         return Region(stop, shared_blocks, self.window, block_tokens, page_tokens=block_tokens)
 
-    def budget_blocks(self, region: Region, policy: str | None = None, keep: float | None = None) -> int:
-        """`K` of a request with these settings, or with a policy and a ratio of its own. 0 means: leave it alone."""
+    def budget_blocks(
+        self, region: Region, policy: str | None = None, keep: float | None = None, format: Format | None = None
+    ) -> int:
+        """`K` of a request with these settings, or with a policy and a ratio of its own, packed in this format, or in
+        16 bits. 0 means: leave it alone."""
+        format = region.plain if format is None else format
         policy = self.meant(self.policy if policy is None else policy)
         if policy == NONE or region.stop < self.min_tokens:
             return 0
         if PRESETS[policy].keep_all:
-            return region.blocks if region.stop > region.window else 0
-        return region.budget_blocks(self.keep if keep is None else keep)
+            return min(region.blocks, region.blocks_for_all(format)) if region.stop > region.window else 0
+        return region.budget_blocks(self.keep if keep is None else keep, format)
 
 
-FLAGS = tuple(name for name in EvictionConfig.model_fields if name not in ("learning", "window_keep"))
+_SET_AT_START = ("learning", "window_keep", "auto_widths", "classes")
+FLAGS = tuple(name for name in EvictionConfig.model_fields if name not in _SET_AT_START)
 """The fields that users set, each of which has a flag."""
 
 
@@ -188,6 +231,14 @@ def known_policy(name: str) -> str:
     unlocked = os.environ.get(INTERNAL_POLICIES) == "1"
     if name not in (NONE, AUTO) and (name not in PRESETS or (PRESETS[name].internal and not unlocked)):
         raise ValueError(f"choose one of {', '.join(allowed_policies())}")
+    return name
+
+
+def known_widths(widths: Any, *, auto: bool = False) -> str:
+    """The name of these widths; numbers stand for their own. auto: it may be left to the policy. Raises ValueError."""
+    name = str(widths).replace(" ", "") if isinstance(widths, (str, int)) and not isinstance(widths, bool) else ""
+    if name not in OFFERED and not (auto and name == AUTO):
+        raise ValueError(f"choose one of {' '.join((*((AUTO,) if auto else ()), *OFFERED))}")
     return name
 
 
@@ -238,6 +289,9 @@ _ALLOWED = {
     "learning": lambda: "leave it out",
     "window_keep": lambda: "leave it out",
     "keep": lambda: "choose a value in (0, 1]",
+    "widths": lambda: f"choose one of {' '.join((AUTO, *OFFERED))}",
+    "auto_widths": lambda: "leave it out",
+    "classes": lambda: "leave it out",
     "window": lambda: "choose a whole number of tokens, 1 or more",
     "min_tokens": lambda: "choose a whole number of tokens, 1 or more",
     "audit": lambda: "name a folder",

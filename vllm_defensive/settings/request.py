@@ -3,7 +3,8 @@
     kv_eviction            a policy's name, "auto", or "none"
     kv_eviction_score      of auto: "window"; "reconstruct" for a second look at the prompt; "learned" for the learned
                            score; else the server's choice
-    kv_eviction_keep       fraction kept, in (0, 1]
+    kv_eviction_keep       fraction of its bytes that is kept, in (0, 1]
+    kv_eviction_widths     bits in which it is packed: "16", "k8v4", "8", "4", "8,4", or "auto"
     kv_eviction_boundary   evict when this many prompt tokens are computed; the rest of the prompt sees what was
                            kept, and is itself kept whole ("compress the document, then ask")
     kv_eviction_protect    leading prompt tokens that stay whole, in place and shared (a system prompt)
@@ -20,7 +21,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from vllm_defensive.settings.engine import AUTO, NONE, EvictionConfig, ScoredBy, known_policy
+from vllm_defensive.packing import OFFERED
+from vllm_defensive.settings.engine import AUTO, NONE, EvictionConfig, ScoredBy, known_policy, known_widths
 
 _PREFIX = "kv_eviction"
 
@@ -28,7 +30,7 @@ _PREFIX = "kv_eviction"
 class RequestSettings(BaseModel):
     """A request's own settings, with the engine's where it has none. boundary, protect: tokens. report: wanted.
 
-    Once resolved, `policy` is what the request is evicted by, never "auto".
+    Once resolved, `policy` is what the request is evicted by, and `widths` what it is packed in, never "auto".
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -36,6 +38,7 @@ class RequestSettings(BaseModel):
     policy: str
     score: ScoredBy | None = None
     keep: float = Field(gt=0, le=1)
+    widths: str | None = None
     boundary: int | None = Field(None, ge=1)
     protect: int = Field(0, ge=0)
     report: bool | Literal[0, 1] = False
@@ -44,6 +47,11 @@ class RequestSettings(BaseModel):
     @classmethod
     def _known_policy(cls, name: str) -> str:
         return known_policy(name)
+
+    @field_validator("widths", mode="before")
+    @classmethod
+    def _known_widths(cls, widths: Any) -> str:
+        return known_widths(widths, auto=True)
 
 
 class RequestFieldError(ValueError):
@@ -72,7 +80,8 @@ def resolve(
         elif _means_us(name):
             raise _wrong(name, value, _spelling(name))
     if not own:
-        return RequestSettings.model_construct(policy=engine.meant(engine.policy), keep=engine.keep)
+        widths = engine.meant_widths(engine.policy)
+        return RequestSettings.model_construct(policy=engine.meant(engine.policy), keep=engine.keep, widths=widths)
     try:
         settings = RequestSettings(**{"policy": engine.policy, "keep": engine.keep, **own})
     except ValidationError as error:
@@ -85,6 +94,9 @@ def resolve(
         raise _wrong(_PREFIX, settings.policy, _allowed(_PREFIX, engine))
     if settings.score is not None and settings.policy != AUTO:
         raise _wrong("kv_eviction_score", settings.score, f"goes with kv_eviction={AUTO!r}; leave it out")
+    widths = engine.meant_widths(settings.policy, settings.widths, settings.keep)
+    if not engine.allows_widths(widths):
+        raise _wrong("kv_eviction_widths", widths, _allowed("kv_eviction_widths", engine))
     for field, tokens in (("boundary", settings.boundary), ("protect", settings.protect)):
         if tokens is not None and tokens > num_prompt_tokens:
             raise _wrong(_field_name(field), tokens, f"the prompt has {num_prompt_tokens} tokens")
@@ -96,7 +108,7 @@ def resolve(
     meant = engine.meant(settings.policy, boundary=asks_later, score=settings.score, keep=settings.keep)
     if not engine.is_there(meant):
         raise _wrong("kv_eviction_score", settings.score, "this server has no learned score for its model")
-    return settings.model_copy(update={"policy": meant})
+    return settings.model_copy(update={"policy": meant, "widths": widths})
 
 
 def refuse_items_behind(boundary: int | None, items: Iterable[tuple[int, int]]) -> None:
@@ -159,6 +171,7 @@ _ALLOWED = {
     "kv_eviction": "choose one of {choices}",
     "kv_eviction_score": "choose one of auto, window, reconstruct, learned",
     "kv_eviction_keep": "choose a number in (0, 1]",
+    "kv_eviction_widths": "choose one of {widths}",
     "kv_eviction_boundary": "choose a whole number of prompt tokens, 1 or more",
     "kv_eviction_protect": "choose a whole number of prompt tokens, 0 or more",
     "kv_eviction_report": "choose 0 or 1",
@@ -168,7 +181,8 @@ _SWITCHES = ("kv_eviction_report",)  # a boolean is what they mean
 
 def _allowed(field: str, engine: EvictionConfig) -> str:
     why = "" if engine.policies is None else ", which --kv-eviction-policies allows"
-    return _ALLOWED[field].format(choices=", ".join(engine.choices) + why)
+    widths = " ".join((AUTO, *filter(engine.allows_widths, OFFERED)))
+    return _ALLOWED[field].format(choices=", ".join(engine.choices) + why, widths=widths)
 
 
 def _letters(name: str) -> str:
@@ -200,4 +214,4 @@ def settings_or_none(engine: EvictionConfig, request: Any) -> RequestSettings:
             return resolve(engine, extra_args, request.num_prompt_tokens, items)
     except ValueError:
         pass
-    return RequestSettings.model_construct(policy=NONE, keep=engine.keep)
+    return RequestSettings.model_construct(policy=NONE, keep=engine.keep, widths="16")

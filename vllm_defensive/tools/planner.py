@@ -19,7 +19,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from vllm_defensive.packing import OFFERED, Format, Packing
 from vllm_defensive.settings.engine import EvictionConfig
+from vllm_defensive_kernels.widths import PageShape
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1}
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40} | {
@@ -37,6 +39,7 @@ class Model:
 
     full_layers, windowed_layers: attention layers that see the whole prefix, and those that see `window` tokens.
     token_bytes: keys and values of one token in one layer, on one GPU. positions: longest sequence, None if unknown.
+    head_size, number_bytes: of a KV head, and of one of its numbers.
     """
 
     full_layers: int
@@ -44,6 +47,8 @@ class Model:
     window: int
     token_bytes: int
     positions: int | None = None
+    head_size: int = 128
+    number_bytes: int = 2
 
     def bytes(self, full_tokens: int, seen_tokens: int) -> int:
         """KV cache of a request that holds `full_tokens` slots in full layers and has seen `seen_tokens` tokens."""
@@ -64,12 +69,14 @@ class Plan:
 
     full, mean: at the end of its output, and half-way through it. prefill: at most, while the prompt is computed.
     at_once: requests that reach their end together, none preempted. at_once_mean: requests that are half-way through.
+    kept: tokens of the prompt that are kept, on average over layers and heads.
     """
 
     prefill: int
     mean: int
     full: int
     memory: int
+    kept: int = 0
 
     @property
     def at_once(self) -> int:
@@ -92,7 +99,14 @@ def plan(
 
     eviction None: stock vLLM. Slots are counted in whole blocks; prefixes that requests share are not considered.
     """
-    packed = eviction.budget_blocks(eviction.region(context, 0, block_size)) if eviction else 0
+    packed, kept = 0, context
+    if eviction:
+        region = eviction.region(context, 0, block_size)
+        format = Format.of(
+            eviction.meant_widths(eviction.policy), PageShape(block_size, model.head_size, model.number_bytes)
+        )
+        packed = eviction.budget_blocks(region, format=format)
+        kept = Packing(region, (0,) * packed, format).kept_tokens if packed else context
 
     def slots(tokens: int, first: int) -> int:
         return (math.ceil(tokens / block_size) - first) * block_size
@@ -102,7 +116,7 @@ def plan(
         return model.bytes(slots(tokens, evicted) + packed * block_size, tokens)
 
     prefill = model.bytes(slots(context, 0) + packed * block_size, context)
-    return Plan(prefill, held(context + math.ceil(output / 2)), held(context + output), memory)
+    return Plan(prefill, held(context + math.ceil(output / 2)), held(context + output), memory, kept)
 
 
 def read_model(config: Mapping[str, Any], tp: int = 1, kv_dtype: str = "auto") -> Model:
@@ -127,8 +141,10 @@ def read_model(config: Mapping[str, Any], tp: int = 1, kv_dtype: str = "auto") -
     if any(kind in _SLIDING for kind in kinds) and not window:
         raise ValueError("--model: its configuration has layers with a window, but not the window's size")
     positions = text.get("max_position_embeddings")
-    token_bytes = 2 * kv_heads // tp * head_dim * _DTYPE_BYTES[name]
-    return Model(kinds.count(_FULL), sum(kind in _SLIDING for kind in kinds), window, token_bytes, positions)
+    number_bytes = _DTYPE_BYTES[name]
+    token_bytes = 2 * kv_heads // tp * head_dim * number_bytes
+    windowed = sum(kind in _SLIDING for kind in kinds)
+    return Model(kinds.count(_FULL), windowed, window, token_bytes, positions, head_dim, number_bytes)
 
 
 def _number(config: Mapping[str, Any], name: str) -> int:
@@ -174,6 +190,7 @@ def report(before: Plan, after: Plan) -> str:
         ("while its prompt is computed, GiB", "prefill"),
     ):
         rows.append((label, f"{getattr(before, name) / gib:.3f}", f"{getattr(after, name) / gib:.3f}"))
+    rows.append(("tokens of its prompt that it keeps", str(before.kept), str(after.kept)))
     rows.append(("requests at once, none preempted", str(before.at_once), str(after.at_once)))
     rows.append(("requests at once, half-way through", str(before.at_once_mean), str(after.at_once_mean)))
     lines = [f"{label:<36}{left:>10}{right:>10}" for label, left, right in rows]
@@ -194,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, required=True, help="prompt tokens of a request")
     parser.add_argument("--output", type=int, required=True, help="new tokens of a request")
     parser.add_argument("--keep", type=float, default=default["keep"].default, help="as --kv-eviction-keep")
+    parser.add_argument("--widths", default="16", help=f"as --kv-eviction-widths: {' '.join(OFFERED)}; default: 16")
     parser.add_argument("--window", type=int, default=default["window"].default, help="as --kv-eviction-window")
     parser.add_argument("--block-size", type=int, default=32, help="tokens a block")
     parser.add_argument("--kv-dtype", default="auto", help="of the KV cache; auto: the model's")
@@ -203,11 +221,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("context", "output", "block_size"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 1 or more")
+        if args.widths not in OFFERED:
+            raise ValueError(f"--widths {args.widths}: choose one of {' '.join(OFFERED)}")
         memory = parse_bytes(args.memory)
         whole = read_model(load_config(args.model), args.tp, args.kv_dtype)
         model = whole.served(args.context + args.output)
         # Any policy: they differ in what they keep, not in how much.
-        settings = {"policy": "layer-defensivekv", "keep": args.keep, "window": args.window}
+        given = {"keep": args.keep, "widths": args.widths, "window": args.window}
+        settings = {"policy": "layer-defensivekv", **given}
         eviction = EvictionConfig.model_validate(settings)
     except ValidationError as error:
         problem = error.errors()[0]

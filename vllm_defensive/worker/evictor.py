@@ -22,6 +22,8 @@ from vllm_defensive.worker.window import IncompleteError
 
 logger = get_logger("kv_eviction")
 
+Selections = tuple[Selection, ...]  # one for each part of a packing's format
+
 # Two scores that compete: while one is learned, what both say is compared.
 JOINED, JOINED_PARTS = AUTO_POLICIES["learned"], (AUTO_POLICIES["window"], "learnedkv")
 
@@ -64,7 +66,7 @@ class Evictor(ABC):
         """What another policy, which reads no more than the one it was scored by, says of a request."""
 
     @abstractmethod
-    def _pack(self, scored: Any, eviction: Eviction) -> Selection:
+    def _pack(self, scored: Any, eviction: Eviction) -> Selections:
         """Choose pages and tokens, copy them into the packed blocks, and make steps to come find them there."""
 
     @abstractmethod
@@ -81,7 +83,7 @@ class Evictor(ABC):
         if not scores and not evictions:
             return
         started, waiting = self._start(), {eviction.request_id: eviction for eviction in evictions}
-        packed: list[tuple[Eviction, Selection]] = []
+        packed: list[tuple[Eviction, Selections]] = []
         for score in scores:
             self.score(score)
             # At once, while what was read is at hand.
@@ -90,11 +92,11 @@ class Evictor(ABC):
         for eviction in waiting.values():
             packed += self.pack(eviction)
         if packed:
-            pages_L = torch.stack([selection.pages_LH for _, selection in packed]).sum(dim=(0, 2))
+            pages_L = torch.stack([part.pages_LH for _, parts in packed for part in parts]).sum(dim=(0, 2))
             self._finish(started, pages_by_decile(pages_L, self._decile_L))
         if self._config.audit is not None:
-            for eviction, selection in packed:
-                audit.record(self._config.audit, eviction, selection, self._rank)
+            for eviction, parts in packed:
+                audit.record(self._config.audit, eviction, parts, self._rank)
 
     def score(self, score: Score) -> None:
         """Weigh a request's tokens and keep the result until it is packed or forgotten."""
@@ -105,7 +107,7 @@ class Evictor(ABC):
         except self._reasons as error:
             self._cancel(score.request_id, error)
 
-    def pack(self, eviction: Eviction) -> list[tuple[Eviction, Selection]]:
+    def pack(self, eviction: Eviction) -> list[tuple[Eviction, Selections]]:
         """Pack a request that has been scored, if it could be."""
         if (scored := self._scored.pop(eviction.request_id, None)) is None:
             return []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vllm_defensive.plan import StepMessage
@@ -25,9 +25,15 @@ class Runtime(ABC):
         them is void."""
         for request_id in (*gone, *message.released):
             self.forget(request_id)
+        if message.clear:
+            self.clear(message.clear)
         self._held.update(message.held)
         self._held.difference_update(score.request_id for score in message.scores)
         self._message = message
+
+    @abstractmethod
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zero the pages of these blocks."""
 
     @abstractmethod
     def step(self, common: Any) -> Any:

@@ -100,12 +100,13 @@ class EvictionWorker(Worker):
         if any(PRESETS[policy].learned for policy in self.eviction.served):
             self.load_learned()
         logger.info(
-            "KV eviction is on: policy %s keeps %g of each prompt of %d tokens or more (window %d); "
+            "KV eviction is on: policy %s keeps %g of each prompt of %d tokens or more (window %d), in widths %s; "
             "pages of %d tokens, %d layers x %d KV heads = %d pages a block",
             self.eviction.described,
             self.eviction.keep,
             self.eviction.min_tokens,
             self.eviction.window,
+            self.eviction.meant_widths(self.eviction.policy),
             spec.block_size,
             len(names),
             spec.num_kv_heads,

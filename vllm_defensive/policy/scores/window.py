@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool1d, pad
 
 from vllm_defensive.policy.aggregates import aggregate
 from vllm_defensive.policy.definition import Policy
@@ -9,6 +10,7 @@ from vllm_defensive.policy.layer import Attention, Layer, Tile, by_query_head, l
 from vllm_defensive.policy.weighing import pooled, value_norm_by_query_head
 
 HEAD_TYPE_MASS = 0.9
+EXPOSURE_POOL = 5
 LOCAL_WINDOWS, LOCAL_SHARE = 2, 16  # a local head looks at so many windows, or that part of the prompt, at most
 
 
@@ -39,6 +41,18 @@ def largest_of_group(policy: Policy, layer: Layer) -> Tensor:
     """max_g pool(mean_w A) (LAVa, arXiv 2509.09754). A maximum over tokens and one over the group may change places."""
     mean_HGT = by_query_head(layer, lambda tile: _before_window(layer, tile).mean(dim=2))
     return pooled(policy, mean_HGT.amax(dim=1))
+
+
+@aggregate("exposure")
+def exposure(policy: Policy, layer: Layer) -> Tensor:
+    """Mean attention of the window's queries that can see a token, the window's own tokens included, averaged over 5
+    neighbours with the ends mirrored (RDKV, arXiv 2605.08317: the authors' code)."""
+    assert layer.query_WQD is not None, "of policies that need queries"
+    window, tokens = len(layer.query_WQD), layer.tokens
+    sum_HS = by_query_head(layer, lambda tile: tile.rows_HGWS.sum(dim=2)).mean(dim=1)
+    seen_S = (tokens - torch.arange(tokens, device=layer.device)).clamp_max(window)
+    around_HS = pad(sum_HS / seen_S, (EXPOSURE_POOL // 2, EXPOSURE_POOL // 2), mode="reflect")
+    return avg_pool1d(around_HS, EXPOSURE_POOL, stride=1)[:, : layer.scored]
 
 
 @aggregate("stratified")

@@ -52,7 +52,7 @@ class EvictionCPUMetadata(CPUAttentionMetadata):
     captures: tuple[Capture, ...] = ()
     accumulations: tuple[Accumulation, ...] = ()
     echoes: tuple[EchoRow, ...] = ()
-    evicted: EvictedRows | None = None
+    evicted: tuple[EvictedRows, ...] = ()
     stock: bool = True
 
 
@@ -69,18 +69,17 @@ class EvictionCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         step = self.runtime.step(common) if self.runtime is not None else None
         if step is None:
             return super().build(common_prefix_len, common, fast_build)
-        evicted = step.evicted
-        if evicted is not None:
+        for rows in step.evicted:
             # A dummy sequence as long as its query: the stock call must not walk a table whose blocks are gone.
-            common = replace(common, seq_lens=common.seq_lens.index_copy(0, evicted.rows_E, evicted.query_lens_E))
+            common = replace(common, seq_lens=common.seq_lens.index_copy(0, rows.rows_E, rows.query_lens_E))
         base = super().build(common_prefix_len, common, fast_build)
         return EvictionCPUMetadata(
             **{f.name: getattr(base, f.name) for f in fields(base)},
             captures=step.captures,
             accumulations=step.accumulations,
             echoes=step.echoes,
-            evicted=evicted,
-            stock=evicted is None or evicted.rows_E.numel() < common.num_reqs,
+            evicted=step.evicted,
+            stock=sum(rows.rows_E.numel() for rows in step.evicted) < common.num_reqs,
         )
 
 
@@ -117,22 +116,34 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
                 self.runtime.accumulations.add(part, self.layer_index, query)
             for row in attn_metadata.echoes:
                 self.runtime.reconstructions.add(row, self.layer_index, query)
-        if attn_metadata.evicted is not None:
+        for rows in attn_metadata.evicted:
             real = slice(0, attn_metadata.num_actual_tokens)  # the rest is padding
-            self._attend_packed(layer, query[real], attn_metadata.evicted, output[real])
+            self._attend_packed(layer, query[real], rows, output[real])
         return output
 
     def _attend_packed(self, layer: Any, query_TQD: Tensor, rows: EvictedRows, output_TQD: Tensor) -> None:
         """Overwrite the evicted rows of `output` with attention over each head's own pages."""
         assert self.runtime is not None
         group = self.num_heads // self.num_kv_heads
-        key_pages, value_pages = self.runtime.attention_view
         # (token, KV head) pairs in the order head, row, token: each (head, row) is one sequence for the kernel.
         query_XGD = query_TQD.reshape(-1, group, self.head_size)
         output_XGD = output_TQD.view(-1, group, self.head_size)
         if rows.token_head_X is not None:
             query_XGD = query_XGD.index_select(0, rows.token_head_X)
             output_XGD = torch.empty_like(query_XGD)
+        if rows.quantised is not None:
+            assert self.runtime.quantised is not None, "of a worker that has packed such pages"
+            query_XGD = query_XGD.contiguous()
+            self.runtime.quantised.attend(query_XGD, output_XGD, rows.quantised, self.layer_index, self.scale)
+        else:
+            self._attend_plain(layer, query_XGD, rows, output_XGD)
+        if rows.token_head_X is not None:
+            output_TQD.view(-1, group, self.head_size).index_copy_(0, rows.token_head_X, output_XGD)
+
+    def _attend_plain(self, layer: Any, query_XGD: Tensor, rows: EvictedRows, output_XGD: Tensor) -> None:
+        """vLLM's kernel, of sequences with one KV head each."""
+        assert self.runtime is not None
+        key_pages, value_pages = self.runtime.attention_view
         seq_lens = rows.seq_lens_LR[self.layer_index]
         ops.cpu_attention_with_kv_cache(
             query=query_XGD,
@@ -149,11 +160,11 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
             softcap=self.logits_soft_cap,
             scheduler_metadata=ops.cpu_attn_get_scheduler_metadata(
                 num_reqs=seq_lens.numel(),
-                num_heads=group,
+                num_heads=query_XGD.shape[1],
                 num_kv_heads=1,
                 head_dim=self.head_size,
                 seq_lens=seq_lens,
-                dtype=query_TQD.dtype,
+                dtype=query_XGD.dtype,
                 query_start_loc=rows.query_start_R,
                 causal=True,
                 sliding_window_size=-1,
@@ -166,8 +177,6 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
             v_scale=layer._v_scale_float,
             kv_cache_dtype=self.kv_cache_dtype,
         )
-        if rows.token_head_X is not None:
-            output_TQD.view(-1, group, self.head_size).index_copy_(0, rows.token_head_X, output_XGD)
 
 
 def discover_codec(cache: Tensor, isa: str, model_dtype: torch.dtype, kv_cache_dtype: str) -> PageCodec:

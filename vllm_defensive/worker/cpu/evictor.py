@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from vllm_defensive.plan import Eviction, Score
-from vllm_defensive.policy import PRESETS, LayerScores, Policy, ReduceHeads, Selection, score_layer, select
+from vllm_defensive.policy import PRESETS, LayerScores, Policy, ReduceHeads, Selection, score_layer, select_packed
 from vllm_defensive.settings.engine import EvictionConfig
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.cpu.runtime import CPURuntime
-from vllm_defensive.worker.evictor import Evictor
+from vllm_defensive.worker.evictor import Evictor, Selections
 from vllm_defensive.worker.learned import Lessons
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.report import layer_deciles
+from vllm_defensive_kernels.widths import CLASSES
 
 # Of keys and values that may lie unpacked beside the cache: 5,000 tokens of a 135M model, 1,000 of an 8B one.
 READ_ONCE_BYTES = 2**27
@@ -145,42 +146,58 @@ class CPUEvictor(Evictor):
             first_head=self._rank[0] * len(key_HTD),
         )
 
-    def _pack(self, scored: Scored, eviction: Eviction) -> Selection:
-        target = self._view.of_packed(torch.tensor(eviction.packing.blocks))
+    def _pack(self, scored: Scored, eviction: Eviction) -> Selections:
+        if eviction.packing.format.quantised and self._runtime.quantised is None:
+            raise RuntimeError("the functions for quantised pages could not be compiled, as was said at start")
         if scored.policy.layers_apart:
-            selection = self._pack_layer_by_layer(scored, eviction, target)
+            parts = self._pack_layer_by_layer(scored, eviction)
         else:
-            selection = self._pack_all(scored, eviction, target)
-        self._runtime.install(eviction, selection.pages_LH)
-        return selection
+            parts = self._pack_all(scored, eviction)
+        self._runtime.install(eviction, torch.stack([part.pages_LH for part in parts]))
+        return parts
 
-    def _pack_all(self, scored: Scored, eviction: Eviction, target: Tensor) -> Selection:
-        selection = self._select(scored, scored.layers, eviction)
+    def _pack_all(self, scored: Scored, eviction: Eviction) -> Selections:
+        parts = self._select(scored, scored.layers, eviction)
         at_hand = bool(scored.read) and self._in_scratch is scored
         room = self._room(scored.pages_LHB[:1]) if not at_hand else None
-        pages_L = selection.pages_LH.sum(dim=1).tolist()
-        parts = zip(selection.pages_LH, selection.tokens_PN.split(pages_L), target.split(pages_L), strict=True)
-        for layer, (pages_H, tokens_PN, target_P) in enumerate(parts):
-            tokens = scored.read[layer] if room is None else self._read(scored, layer, room[0])
-            self._compact(tokens, pages_H, tokens_PN, target_P)
-        return selection
+        target = self._view.of_packed(torch.tensor(eviction.packing.blocks))
+        targets = target.split([len(part.tokens_PN) for part in parts])
+        pages = [part.pages_LH.sum(dim=1).tolist() for part in parts]
+        tokens = [part.tokens_PN.split(each) for part, each in zip(parts, pages, strict=True)]
+        places = [target_P.split(each) for target_P, each in zip(targets, pages, strict=True)]
+        for layer in range(len(scored.pages_LHB)):
+            read = scored.read[layer] if room is None else self._read(scored, layer, room[0])
+            for c, part in enumerate(parts):
+                page_class = eviction.packing.format.parts[c].page_class
+                self._compact(read, part.pages_LH[layer], tokens[c][layer], places[c][layer], page_class)
+        return parts
 
-    def _pack_layer_by_layer(self, scored: Scored, eviction: Eviction, target: Tensor) -> Selection:
-        """Each layer has its own budget: it is read once, scored, and packed."""
-        (room,), parts = self._room(scored.pages_LHB[:1]), []
-        for layer, target_P in enumerate(target.chunk(len(scored.pages_LHB))):
-            tokens = self._read(scored, layer, room)
-            part = self._select(scored, [self._score_layer(scored, layer, tokens)], eviction)
-            self._compact(tokens, part.pages_LH[0], part.tokens_PN, target_P)
-            parts.append(part)
-        return Selection(torch.cat([p.pages_LH for p in parts]), torch.cat([p.tokens_PN for p in parts]))
+    def _pack_layer_by_layer(self, scored: Scored, eviction: Eviction) -> Selections:
+        """Each layer has its own budget, as large as every other's: it is read once, scored, and packed."""
+        layers, packing = len(scored.pages_LHB), eviction.packing
+        (room,), chosen = self._room(scored.pages_LHB[:1]), []
+        target = self._view.of_packed(torch.tensor(packing.blocks))
+        for layer in range(layers):
+            read = self._read(scored, layer, room)
+            parts, before = self._select(scored, [self._score_layer(scored, layer, read)], eviction), 0
+            for part, selection in zip(packing.format.parts, parts, strict=True):
+                count = len(selection.tokens_PN)
+                target_P = target[before + layer * count : before + (layer + 1) * count]
+                self._compact(read, selection.pages_LH[0], selection.tokens_PN, target_P, part.page_class)
+                before += layers * count
+            chosen.append(parts)
+        return tuple(
+            Selection(torch.cat([p.pages_LH for p in same]), torch.cat([p.tokens_PN for p in same]))
+            for same in zip(*chosen, strict=True)
+        )
 
-    def _select(self, scored: Scored, layers: list[LayerScores], eviction: Eviction) -> Selection:
-        return select(
+    def _select(self, scored: Scored, layers: list[LayerScores], eviction: Eviction) -> Selections:
+        return select_packed(
             scored.policy,
             layers,
-            page_size=eviction.region.page_tokens,
-            packed_blocks=eviction.packing.head_pages,
+            eviction.packing.format,
+            head_pages=eviction.packing.head_pages,
+            forced_tokens=eviction.region.forced_tokens,
             evictable=eviction.region.tokens,
         )
 
@@ -212,9 +229,15 @@ class CPUEvictor(Evictor):
         heads, width = len(pages_HB), key_PND.shape[2]
         return key_PND.view(heads, -1, width), value_PND.view(heads, -1, width)
 
-    def _compact(self, tokens: Tokens, pages_H: Tensor, tokens_PN: Tensor, target_P: Tensor) -> None:
+    def _compact(self, tokens: Tokens, pages_H: Tensor, tokens_PN: Tensor, target_P: Tensor, page_class: str) -> None:
         """Copy a layer's selected tokens (int32 `[P, N]`, `pages_H` pages for each head) into its packed pages."""
         head_P = torch.arange(self._view.num_kv_heads).repeat_interleave(pages_H.long())
+        if CLASSES[page_class].quantised:
+            assert self._runtime.quantised is not None
+            self._runtime.quantised.pack(
+                *tokens, tokens_PN.contiguous(), head_P.int(), target_P.contiguous(), page_class
+            )
+            return
         most = tokens[0].shape[1]
         packed = []
         for part_HTD in tokens:

@@ -69,6 +69,7 @@ class PageCodec:
     def __init__(self, order_key_ND: Tensor, order_value_ND: Tensor) -> None:
         """order_*: int64 `[N, D]`, position inside the half page of each element."""
         self.page_tokens, self.head_size = order_key_ND.shape
+        self.orders = order_key_ND, order_value_ND
         self._halves = tuple(_Reorder(order.flatten()) for order in (order_key_ND, order_value_ND))
 
     @classmethod

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vllm_defensive.plan import Eviction
 from vllm_defensive.worker.cpu.accumulation import Accumulation, Accumulations
+from vllm_defensive.worker.cpu.native import ClassRows, Quantised
 from vllm_defensive.worker.cpu.pages import PageView
 from vllm_defensive.worker.cpu.reconstruction import CPUReconstructions, EchoRow
 from vllm_defensive.worker.cpu.tables import BatchTable, RequestTable
@@ -20,13 +21,14 @@ from vllm_defensive.worker.window import Capture, WindowQueries
 
 @dataclass(frozen=True)
 class EvictedRows:
-    """The evicted rows of one batch. R = H*E sequences of one KV head each, all rows of a head together; X = their
-    query tokens in all.
+    """Evicted rows of one batch, all quantised or none. R = H*E sequences of one KV head each, all rows of a head
+    together; X = their query tokens in all.
 
     rows_E int64 and query_lens_E int32: batch rows and their numbers of new tokens. token_head_X int64: index of each
     (token, KV head) into the batch's queries seen as `[T*H, G, D]`; None when that is all of them in their order: in a
     decode step of one row, and where all rows were evicted and there is one KV head. query_start_R int32 `[R+1]`.
-    tables_LRP and seq_lens_LR int32, per layer.
+    tables_LRP and seq_lens_LR int32, per layer. quantised: of quantised rows, what the compiled function takes;
+    else None.
     """
 
     rows_E: Tensor
@@ -35,6 +37,7 @@ class EvictedRows:
     query_start_R: Tensor
     tables_LRP: Tensor
     seq_lens_LR: Tensor
+    quantised: ClassRows | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Step:
     captures: tuple[Capture, ...]
     accumulations: tuple[Accumulation, ...]
     echoes: tuple[EchoRow, ...]
-    evicted: EvictedRows | None
+    evicted: tuple[EvictedRows, ...]
 
 
 class CPURuntime(Runtime):
@@ -61,21 +64,25 @@ class CPURuntime(Runtime):
         """request_ids: from vLLM's common attention metadata to the request id of each batch row."""
         super().__init__(windows, reconstructions)
         self.attention_view = view.attention_view()
+        self.quantised: Quantised | None = None  # set by the worker, where its functions could be compiled
         self.accumulations = accumulations
         self.tables: dict[str, RequestTable] = {}
         self._view = view
         self._request_ids = request_ids
-        self._batch = BatchTable()
+        self._plain, self._quantised = BatchTable(), BatchTable()
 
     def forget(self, request_id: str) -> None:
         super().forget(request_id)
         self.tables.pop(request_id, None)
         self.accumulations.drop(request_id)
 
-    def install(self, eviction: Eviction, pages_LH: Tensor) -> None:
-        """Make an eviction known to the steps that come. pages_LH: int, packed pages of each head."""
+    def install(self, eviction: Eviction, pages_CLH: Tensor) -> None:
+        """Make an eviction known to the steps that come. pages_CLH: int, pages of each head in each part."""
         shared = eviction.score.source_blocks[: eviction.region.shared_blocks]
-        self.tables[eviction.request_id] = RequestTable(self._view, eviction.packing, shared, pages_LH)
+        self.tables[eviction.request_id] = RequestTable(self._view, eviction.packing, shared, pages_CLH)
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        self._view.data.index_fill_(0, self._view.of_packed(torch.tensor(blocks)), 0)
 
     def drop_untaken(self) -> None:
         super().drop_untaken()
@@ -93,7 +100,11 @@ class CPURuntime(Runtime):
         echoes = self._echoes(ids, common) if message.reconstruct else ()
         if not rows and not captures and not accumulations and not echoes:
             return None
-        return Step(captures, accumulations, echoes, self._evicted(ids, rows, common) if rows else None)
+        quantised = [row for row in rows if self.tables[ids[row]].format.quantised]
+        plain = [row for row in rows if not self.tables[ids[row]].format.quantised]
+        parts = ((plain, self._plain), (quantised, self._quantised))
+        evicted = tuple(self._evicted(ids, some, batch, common) for some, batch in parts if some)
+        return Step(captures, accumulations, echoes, evicted)
 
     def _captures(self, ids: Sequence[str], common: Any) -> tuple[Capture, ...]:
         assert self._message is not None
@@ -127,7 +138,7 @@ class CPURuntime(Runtime):
             if request_id in wanted
         )
 
-    def _evicted(self, ids: Sequence[str], rows: list[int], common: Any) -> EvictedRows:
+    def _evicted(self, ids: Sequence[str], rows: list[int], batch: BatchTable, common: Any) -> EvictedRows:
         tables = [self.tables[ids[row]] for row in rows]
         rows_E = torch.tensor(rows)
         seq_lens_E = common.seq_lens[rows_E]
@@ -136,7 +147,7 @@ class CPURuntime(Runtime):
         for row, table, seq_len in zip(rows, tables, seq_lens_E.tolist(), strict=True):
             first, last = table.full_blocks + table.growth_blocks, -(-seq_len // block_tokens)
             new_blocks.append(common.block_table_tensor[row, first:last].long() if last > first else None)
-        self._batch.update(tables, new_blocks)
+        batch.update(tables, new_blocks)
 
         query_lens_E, token_head_X, query_start_R = self._queries(rows, common)
         return EvictedRows(
@@ -144,8 +155,22 @@ class CPURuntime(Runtime):
             query_lens_E=query_lens_E,
             token_head_X=token_head_X,
             query_start_R=query_start_R,
-            tables_LRP=self._batch.pages_LHEP.flatten(1, 2),
-            seq_lens_LR=self._batch.lengths(seq_lens_E),
+            tables_LRP=batch.pages_LHEP.flatten(1, 2),
+            seq_lens_LR=batch.lengths(seq_lens_E),
+            quantised=self._class_rows(tables, seq_lens_E, query_start_R) if batch is self._quantised else None,
+        )
+
+    def _class_rows(self, tables: Sequence[RequestTable], seq_lens_E: Tensor, query_start_R: Tensor) -> ClassRows:
+        batch, heads = self._quantised, self._view.num_kv_heads
+        full_E = torch.tensor([table.full_blocks for table in tables], dtype=torch.int32)
+        return ClassRows(
+            query_start_R,
+            batch.pages_LHEP.flatten(1, 2),
+            batch.shared_pages_E.repeat(heads),
+            (seq_lens_E.int() - full_E * self._view.block_tokens).repeat(heads),
+            batch.class_pages_LHEC.flatten(1, 2),
+            batch.class_tokens_LHEC.flatten(1, 2),
+            batch.class_shape_C3,
         )
 
     def _queries(self, rows: list[int], common: Any) -> tuple[Tensor, Tensor | None, Tensor]:

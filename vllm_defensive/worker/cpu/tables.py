@@ -1,7 +1,7 @@
 """Which pages each head of each evicted request reads: built at its eviction, extended when it gets a block.
 
 A row of an evicted request reads three segments, one after the other: the `s` shared positional blocks, the head's
-packed pages, and the positional blocks from `g` on. `Packing.length` tells how many tokens that is.
+packed pages, class after class, and the positional blocks from `g` on. `Packing.length` tells how many tokens that is.
 """
 
 from __future__ import annotations
@@ -12,36 +12,46 @@ import torch
 from torch import Tensor
 
 from vllm_defensive.packing import Packing
+from vllm_defensive.worker.cpu.native import class_shape
 from vllm_defensive_kernels.pages import PageAddresses
+from vllm_defensive_kernels.widths import CLASSES
 
 _SPARE_PAGES = 32  # room for growth in a fresh table, so that it is not reallocated at each new block
 
 
 class RequestTable:
-    """Page numbers of one evicted request. pages_LH: int `[L, H]`, packed pages of each head."""
+    """Page numbers of one evicted request. pages_CLH: int `[C, L, H]`, packed pages of each head in each part of the
+    packing's format."""
 
     def __init__(
-        self, addresses: PageAddresses, packing: Packing, shared_blocks: Sequence[int], pages_LH: Tensor
+        self, addresses: PageAddresses, packing: Packing, shared_blocks: Sequence[int], pages_CLH: Tensor
     ) -> None:
         """shared_blocks: ids of the leading blocks that stay in place."""
         self._addresses = addresses
+        self.format = packing.format
         self.full_blocks = packing.region.full_blocks
-        shared = len(shared_blocks) * addresses.pages_per_block
+        self.shared_pages = shared = len(shared_blocks) * addresses.pages_per_block
         self.growth_blocks = 0
+        pages_LH = pages_CLH.sum(dim=0)
         self._used_LH = pages_LH.long() + shared
         self._most_used = int(self._used_LH.max())
-        self.offset_LH = packing.length(pages_LH.long(), 0).to(torch.int32)
+        self.pages_LHC = pages_CLH.permute(1, 2, 0).to(torch.int32)
+        self.tokens_LHC = _tokens(packing, pages_CLH).permute(1, 2, 0).to(torch.int32)
+        self.offset_LH = packing.length(self.tokens_LHC.sum(dim=2), 0).to(torch.int32)
         columns = self._most_used + _SPARE_PAGES
         self.pages_LHP = torch.zeros(*pages_LH.shape, columns, dtype=torch.int32)
         if shared:
             self.pages_LHP[:, :, :shared] = addresses.of_blocks(torch.tensor(shared_blocks))
-        packed = addresses.of_packed(torch.tensor(packing.blocks))
-        counts = pages_LH.flatten().long()
-        ends = counts.cumsum(0)
-        flat = torch.arange(packed.numel())
-        head = torch.searchsorted(ends, flat, right=True)
-        column = flat - (ends - counts)[head] + shared
-        self.pages_LHP.view(counts.numel(), columns)[head, column] = packed.to(torch.int32)
+        packed = addresses.of_packed(torch.tensor(packing.blocks)).to(torch.int32)
+        first_R = torch.full((pages_LH.numel(),), shared)  # a head's first column of a part
+        for counts, some in zip(
+            pages_CLH.flatten(1).long(), packed.split(pages_CLH.flatten(1).sum(1).tolist()), strict=True
+        ):
+            ends = counts.cumsum(0)
+            flat = torch.arange(some.numel())
+            head = torch.searchsorted(ends, flat, right=True)
+            self.pages_LHP.view(counts.numel(), columns)[head, flat + (first_R - ends + counts)[head]] = some
+            first_R = first_R + counts
 
     def grow(self, blocks_B: Tensor) -> tuple[Tensor, Tensor]:
         """Append positional blocks (int64 `[B]`), each of Z pages to every head.
@@ -62,6 +72,18 @@ class RequestTable:
         return columns_LHB, pages_LHB
 
 
+def _tokens(packing: Packing, pages_CLH: Tensor) -> Tensor:
+    """Tokens that each head has in its pages of each part. int64 `[C, L, H]`. A head's last page may have room left,
+    where it keeps every token."""
+    first, last = packing.region.tokens
+    left_LH = torch.full(pages_CLH.shape[1:], last - first)
+    counts = []
+    for part, pages_LH in zip(packing.format.parts, pages_CLH.long(), strict=True):
+        counts.append(torch.minimum(pages_LH * part.tokens, left_LH))
+        left_LH = left_LH - counts[-1]
+    return torch.stack(counts)
+
+
 class BatchTable:
     """The tables of a batch's evicted rows side by side, kept from step to step while the rows stay the same.
 
@@ -73,6 +95,9 @@ class BatchTable:
         self._rows: list[RequestTable] = []
         self.pages_LHEP = torch.empty(0)
         self.offset_LHE = torch.empty(0)
+        # Of rows whose packing is quantised: pages and tokens of each class, and pages that stay in place.
+        self.class_pages_LHEC = self.class_tokens_LHEC = self.shared_pages_E = torch.empty(0)
+        self.class_shape_C3 = torch.empty(0)
 
     def update(self, rows: Sequence[RequestTable], new_blocks: Sequence[Tensor | None]) -> None:
         """Make this the table of `rows`; new_blocks[e]: positional blocks (int64) that row `e` got since, if any."""
@@ -93,6 +118,18 @@ class BatchTable:
         for e, row in enumerate(rows):
             self.pages_LHEP[:, :, e, : row.pages_LHP.shape[2]] = row.pages_LHP
         self.offset_LHE = torch.stack([row.offset_LH for row in rows], dim=2)
+        if rows[0].format.quantised:
+            # Of every class that one of them has; the others have none of it.
+            found = {(p.page_class, p.tokens) for row in rows for p in row.format.parts}
+            classes = sorted(found, key=lambda each: list(CLASSES).index(each[0]))  # in the order of every format
+            places = [[classes.index((p.page_class, p.tokens)) for p in row.format.parts] for row in rows]
+            self.class_shape_C3 = class_shape(classes)
+            self.class_pages_LHEC = torch.zeros(layers, heads, len(rows), len(classes), dtype=torch.int32)
+            self.class_tokens_LHEC = torch.zeros_like(self.class_pages_LHEC)
+            for e, (row, place) in enumerate(zip(rows, places, strict=True)):
+                self.class_pages_LHEC[:, :, e, place] = row.pages_LHC
+                self.class_tokens_LHEC[:, :, e, place] = row.tokens_LHC
+            self.shared_pages_E = torch.tensor([row.shared_pages for row in rows], dtype=torch.int32)
 
     def lengths(self, seq_lens_E: Tensor) -> Tensor:
         """Tokens that each head reads, int32 `[L, H*E]`, given vLLM's logical lengths int32 `[E]`."""

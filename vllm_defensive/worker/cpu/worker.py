@@ -7,16 +7,20 @@ from typing import Any
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_defensive.compat import worker as compat
+from vllm_defensive.packing import WIDTHS
+from vllm_defensive.settings.engine import option_name
 from vllm_defensive.worker.cpu.accumulation import Accumulations
 from vllm_defensive.worker.cpu.backend import EvictionCPUBackend, EvictionCPUImpl, discover_codec
 from vllm_defensive.worker.cpu.evictor import CPUEvictor
 from vllm_defensive.worker.cpu.generators import without_discarded
-from vllm_defensive.worker.cpu.pages import PageView
+from vllm_defensive.worker.cpu.native import CompileError, Quantised
+from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.cpu.reconstruction import CPUReconstructions
 from vllm_defensive.worker.cpu.runtime import CPURuntime
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.window import WindowQueries
-from vllm_defensive.worker.worker import EvictionWorker
+from vllm_defensive.worker.worker import EvictionWorker, logger
+from vllm_defensive_kernels.widths import PageShape
 
 
 class EvictionCPUWorker(EvictionWorker, CPUWorker):
@@ -32,6 +36,20 @@ class EvictionCPUWorker(EvictionWorker, CPUWorker):
         with without_discarded(self.model_runner):
             return super().sample_tokens(*args, **kwargs)
 
+    def _quantised(self, view: PageView, codec: PageCodec) -> Quantised | None:
+        """The functions for quantised pages. Raises ValueError if they cannot be had, and the server's own settings ask
+        for them; None if only a request might."""
+        page = PageShape(view.page_tokens, view.head_size, view.data.element_size())
+        if not any(self.eviction.allows_widths(widths) for widths in WIDTHS if widths != "16"):
+            return None
+        try:
+            return Quantised(view.data, page, *codec.orders)
+        except CompileError as error:
+            if any(widths != "16" for widths in self.eviction.own_widths):
+                raise ValueError(f"{option_name('widths')}: {error}; choose 16, or install one") from None
+            logger.warning("KV eviction: requests that choose their widths are served whole: %s", error)
+            return None
+
     def start_eviction(self, group: int, names: list[str], layers: list[Any]) -> tuple[CPURuntime, CPUEvictor]:
         first, dtype = layers[0], self.model_config.dtype
         view = PageView.from_layers([layer.kv_cache for layer in layers])
@@ -41,6 +59,7 @@ class EvictionCPUWorker(EvictionWorker, CPUWorker):
         accumulations = Accumulations(view, codec, scales)
         reconstructions = CPUReconstructions(view, codec, scales)
         runtime = CPURuntime(view, windows, accumulations, reconstructions, compat.request_ids_of(self.model_runner))
+        runtime.quantised = self._quantised(view, codec)
         for index, layer in enumerate(layers):
             assert isinstance(layer.impl, EvictionCPUImpl)
             layer.impl.runtime, layer.impl.layer_index = runtime, index

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_defensive.compat import worker as compat
 from vllm_defensive.counts import WorkerReport
-from vllm_defensive.packing import Packing
+from vllm_defensive.packing import WIDTHS, Format, Packing
 from vllm_defensive.plan import Eviction, Score
 from vllm_defensive.policy import (
     PRESETS,
@@ -26,7 +26,6 @@ from vllm_defensive.policy import (
     LayerScores,
     Policy,
     ReduceHeads,
-    Selection,
     score_layer,
     settle,
 )
@@ -35,7 +34,7 @@ from vllm_defensive.worker.cuda import launches
 from vllm_defensive.worker.cuda.launches import EchoRow
 from vllm_defensive.worker.cuda.prompt import LayerScales, Prompt, Scored, kernels_know
 from vllm_defensive.worker.cuda.runtime import CUDARuntime
-from vllm_defensive.worker.evictor import Evictor
+from vllm_defensive.worker.evictor import Evictor, Selections
 from vllm_defensive.worker.learned import Lessons
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.report import layer_deciles
@@ -85,25 +84,36 @@ class CUDAEvictor(Evictor):
         return report
 
     def warm_up(self, max_tokens: int) -> None:
-        """Compile the kernels of every policy that a request may have, on vLLM's null block, which nobody reads: no
-        prompt should wait for a compiler, and nobody make others wait. Long prompts run variants of their own.
+        """Compile the kernels of every policy that a request may have, and of everything that it may be packed in, on
+        vLLM's null block, which nobody reads: no prompt should wait for a compiler, and nobody make others wait. Long
+        prompts run variants of their own.
         """
         # While one is being learned, there is no learned score yet.
         policies = [name for name in self._config.served if self.learned is not None or not PRESETS[name].learned]
         lengths = (max(self._config.min_tokens, 8 * self._config.window), LONG_PROMPT)
         for policy, stop in itertools.product(policies, lengths):
             region = self._config.region(stop, 0, self._pages.page_tokens)
-            packed = self._config.budget_blocks(region, policy)
-            if packed and stop <= max_tokens:
+            budgets = [(format, self._config.budget_blocks(region, policy, format=format)) for format in self._formats]
+            if budgets[0][1] and stop <= max_tokens:
                 source = (0,) * -(-stop // region.block_tokens)
                 score = Score("warm-up", policy, self._config.keep, region, source)
                 peak_LHS = self._runtime.reconstructions.blank(stop) if PRESETS[policy].reconstructs else None
                 window_LWQD = self._runtime.windows.blank() if PRESETS[policy].needs_window else None
                 scored = self._weigh(score, window_LWQD, peak_LHS)
-                self._copy(scored, Packing(region, (0,) * packed))
+                for format, packed in budgets:
+                    self._copy(scored, Packing(region, (0,) * packed, format))
         looks = {PRESETS[policy].reconstruction for policy in policies} - {"none"}
         for normalised in sorted(looks) if max_tokens > self._config.window else ():
             self._warm_up_echoes(normalised, max_tokens)
+
+    @property
+    def _formats(self) -> list[Format]:
+        """All that requests may be packed in, 16 bits first."""
+        served, shape = self._runtime.state.classes, self._pages.page_shape
+        classes_of = {name: [page_class for page_class, _ in parts] for name, parts in WIDTHS.items()}
+        # No pages as the cache has them beside others: `compact` fills all pages there are.
+        one_kind = {name: own for name, own in classes_of.items() if own == ["16"] or "16" not in own}
+        return [Format.of(name, shape) for name, own in one_kind.items() if set(own) <= set(served)]
 
     def _warm_up_echoes(self, normalised: str, max_tokens: int) -> None:
         """Of as long a prompt as there may be: only then a launch shares its keys out, and merges what comes of it."""
@@ -149,17 +159,18 @@ class CUDAEvictor(Evictor):
             key_HSD, value_HSD = (self._read(table_1B, score.region.stop, layer, *part) for part in parts)
             lessons.add(layer, key_HSD, value_HSD, peak_HS)
 
-    def _pack(self, scored: Scored, eviction: Eviction) -> Selection:
-        selection, fresh_K = self._copy(scored, eviction.packing)
-        self._runtime.install(eviction, selection.offset_O, fresh_K)
-        return selection
+    def _pack(self, scored: Scored, eviction: Eviction) -> Selections:
+        assert eviction.packing.format in self._formats, "as every request's fields were checked"
+        selections, fresh_K = self._copy(scored, eviction.packing)
+        self._runtime.install(eviction, selections, fresh_K)
+        return selections
 
-    def _copy(self, scored: Scored, packing: Packing) -> tuple[Selection, Tensor]:
+    def _copy(self, scored: Scored, packing: Packing) -> tuple[Selections, Tensor]:
         """Select and copy. Returns what was chosen, and the fresh blocks' ids on the device."""
         fresh_K = compat.to_device(packing.blocks, self._pages.key_PND.device)
-        selection = launches.choose(scored.prompt.policy, scored.layers, packing)
-        launches.pack(self._pages, scored.prompt.table_1B[0], selection, fresh_K)
-        return selection, fresh_K
+        selections = launches.choose(scored.prompt.policy, scored.layers, packing)
+        launches.pack(self._pages, scored.prompt.table_1B[0], selections, fresh_K, packing)
+        return selections, fresh_K
 
     # -- scores -------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from vllm_defensive.packing import Packing
-from vllm_defensive.policy import LayerScores, Policy, Selection, select
+from vllm_defensive.policy import LayerScores, Policy, Selection, select_packed
 from vllm_defensive_kernels import (
     DecodeWorkspace,
     PackedState,
@@ -19,6 +19,7 @@ from vllm_defensive_kernels import (
     RaggedTokens,
     WindowScores,
     compact,
+    compact_quantised,
     learned_scores,
     list_kept,
     ragged_paged_decode,
@@ -27,6 +28,7 @@ from vllm_defensive_kernels import (
     window_scores,
 )
 from vllm_defensive_kernels.learned import Rotation
+from vllm_defensive_kernels.widths import CLASSES
 
 # Of several layers in one go: 8K tokens of all layers of a Llama-3.1-8B twice over. More of them would take more memory
 # (see `memory.py`).
@@ -151,21 +153,29 @@ def foretell(
     )
 
 
-def choose(policy: Policy, scores: Sequence[LayerScores], packing: Packing) -> Selection:
-    """What fills the packed pages. scores: of all layers."""
-    return select(
+def choose(policy: Policy, scores: Sequence[LayerScores], packing: Packing) -> tuple[Selection, ...]:
+    """What fills the packed pages, of each part of the format. scores: of all layers."""
+    return select_packed(
         policy,
         scores,
-        page_size=packing.region.page_tokens,
-        packed_blocks=packing.head_pages,
+        packing.format,
+        head_pages=packing.head_pages,
+        forced_tokens=packing.region.forced_tokens,
         evictable=packing.region.tokens,
         list_kept=list_kept,
     )
 
 
-def pack(pages: PagedKV, table_B: Tensor, selection: Selection, fresh_K: Tensor) -> None:
-    """Copy what was chosen, all layers and heads in one launch."""
-    compact(pages, table_B, selection.offset_O, selection.tokens_PN.flatten(), pages, fresh_K)
+def pack(pages: PagedKV, table_B: Tensor, selections: Sequence[Selection], fresh_K: Tensor, packing: Packing) -> None:
+    """Copy what was chosen, all layers and heads in one launch for each part of the format."""
+    first_page = 0
+    for part, selection in zip(packing.format.parts, selections, strict=True):
+        kept = pages, table_B, selection.offset_O, selection.tokens_PN
+        if CLASSES[part.page_class].quantised:
+            compact_quantised(*kept, pages, fresh_K, page_class=part.page_class, first_page=first_page)
+        else:
+            compact(*kept[:3], selection.tokens_PN.flatten(), pages, fresh_K)
+        first_page += len(selection.tokens_PN)
 
 
 def attend(

@@ -61,9 +61,10 @@ class BesideCache:
         max_requests: int,
         prompts_at_once: int,
         echoes_at_once: int,
+        classes: int = 1,
     ) -> BesideCache:
         """By count of the tensors. max_tokens: of a prompt. prompts_at_once: whose windows are kept at a time.
-        echoes_at_once: tokens of an echo in one step; 0: there are none."""
+        echoes_at_once: tokens of an echo in one step; 0: there are none. classes: of pages, that are served."""
         rows, splits = widest_launch(max_requests, model.num_query_heads, model.num_kv_heads)
         heads, layer = model.num_layers * model.num_kv_heads, model.num_kv_heads * max_tokens
         at_a_time = min(model.num_layers * layer, max(SCORES_AT_A_TIME, layer))
@@ -72,8 +73,8 @@ class BesideCache:
         launch = reconstruction.bytes_at_most(echoes_at_once, model.num_query_heads)
         return cls(
             decode=rows * splits * model.num_query_heads * (model.head_size + 1) * 4,
-            # Fresh blocks, the heads' first pages, shared blocks, growth and row of each request, in int32.
-            state=max_requests * (cdiv(max_tokens, model.page_tokens) + heads + 1 + 3) * 4,
+            # Fresh blocks, heads' first pages of each class, shared blocks, growth and row of each request, in int32.
+            state=max_requests * (cdiv(max_tokens, model.page_tokens) + classes * heads + 1 + 3) * 4,
             windows=prompts_at_once * window * queries,
             projections=lasting,
             scores=(SCORE_COPIES * model.num_layers * layer + SETTLE_COPIES * at_a_time) * 4 + passing,

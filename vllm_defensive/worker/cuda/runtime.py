@@ -7,7 +7,7 @@ read back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from vllm_defensive.compat import worker as compat
+from vllm_defensive.packing import Packing
 from vllm_defensive.plan import Eviction, Reconstruction
 from vllm_defensive.worker.cuda.launches import EchoRow
+from vllm_defensive.worker.evictor import Selections
 from vllm_defensive.worker.reconstruction import Reconstructions
 from vllm_defensive.worker.runtime import Runtime
 from vllm_defensive.worker.window import Capture, WindowQueries
@@ -52,13 +54,14 @@ class CUDARuntime(Runtime):
         max_requests: int,
         max_blocks: int,
         num_query_heads: int,
+        classes: tuple[str, ...] = ("16",),
     ) -> None:
         """index_of: the model runner's own table, from request id to an index below max_requests: our slot too.
-        max_blocks: the most fresh blocks that one request can fill."""
+        max_blocks: the most fresh blocks that one request can fill. classes: of the pages that are served."""
         device = pages.key_PND.device
         super().__init__(windows, Reconstructions(pages.num_layers, pages.num_kv_heads, device))
         self.pages = pages
-        self.state = PackedState.empty(max_requests, max_blocks, pages.num_layers, pages.num_kv_heads, device)
+        self.state = PackedState.empty(max_requests, max_blocks, pages.num_layers, pages.num_kv_heads, device, classes)
         self.slot_R = torch.full((max_requests,), NOBODY, dtype=torch.int32, device=device)
         rows, splits = widest_launch(max_requests, num_query_heads, pages.num_kv_heads)
         self.workspace = DecodeWorkspace.empty(rows, num_query_heads, splits, pages.head_size, device)
@@ -73,16 +76,35 @@ class CUDARuntime(Runtime):
         if slot is not None:
             self._slot_of_index[slot] = NOBODY
 
-    def install(self, eviction: Eviction, offset_O: Tensor, fresh_K: Tensor) -> None:
-        """Make an eviction known to the steps that come: its packed pages (int32 offsets of the heads, int32 ids of the
-        blocks, both on the device), its shared blocks, and where its growth begins."""
+    def install(self, eviction: Eviction, selections: Selections, fresh_K: Tensor) -> None:
+        """Make an eviction known to the steps that come: its packed pages (those of each part of its format, and int32
+        ids of the blocks on the device), its shared blocks, and where its growth begins."""
         slot = self._index_of[eviction.request_id]
         self.state.fresh_SK[slot, : fresh_K.shape[0]].copy_(fresh_K)
-        self.state.offset_SO[slot].copy_(offset_O)
+        self._install_offsets(slot, eviction.packing, selections)
         self.state.shared_S[slot].fill_(eviction.region.shared_blocks)
         self.state.growth_S[slot].fill_(eviction.region.full_blocks)
         self._slots[eviction.request_id] = slot
         self._slot_of_index[slot] = slot
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zero the pages of these blocks, whose codes may read as what are no numbers."""
+        page_P = self.pages.of_packed(compat.to_device(blocks, self.pages.key_PND.device))
+        self.pages.key_PND[page_P] = 0
+        self.pages.value_PND[page_P] = 0
+
+    def _install_offsets(self, slot: int, packing: Packing, selections: Selections) -> None:
+        """First pages of the heads, class after class; of a class that the request has no pages of they are where the
+        next one's begin."""
+        rows, first_page = self.pages.num_layers * self.pages.num_kv_heads, 0
+        selection_of = {p.page_class: s for p, s in zip(packing.format.parts, selections, strict=True)}
+        for c, name in enumerate(self.state.classes):
+            offset_O = self.state.offset_SO[slot, c * rows : (c + 1) * rows + 1]
+            if name in selection_of:
+                torch.add(selection_of[name].offset_O, first_page, out=offset_O)
+                first_page += len(selection_of[name].tokens_PN)
+            else:
+                offset_O.fill_(first_page)
 
     def step(self, common: Any) -> Step:
         """What this batch asks for. common: vLLM's `CommonAttentionMetadata`, of which only what the host has is read.

@@ -64,7 +64,14 @@ class EvictionGPUWorker(EvictionWorker):
             max_requests=scheduler.max_num_seqs,
             prompts_at_once=min(prompts + ECHO_REQUESTS * waits, scheduler.max_num_seqs),
             echoes_at_once=echoes if self.eviction.reconstructs else 0,
+            classes=len(self._classes),
         )
+
+    @property
+    def _classes(self) -> tuple[str, ...]:
+        """Of the pages that are served."""
+        assert self.eviction.classes is not None, "as set at start, on GPUs"
+        return self.eviction.classes
 
     def _projections(self, names: list[str], first: Any) -> Projections:
         """Of the layers of these names, of which `first` is one."""
@@ -95,6 +102,7 @@ class EvictionGPUWorker(EvictionWorker):
             max_requests=requests.max_num_reqs,
             max_blocks=cdiv(model.max_model_len, pages.page_tokens),
             num_query_heads=first.num_heads,
+            classes=self._classes,
         )
         for index, layer in enumerate(layers):
             layer.impl.runtime, layer.impl.layer_index = runtime, index
