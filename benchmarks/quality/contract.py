@@ -45,6 +45,7 @@ SLOTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "value": ("value_weight", "weight_across", "normalise"),
         "neighbours": ("pool", "pool_kernel", "halo_tokens", "halo_weight"),
         "budget": ("scope", "guard", "layer_budget", "head_budget", "keep_all"),
+        "width": ("widths",),
     }
 )
 WHOLE = "all"

@@ -35,6 +35,7 @@ POLICIES = tuple(
     for name in public_names()
     if PRESETS[name].layer_budget == "even"
     and PRESETS[name].head_budget == "scope"
+    and PRESETS[name].widths == "16"  # pages of other sizes: policy/test_selection_classes.py
     and not (PRESETS[name].reconstructs or PRESETS[name].learned)
 )
 # One of each kind in bf16: without values, with a window mean, a criterion of their own, a second stage, keys alone.

@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
-from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from vllm_defensive.compat.scheduling import register_spec
@@ -31,7 +30,7 @@ class EvictableSpec(FullAttentionSpec):
     @property
     def page(self) -> PageShape:
         """Of one head: a block is one of each layer and head."""
-        return PageShape(self.block_size, self.head_size, get_dtype_size(self.dtype))
+        return PageShape(self.block_size, self.head_size, self.dtype.itemsize)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Blocks of the longest request at its peak: all originals and the packed blocks, in bytes.
