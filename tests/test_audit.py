@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 
 from tests.evictions import eviction
 from vllm_defensive import audit
+from vllm_defensive.packing import Format, Part
+from vllm_defensive.plan import Eviction
 from vllm_defensive.policy import Selection
 from vllm_defensive.tools.audit_show import main
 
@@ -147,3 +150,48 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"other\.safetensors is not an eviction audit"):
         audit.load(tmp_path / "other.safetensors")
+
+
+# Two parts: one page of up to 5 tokens for each head but the last, then pages of up to 6, of which the last has room.
+TWO = Format("8,4", (Part("8", 5, 0.25), Part("4", 6, 1.0)))
+IN_EIGHT, IN_FOUR = [[4, 9, 18, 19], [4, 5, 6, 8], [], [12]], [[5, 6], [7, 9], [4, 6, 8], []]
+
+
+def two_parts(heads: slice = slice(None)) -> list[Selection]:
+    parts = []
+    for held, tokens in ((IN_EIGHT, 5), (IN_FOUR, 6)):
+        pages_LH = torch.tensor([bool(some) for some in held], dtype=torch.int32).view(2, 2)[:, heads]
+        rows = [some for layer in (held[:2], held[2:]) for some in layer[heads] if some]
+        padded = [some + [-1] * (tokens - len(some)) for some in rows]
+        parts.append(Selection(pages_LH, torch.tensor(padded, dtype=torch.int32).view(-1, tokens)))
+    return parts
+
+
+def in_two_parts() -> Eviction:
+    return replace(EVICTION, packing=replace(EVICTION.packing, format=TWO))
+
+
+def test_it_names_the_kind_of_page_of_each_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = audit.write(str(tmp_path), in_two_parts(), two_parts())
+    found = audit.load(path)
+    assert (found.widths, found.page_classes, found.page_tokens) == ("8,4", ("16", "8", "4"), (N, 5, 6))
+    for index, (eight, four) in enumerate(zip(IN_EIGHT, IN_FOUR, strict=True)):
+        positions, classes = found.positions(index // 2, index % 2), found.classes(index // 2, index % 2)
+        assert positions.tolist() == [0, 1, 2, 3, *sorted(eight + four), 20, 21, 22]
+        assert positions[classes == 1].tolist() == eight and positions[classes == 2].tolist() == four
+    assert main(["show", str(path)]) == 0
+    assert "widths 8,4: of what was kept 64 % 16, 20 % 8, 16 % 4" in capsys.readouterr().out
+
+
+def test_without_widths_all_are_as_the_cache_has_them(written: audit.Audit) -> None:
+    assert written.kept_classes is None and (written.widths, written.page_classes) == ("16", ("16",))
+    assert written.classes(1, 1).tolist() == [0] * 15
+
+
+def test_kinds_of_pages_of_all_ranks(tmp_path: Path) -> None:
+    whole = audit.load(audit.write(str(tmp_path), in_two_parts(), two_parts()))
+    paths = [audit.write(str(tmp_path), in_two_parts(), two_parts(slice(r, r + 1)), (r, 2)) for r in range(2)]
+    joined = audit.load(paths[0])
+    assert torch.equal(joined.mask(), whole.mask())
+    assert joined.kept_classes is not None and whole.kept_classes is not None
+    assert torch.equal(joined.kept_classes, whole.kept_classes)

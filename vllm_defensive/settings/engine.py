@@ -187,8 +187,10 @@ class EvictionConfig(BaseModel):
 
     @property
     def own_widths(self) -> list[str]:
-        """All that requests are packed in which say nothing of widths, whatever policy they may name."""
-        return list(dict.fromkeys(self.meant_widths(name) for name in self.choices if name != NONE))
+        """What requests are packed in which say nothing of widths, by the server's own policy and those listed beside
+        it."""
+        named = dict.fromkeys((self.policy, *(self.policies or ())))
+        return list(dict.fromkeys(self.meant_widths(name) for name in named if name != NONE))
 
     def allows(self, policy: str) -> bool:
         """Whether a request may name this policy, one that `known_policy` knows."""

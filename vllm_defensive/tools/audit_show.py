@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from vllm_defensive.audit import load
@@ -29,6 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
         f"{audit.policy}, keep {audit.keep_ratio:g}: {audit.stop} tokens, mean kept {counts.mean():.0f} "
         f"({100 * counts.mean() / audit.stop:.1f} %), per head {int(counts.min())} to {int(counts.max())}"
     )
+    if audit.kept_classes is not None:
+        counted = torch.bincount(audit.kept_classes.long(), minlength=len(audit.page_classes)).tolist()
+        shares = (f"{100 * n / sum(counted):.0f} % {name}" for name, n in zip(audit.page_classes, counted, strict=True))
+        print(f"widths {audit.widths}: of what was kept {', '.join(shares)}")
     if given.html:
         try:
             texts = _texts(audit.token_ids.tolist(), given.tokenizer)
