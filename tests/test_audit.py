@@ -153,7 +153,7 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
 
 
 # Two parts: one page of up to 5 tokens for each head but the last, then pages of up to 6, of which the last has room.
-TWO = Format("8,4", (Part("8", 5, 0.25), Part("4", 6, 1.0)))
+TWO = Format("8,4", (Part("8", 5, 0.25), Part("4", 6, 1.0)), N)
 IN_EIGHT, IN_FOUR = [[4, 9, 18, 19], [4, 5, 6, 8], [], [12]], [[5, 6], [7, 9], [4, 6, 8], []]
 
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vllm_defensive.packing import Format, Packing, Region
+from vllm_defensive.packing import WIDTHS, Format, Packing, Region
 from vllm_defensive.plan import StepMessage
+from vllm_defensive_kernels.widths import PageShape
 
 
 @pytest.mark.parametrize(
@@ -127,3 +128,27 @@ def test_two_pages_a_block_by_hand() -> None:
 def test_a_message_without_contents_is_false() -> None:
     assert not StepMessage()
     assert StepMessage(observe={"a": (0, 1)})
+
+
+@pytest.mark.parametrize("widths, blocks", [("16", 0), ("8", 17), ("k8v4", 13), ("4", 9), ("8,4", 10), ("16,8,4", 0)])
+def test_to_keep_all_is_to_pack_all_in_fewer_bits(widths: str, blocks: int) -> None:
+    """31 blocks of 32 tokens; pages of 32 rows of 64 numbers hold 60, 79 or 116."""
+    region = Region(1000, 0, 32, 32, 32)
+    format = Format.of(widths, PageShape(32, 64))
+    assert region.budget_blocks(1.0, format) == blocks
+    packing = Packing(region, tuple(range(blocks)), format)
+    assert not blocks or packing.kept_tokens == 1000
+
+
+@given(regions((1,)), ratios, st.sampled_from(list(WIDTHS)), st.sampled_from([64, 80, 128]))
+def test_widths_take_no_more_than_their_share_and_no_less_than_a_page(
+    region: Region, keep: float, widths: str, head_size: int
+) -> None:
+    format = Format.of(widths, PageShape(region.page_tokens, head_size))
+    packed, plain = (region.budget_blocks(keep, each) for each in (format, region.plain))
+    if not packed:
+        return
+    assert packed < region.blocks and (not plain or packed <= plain)
+    packing = Packing(region, tuple(range(packed)), format)
+    assert region.tail + region.tokens[0] < packing.kept_tokens <= region.stop
+    assert packing.held_tokens <= packing.kept_tokens or packing.kept_tokens == region.stop

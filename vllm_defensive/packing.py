@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from vllm_defensive_kernels.widths import PageShape
@@ -77,19 +78,21 @@ class Part:
 
 @dataclass(frozen=True)
 class Format:
-    """How the pages of a packing are written. widths: a name in `WIDTHS`."""
+    """How the pages of a packing are written. widths: a name in `WIDTHS`. page_tokens: `N`, rows of a page."""
 
     widths: str
     parts: tuple[Part, ...]
+    page_tokens: int
 
     @classmethod
     def of(cls, widths: str, shape: PageShape) -> Format:
-        return cls(widths, tuple(Part(name, shape.tokens(name), share) for name, share in WIDTHS[widths]))
+        parts = tuple(Part(name, shape.tokens(name), share) for name, share in WIDTHS[widths])
+        return cls(widths, parts, shape.rows)
 
     @classmethod
     def plain(cls, page_tokens: int) -> Format:
         """Pages as the cache has them: as many tokens as rows."""
-        return cls("16", (Part("16", page_tokens, 1.0),))
+        return cls("16", (Part("16", page_tokens, 1.0),), page_tokens)
 
     @property
     def quantised(self) -> bool:
@@ -105,16 +108,32 @@ class Format:
         return [*counts, pages - sum(counts)]
 
     def tokens(self, pages: int, forced_tokens: int) -> int:
-        """Tokens that find room in so many pages of one head."""
+        """Tokens that find room in so many pages of one head; of the ladder, at least."""
+        if self.widths == LADDER:
+            return pages * self.parts[0].tokens
         counts = self.split(pages, 1, forced_tokens)
         return sum(count * part.tokens for count, part in zip(counts, self.parts, strict=True))
 
     def pages_for(self, tokens: int, forced_tokens: int) -> int:
-        """The fewest pages of one head in which so many tokens find room."""
-        pages = math.ceil(tokens / max(part.tokens for part in self.parts))
-        while self.tokens(pages, forced_tokens) < tokens:
-            pages += 1
-        return pages
+        """The fewest pages of one head in which so many tokens find room, whatever becomes of the ladder's."""
+        return _pages_for(self, tokens, forced_tokens)
+
+    @property
+    def density(self) -> float:
+        """Tokens that a page holds, over those that it would hold as the cache has them."""
+        shares = [part.share for part in self.parts[:-1]]
+        held = zip(self.parts, (*shares, 1 - sum(shares)), strict=True)
+        mean = self.parts[0].tokens if self.widths == LADDER else sum(part.tokens * share for part, share in held)
+        return mean / self.page_tokens
+
+
+@lru_cache(maxsize=4096)
+def _pages_for(format: Format, tokens: int, forced_tokens: int) -> int:
+    # From below: no format holds more in a page than its densest mixture, but for what splits are rounded by.
+    pages = max(1, math.floor(tokens / (format.density * format.page_tokens)) - len(format.parts))
+    while format.tokens(pages, forced_tokens) < tokens:
+        pages += 1
+    return pages
 
 
 @dataclass(frozen=True)
@@ -180,7 +199,8 @@ class Region:
         wanted = math.ceil((keep * (self.stop - self.tokens[0]) - self.tail) / self.block_tokens)
         forced_pages = math.ceil(self.forced_tokens / format.parts[0].tokens)
         needed = max(wanted, math.ceil(forced_pages / self.pages_per_block), 1)
-        return min(needed, self.blocks_for_all(format)) if needed < self.blocks else 0
+        needed = min(needed, self.blocks_for_all(format))
+        return needed if needed < self.blocks else 0
 
     def blocks_for_all(self, format: Format) -> int:
         """Blocks whose pages hold every token of the region, in the heads' even share."""
@@ -215,7 +235,7 @@ class Packing:
     @property
     def kept_tokens(self) -> int:
         """Tokens before the stop that are kept, on average over layers and heads. Where heads compete for pages of
-        several classes, or some keep all of their tokens and leave room, it is a little less."""
+        several classes, or some keep all of their tokens and leave room, it is a little less; of the ladder, more."""
         first, last = self.region.tokens
         packed = min(self.format.tokens(self.head_pages, self.region.forced_tokens), last - first)
         return self.region.stop - (last - first) + packed

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+from functools import cache
 from typing import Any, NamedTuple
 
 from vllm_defensive.packing import LADDER, WIDTHS
@@ -11,6 +13,9 @@ from vllm_defensive.policy import PRESETS
 from vllm_defensive.settings.engine import NONE, TURN_OFF, EvictionConfig, option_name
 from vllm_defensive_kernels import MAX_HEAD_SIZE
 from vllm_defensive_kernels.widths import CLASSES
+
+COMPILER_FLAGS = ("-std=c++17", "-fPIC", "-shared", "-fopenmp")
+"""Of what CPU workers compile, beside those for speed."""
 
 
 class Platform(NamedTuple):
@@ -68,7 +73,7 @@ def choose_widths(settings: EvictionConfig, platform: Platform) -> EvictionConfi
         names = {"16", *(name for widths in settings.own_widths for name, _ in WIDTHS[widths])}
         return settings.model_copy(update={"classes": tuple(name for name in CLASSES if name in names)})
     if compiler() is not None:
-        return settings.model_copy(update={"auto_widths": True})
+        return settings.model_copy(update={"auto_widths": not has_amx()})
     if any(widths != "16" for widths in settings.own_widths):
         raise ValueError(
             f"{option_name('widths')}={settings.widths}: CPUs read such pages by functions that are compiled at start, "
@@ -77,10 +82,31 @@ def choose_widths(settings: EvictionConfig, platform: Platform) -> EvictionConfi
     return settings.model_copy(update={"classes": ("16",)})
 
 
+@cache
 def compiler() -> str | None:
-    """The machine's C++ compiler, looked for as torch.compile does; None: there is none."""
+    """The machine's C++ compiler, looked for as torch.compile does, that makes libraries with OpenMP; None: there is
+    none."""
     names = (os.environ.get("CXX"), "g++", "clang++")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    found = (shutil.which(name) for name in names if name)
+    return next((path for path in found if path is not None and _compiles(path)), None)
+
+
+def _compiles(path: str) -> bool:
+    """Whether a few lines can be compiled and linked: half a second, where a worker would take many to find out."""
+    command = [path, *COMPILER_FLAGS, "-x", "c++", "-", "-o", os.devnull]
+    source = '#include <omp.h>\n#include <vector>\nextern "C" int threads() { return omp_get_max_threads(); }\n'
+    try:
+        return subprocess.run(command, input=source, capture_output=True, text=True).returncode == 0
+    except OSError:
+        return False
+
+
+def has_amx() -> bool:
+    """Whether vLLM's attention keeps its cache in the order of AMX tiles, which our functions read number by number:
+    nobody has measured that, and nothing packs such pages there unless it is told to."""
+    import torch
+
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def refusal(option: str, value: Any, way_out: str) -> str:

@@ -3,6 +3,7 @@ where the audit says so, have been quantised and back."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.e2e.engines import Answer, assert_all_returned, audit_of, engine, generate, random_prompts, scheduler_of
@@ -174,3 +176,58 @@ def test_asynchronous_scheduling_gives_the_same(tiny_model: Path) -> None:
             assert_all_returned(llm)
     for one, other in zip(*answers, strict=True):
         assert one.tokens == other.tokens and (one.logprobs - other.logprobs).abs().max() < 1e-3
+
+
+def test_in_one_batch_each_has_its_own(tiny_model: Path) -> None:
+    """Rows of 16 bits, of several widths and un-evicted ones decode side by side as alone."""
+    widths = ["16", "k8v4", "8,4", "auto", "4", "8", "16"]
+    policies = ["halokv", "snapkv", "kvzip", "rdkv", "criticalkv", "none", "none"]
+    extra = [{"kv_eviction": p, "kv_eviction_widths": w} for p, w in zip(policies, widths, strict=True)]
+    prompts = random_prompts([400, 500, 450, 420, 610, 300, 390], seed=8)
+    with engine(tiny_model, "snapkv", keep=KEEP, dtype="float32") as llm:
+        together = generate(llm, prompts, 40, extra_args=extra)
+        llm.reset_prefix_cache()
+        alone = [generate(llm, [p], 40, extra_args=[e])[0] for p, e in zip(prompts, extra, strict=True)]
+    for one, other in zip(together, alone, strict=True):
+        assert one.tokens == other.tokens and (one.logprobs - other.logprobs).abs().max() < 1e-3
+
+
+def test_preempted_requests_are_packed_again_as_before(tiny_model: Path) -> None:
+    prompts = random_prompts([400] * 6, seed=9)
+    settings = {"keep": KEEP, "widths": "k8v4", "dtype": "float32", "max_model_len": 1024}
+    with engine(tiny_model, "snapkv", **settings) as llm:
+        roomy = generate(llm, prompts, 150)
+    with engine(tiny_model, "snapkv", num_gpu_blocks_override=48, **settings) as llm:
+        tight = generate(llm, prompts, 150)
+        preemptions = next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+        assert_all_returned(llm)
+    assert preemptions > 0, "the pool is too large for this test"
+    for one, other in zip(roomy, tight, strict=True):
+        assert one.tokens == other.tokens and (one.logprobs - other.logprobs).abs().max() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def uneven_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with one layer that looks at hardly anything but a few tokens, and one at all alike."""
+    folder = tmp_path_factory.mktemp("uneven")
+    for file in tiny_model.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, folder)
+            continue
+        weights = load_file(file)
+        for layer, factor in ((0, 30.0), (1, 0.01)):
+            name = f"model.layers.{layer}.self_attn.q_proj.weight"
+            weights[name] = weights[name] * factor
+        save_file(weights, folder / file.name, metadata={"format": "pt"})
+    return folder
+
+
+def test_heads_may_split_their_pages_as_they_like(uneven_model: Path, tmp_path: Path) -> None:
+    with engine(uneven_model, "rdkv", keep=KEEP, dtype="float32", audit=str(tmp_path)) as llm:
+        wanted = [(LADDER, "rdkv", prompt) for prompt in random_prompts((601, 512), seed=3)]
+        turns = ask(llm, tmp_path, wanted)
+    for turn in turns:
+        assert len(set(turn.audit.kept_counts.flatten().tolist())) > 1, "all split alike: the test shows nothing"
+    reference = ReferenceLlama(uneven_model)
+    errors = torch.cat([turn.errors(reference) for turn in turns])
+    assert errors.median() <= 1e-4 and errors.max() <= 0.05

@@ -103,7 +103,7 @@ def test_pages_of_several_classes_hold_the_same_with_the_kernel_and_without(poli
     both[..., -10:] = float("inf")
     ranks = both[1] if policy.stages == "half-budget" else [None] * 3
     scores = [LayerScores(*each) for each in zip(both[0], ranks, strict=True)]
-    format = Format("k8v4", tuple(Part(*part) for part in parts))
+    format = Format("k8v4", tuple(Part(*part) for part in parts), 16)
     options = {"head_pages": pages, "forced_tokens": 10, "evictable": (16, 112)}
     ops = (list_kept, reference.list_kept)
     with_kernel, without = (select_packed(policy, scores, format, list_kept=op, **options) for op in ops)

@@ -30,7 +30,7 @@ def problems(draw: st.DrawFn, policies: list[Policy]) -> tuple:
     layers, heads, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(4, 40))
     sizes = sorted(draw(st.lists(st.integers(2, 9), min_size=1, max_size=3, unique=True)))
     shares = [draw(st.sampled_from([0.0, 0.25, 0.5])) for _ in sizes[:-1]]
-    format = Format("any", tuple(Part("8", n, s) for n, s in zip(sizes, [*shares, 1.0], strict=True)))
+    format = Format("any", tuple(Part("8", n, s) for n, s in zip(sizes, [*shares, 1.0], strict=True)), 2)
     forced = draw(st.integers(0, tokens))
     least, most = max(1, math.ceil(forced / sizes[0])), format.pages_for(tokens, forced)
     pages, start = draw(st.integers(min(least, most), most)), draw(st.integers(0, 50))
@@ -130,7 +130,7 @@ def test_one_part_of_whole_pages_is_select(policy: Policy) -> None:
 def test_half_budgets_count_the_tokens_of_all_parts() -> None:
     """CriticalKV: half of what a head keeps by score, the rest by rank; the first half is in the wider pages."""
     scores = torch.tensor([[[9.0, 8, 7, 6, 5, 4, 3, 2, 1, 0]]])
-    format = Format("any", (Part("8", 2, 0.5), Part("4", 4, 1.0)))
+    format = Format("any", (Part("8", 2, 0.5), Part("4", 4, 1.0)), 2)
     parts = select_packed(
         PRESETS["criticalkv"],
         layers_of(scores, scores.flip(-1)),
@@ -140,6 +140,18 @@ def test_half_budgets_count_the_tokens_of_all_parts() -> None:
         evictable=(0, 10),
     )
     assert [kept_lists(part) for part in parts] == [[[0, 1]], [[2, 7, 8, 9]]]
+
+
+def test_of_half_budgets_too_the_window_is_in_the_widest_pages() -> None:
+    scores = torch.rand(1, 2, 40, generator=torch.Generator().manual_seed(0))
+    scores[..., 36:] = float("inf")
+    ranks = torch.rand(1, 2, 40, generator=torch.Generator().manual_seed(1))
+    ranks[..., 36:] = float("inf")
+    format = Format("any", (Part("8", 5, 0.25), Part("4", 9, 1.0)), 3)
+    parts = select_packed(
+        PRESETS["criticalkv"], layers_of(scores, ranks), format, head_pages=4, forced_tokens=4, evictable=(0, 40)
+    )
+    assert all({36, 37, 38, 39} <= set(kept) for kept in kept_lists(parts[0]))
 
 
 SHAPES = [PageShape(*each) for each in product((16, 32), (64, 80, 128, 256), (2, 4))]

@@ -103,7 +103,9 @@ class Outlook:
         reads = not life.accumulates and not life.request.skip_reading_prefix_cache
         if self._can_share and self.settings.shared == "keep" and reads:
             full_blocks = life.stop // self.block_tokens
-            shared = worth_sharing(life, full_blocks, self.block_tokens, self.relatives, life_of)
+            # Nobody takes more than holds all tokens.
+            keep = min(life.settings.keep, 1 / self.format(life.settings).density)
+            shared = worth_sharing(life, keep, full_blocks, self.block_tokens, self.relatives, life_of)
         return self._budget(life, shared)
 
     def _budget(self, life: Life, shared_blocks: int) -> tuple[Region, int]:

@@ -47,9 +47,14 @@ class Relatives:
 
 
 def worth_sharing(
-    life: Life, full_blocks: int, block_tokens: int, relatives: Relatives, life_of: Callable[[Request], Life]
+    life: Life,
+    keep: float,
+    full_blocks: int,
+    block_tokens: int,
+    relatives: Relatives,
+    life_of: Callable[[Request], Life],
 ) -> int:
-    """`s`, of the request's first `full_blocks` blocks.
+    """`s`, of the request's first `full_blocks` blocks. keep: the share of its bytes that it keeps.
 
     A block that somebody keeps for good costs nothing to share. One that `m` requests read, each of which could pack
     its own copy of a `keep` fraction, is cheaper whole as soon as `m * keep >= 1`: twenty copies of a fifth of a system
@@ -57,7 +62,7 @@ def worth_sharing(
     """
     hashes = life.request.block_hashes
     # More than are seen is enough; a tiny ratio must not overflow.
-    others_needed = max(2, math.ceil(min(1 / life.settings.keep, _MOST_SEEN + 2))) - 1
+    others_needed = max(2, math.ceil(min(1 / keep, _MOST_SEEN + 2))) - 1
     most = max(_MOST_COMPARED, 2 * others_needed)
     pinned = 0
     could_pack: list[int] = []

@@ -42,9 +42,10 @@ class EvictableSpec(FullAttentionSpec):
         max_tokens = vllm_config.model_config.max_model_len
         lengths = range(max(1, max_tokens - self.block_size), max_tokens + 1)
         eviction = self.eviction
-        format = Format.of(eviction.meant_widths(eviction.policy), self.page)
-        regions = (eviction.region(length, 0, self.block_size) for length in lengths)
-        packed = max(eviction.budget_blocks(region, format=format) for region in regions)
+        regions = [eviction.region(length, 0, self.block_size) for length in lengths]
+        # In 16 bits too, in which a request may be packed that names another policy.
+        formats = [Format.of(widths, self.page) for widths in dict.fromkeys((*eviction.own_widths, "16"))]
+        packed = max(eviction.budget_blocks(region, format=format) for region in regions for format in formats)
         if any(name in PRESETS and PRESETS[name].reconstructs for name in eviction.stands_for(eviction.policy)):
             # An echo's positions end where the model's do: it and the prompt are no longer than the longest prompt.
             packed += cdiv(ECHO_OVERHEAD, self.block_size)

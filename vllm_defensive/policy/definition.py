@@ -135,8 +135,8 @@ class Policy:
 
     @property
     def layers_apart(self) -> bool:
-        """Whether a layer's choice does not depend on the other layers."""
-        return self.scope != "model" and self.layer_budget == "even"
+        """Whether a layer's choice, and where its pages lie, does not depend on the other layers."""
+        return self.scope != "model" and self.layer_budget == "even" and self.widths != LADDER
 
     @property
     def _function(self) -> Aggregate:

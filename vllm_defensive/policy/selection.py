@@ -4,9 +4,9 @@ Axes: L layers, H KV heads, R = L*H rows, E evictable tokens, N tokens a page, J
 O = R + 1 page offsets, C classes of pages, V ways to split pages over them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 import torch
@@ -135,6 +135,7 @@ def select_within(
 
 DISTORTION = {"16": 0.0, "8": 4.8e-5, "4": 0.0138}
 """Of a value in so many bits, relative to its square (RDKV's constants, arXiv 2605.08317); what is evicted loses 1."""
+GAINS_AT_A_TIME = 2**22  # of rows times splits, 32 MiB each
 
 
 def _select_by_distortion(
@@ -146,16 +147,19 @@ def _select_by_distortion(
     score_RE = _rows([layer.scores_HE for layer in scores])
     sorted_RE = formulas.sort_down(score_RE)
     sizes = torch.tensor([part.tokens for part in format.parts], device=score_RE.device)
-    splits_VC = torch.tensor(list(_splits(head_pages, len(format.parts))), device=score_RE.device)
+    splits_VC = _splits(head_pages).to(score_RE.device)
     upto_VC = (splits_VC * sizes).cumsum(1).clamp_max(tokens)
     # The gain of a split is that of its classes' runs of tokens.
     sum_RE = torch.nn.functional.pad(sorted_RE.double().cumsum(1), (1, 0))
-    gain_RV = torch.zeros(len(score_RE), len(splits_VC), dtype=torch.float64, device=score_RE.device)
-    from_V = torch.zeros_like(upto_VC[:, 0])
-    for part, upto_V in zip(format.parts, upto_VC.T, strict=True):
-        gain_RV += (1 - DISTORTION[part.page_class]) * (sum_RE[:, upto_V] - sum_RE[:, from_V])
-        from_V = upto_V
-    best_RC = splits_VC[gain_RV.argmax(dim=1)]
+    best = []
+    for some_RE in sum_RE.split(max(1, GAINS_AT_A_TIME // len(splits_VC))):
+        gain_RV = torch.zeros(len(some_RE), len(splits_VC), dtype=torch.float64, device=score_RE.device)
+        from_V = torch.zeros_like(upto_VC[:, 0])
+        for part, upto_V in zip(format.parts, upto_VC.T, strict=True):
+            gain_RV += (1 - DISTORTION[part.page_class]) * (some_RE[:, upto_V] - some_RE[:, from_V])
+            from_V = upto_V
+        best.append(gain_RV.argmax(dim=1))
+    best_RC = splits_VC[torch.cat(best)]
     selections: list[Selection] = []
     before: dict[str, Tensor] = {}
     taken_R = torch.zeros(len(score_RE), dtype=torch.int64, device=score_RE.device)
@@ -176,14 +180,13 @@ def _select_by_distortion(
     return tuple(selections)
 
 
-def _splits(pages: int, classes: int) -> Iterator[tuple[int, ...]]:
-    """All ways to share pages out, those with the most in the first classes first."""
-    if classes == 1:
-        yield (pages,)
-        return
-    for first in range(pages, -1, -1):
-        for rest in _splits(pages - first, classes - 1):
-            yield (first, *rest)
+@lru_cache(maxsize=8)
+def _splits(pages: int) -> Tensor:
+    """All ways to share pages out over three classes, those with the most in the first classes first. int64 [V, 3]."""
+    first, second = torch.meshgrid(torch.arange(pages, -1, -1), torch.arange(pages, -1, -1), indexing="ij")
+    possible = first + second <= pages
+    first, second = first[possible], second[possible]
+    return torch.stack([first, second, pages - first - second], dim=1)
 
 
 def _select(
@@ -327,11 +330,22 @@ def _half_by_rank(
     lasts: list[list[Tensor]] = [[] for _ in counts]
     parts = zip(*(count_R.split(at_once) for count_R in counts), strict=True)
     for scores, ranks, some in zip(score_RE.split(at_once), rank_RE.split(at_once), parts, strict=True):
-        ranks.masked_fill_(formulas.keep_best(scores, some[-1] // 2), float("inf"))
+        best = formulas.keep_best(scores, some[-1] // 2)
+        if len(counts) == 1:
+            ranks.masked_fill_(best, float("inf"))
+        else:  # the order within both halves matters as well: of their best tokens' pages
+            ranks.copy_(-torch.where(best, _places(scores), _places(ranks) + scores.shape[1]))
         sorted_RE = formulas.sort_down(ranks)
         for last, count_R in zip(lasts, some, strict=True):
             last.append(formulas.last_value(sorted_RE, count_R))
     return rank_RE, [torch.cat(last) for last in lasts]
+
+
+def _places(score_RE: Tensor) -> Tensor:
+    """The place of each token in its row's order, the best first, the lower token first among equals. fp32 [R, E]."""
+    order_RE = score_RE.sort(dim=1, descending=True, stable=True).indices
+    place_E = torch.arange(score_RE.shape[1], dtype=torch.float32, device=score_RE.device)
+    return torch.empty_like(score_RE).scatter_(1, order_RE, place_E.expand_as(score_RE))
 
 
 def _offsets(pages_R: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ INTERNAL_POLICIES = "VLLM_DEFENSIVE_INTERNAL_POLICIES"
 AUTO_POLICIES = {"window": "halokv", "reconstruct": "echokv", "learned": "learned-halokv"}
 """What `auto` stands for, by what a request is scored by."""
 
-AUTO_WIDTHS = ((0.56, "8"), (0.43, "k8v4"), (0.15, "8,4"), (0.0, "k8v4"))
+AUTO_WIDTHS = ((1.0, "16"), (0.56, "8"), (0.43, "k8v4"), (0.15, "8,4"), (0.0, "k8v4"))
 """In what `auto` packs, where the device reads such pages well, from a ratio on. 8 and k8v4 hold every token from there
 on; below, what keeps most answers as they were (docs/quality.md)."""
 
@@ -148,9 +148,12 @@ class EvictionConfig(BaseModel):
         return tuple(filter(self.is_there, AUTO_POLICIES.values())) if policy == AUTO else (policy,)
 
     def is_there(self, policy: str) -> bool:
-        """Whether what the policy needs beside the model is there, or will be: a learned score."""
-        there = self.score_file is not None or self.learning is not None
-        return there or policy not in PRESETS or not PRESETS[policy].learned
+        """Whether what the policy needs beside the model is there, or will be: a learned score, pages of its widths."""
+        return policy not in PRESETS or (self.has_score(policy) and self.allows_widths(PRESETS[policy].widths))
+
+    def has_score(self, policy: str) -> bool:
+        """Whether the policy goes by no learned score, or there is one, or will be."""
+        return self.score_file is not None or self.learning is not None or not PRESETS[policy].learned
 
     @property
     def score_file(self) -> str | None:

@@ -89,7 +89,10 @@ def resolve(
         field = _field_name(str(first["loc"][0]))
         raise _wrong(field, first["input"], _allowed(field, engine)) from None
     if not engine.is_there(settings.policy):
-        raise _wrong(_PREFIX, settings.policy, "this server has no learned score for its model; choose another policy")
+        lacks = "learned score for its model"
+        if engine.has_score(settings.policy):
+            lacks = "compiled function that reads pages of its widths"
+        raise _wrong(_PREFIX, settings.policy, f"this server has no {lacks}; choose another policy")
     if not engine.allows(settings.policy):
         raise _wrong(_PREFIX, settings.policy, _allowed(_PREFIX, engine))
     if settings.score is not None and settings.policy != AUTO:

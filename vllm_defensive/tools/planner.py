@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vllm_defensive.packing import OFFERED, Format, Packing
-from vllm_defensive.settings.engine import EvictionConfig
+from vllm_defensive.settings.engine import AUTO, EvictionConfig
 from vllm_defensive_kernels.widths import PageShape
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1}
@@ -211,7 +211,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, required=True, help="prompt tokens of a request")
     parser.add_argument("--output", type=int, required=True, help="new tokens of a request")
     parser.add_argument("--keep", type=float, default=default["keep"].default, help="as --kv-eviction-keep")
-    parser.add_argument("--widths", default="16", help=f"as --kv-eviction-widths: {' '.join(OFFERED)}; default: 16")
+    parser.add_argument(
+        "--widths",
+        default="16",
+        help=f"as --kv-eviction-widths: {' '.join((AUTO, *OFFERED))}; auto: a CPU server's with --kv-eviction auto; "
+        "default: 16",
+    )
     parser.add_argument("--window", type=int, default=default["window"].default, help="as --kv-eviction-window")
     parser.add_argument("--block-size", type=int, default=32, help="tokens a block")
     parser.add_argument("--kv-dtype", default="auto", help="of the KV cache; auto: the model's")
@@ -221,14 +226,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("context", "output", "block_size"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 1 or more")
-        if args.widths not in OFFERED:
-            raise ValueError(f"--widths {args.widths}: choose one of {' '.join(OFFERED)}")
+        if args.widths not in (AUTO, *OFFERED):
+            raise ValueError(f"--widths {args.widths}: choose one of {' '.join((AUTO, *OFFERED))}")
         memory = parse_bytes(args.memory)
         whole = read_model(load_config(args.model), args.tp, args.kv_dtype)
         model = whole.served(args.context + args.output)
         # Any policy: they differ in what they keep, not in how much.
         given = {"keep": args.keep, "widths": args.widths, "window": args.window}
-        settings = {"policy": "layer-defensivekv", **given}
+        settings = {"policy": AUTO, "auto_widths": True, **given}
         eviction = EvictionConfig.model_validate(settings)
     except ValidationError as error:
         problem = error.errors()[0]

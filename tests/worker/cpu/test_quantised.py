@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,9 +152,19 @@ def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -
     native.library.cache_clear()
 
 
-def test_what_the_compiler_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_what_the_compiler_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native, "compiler", lambda: "/bin/false")
+    monkeypatch.setattr(native, "_folder", lambda: tmp_path)
     native.library.cache_clear()
     with pytest.raises(native.CompileError, match="/bin/false failed"):
+        native.library(torch.bfloat16)
+    native.library.cache_clear()
+
+
+def test_a_folder_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(native, "_folder", lambda: tmp_path / "file" / "cache")
+    native.library.cache_clear()
+    with pytest.raises(native.CompileError, match="cannot be written"):
         native.library(torch.bfloat16)
     native.library.cache_clear()

@@ -23,6 +23,7 @@ from vllm_defensive.worker.evictor import Evictor, Selections
 from vllm_defensive.worker.learned import Lessons
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.report import layer_deciles
+from vllm_defensive.worker.window import IncompleteError
 from vllm_defensive_kernels.widths import CLASSES
 
 # Of keys and values that may lie unpacked beside the cache: 5,000 tokens of a 135M model, 1,000 of an 8B one.
@@ -148,7 +149,7 @@ class CPUEvictor(Evictor):
 
     def _pack(self, scored: Scored, eviction: Eviction) -> Selections:
         if eviction.packing.format.quantised and self._runtime.quantised is None:
-            raise RuntimeError("the functions for quantised pages could not be compiled, as was said at start")
+            raise IncompleteError("the functions for such widths could not be compiled, as was said at start")
         if scored.policy.layers_apart:
             parts = self._pack_layer_by_layer(scored, eviction)
         else:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vllm_defensive.platforms import compiler
+from vllm_defensive.platforms import COMPILER_FLAGS, compiler
 from vllm_defensive_kernels.widths import CLASSES, PageShape
 
 SOURCE = Path(__file__).with_name("quantised.cpp")
@@ -28,7 +28,7 @@ NUMBERS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _ATTEND = (_P, _P, _P, _L, _I, _I, _P, _P, _L, _P, _P, _L, _P, _P, _P, _P, _I, _I, _P, ctypes.c_float)
 _PACK = (_P, _P, _L, _L, _P, _P, _P, _L, _P, _L, _I, _I, _I, _I)
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
+FLAGS = (*COMPILER_FLAGS, "-O3", "-march=native", "-Wno-psabi")
 
 
 class CompileError(RuntimeError):
@@ -41,22 +41,29 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     compile_with = compiler()
     if compile_with is None:
         raise CompileError("no C++ compiler was found (g++, clang++, or the one that CXX names)")
-    command = [compile_with, *_FLAGS, f"-DNUMBERS={NUMBERS[dtype]}"]
+    command = [compile_with, *FLAGS, f"-DNUMBERS={NUMBERS[dtype]}"]
     made_of = (SOURCE.read_bytes(), command, _version(compile_with), platform.machine(), _cpu())
-    folder = _folder()
-    path = folder / f"quantised-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.so"
-    if not path.exists():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Under a name of its own first: others may be at it too.
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            partial = Path(scratch) / path.name
-            done = subprocess.run([*command, str(SOURCE), "-o", str(partial)], capture_output=True, text=True)
-            if done.returncode:
-                raise CompileError(f"{compile_with} failed: {done.stderr.strip().splitlines()[:1] or done.returncode}")
-            partial.replace(path)
-    loaded = ctypes.CDLL(str(path))
+    path = _folder() / f"quantised-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.so"
+    try:
+        if not path.exists():
+            _compile(command, path)
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CompileError(f"{path} cannot be written, or not be loaded ({error})") from None
     loaded.vllm_defensive_attend.argtypes, loaded.vllm_defensive_pack.argtypes = _ATTEND, _PACK
     return loaded
+
+
+def _compile(command: list[str], path: Path) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Under a name of its own first: others may be at it too.
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        partial = Path(scratch) / path.name
+        done = subprocess.run([*command, str(SOURCE), "-o", str(partial)], capture_output=True, text=True)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line]
+            raise CompileError(f"{command[0]} failed: {lines[0] if lines else f'exit code {done.returncode}'}")
+        partial.replace(path)
 
 
 def _folder() -> Path:

@@ -18,6 +18,8 @@ from vllm_defensive.worker.cpu.tables import BatchTable, RequestTable
 from vllm_defensive.worker.runtime import Runtime
 from vllm_defensive.worker.window import Capture, WindowQueries
 
+_NO_LENGTHS = torch.empty(0, dtype=torch.int32)
+
 
 @dataclass(frozen=True)
 class EvictedRows:
@@ -27,8 +29,8 @@ class EvictedRows:
     rows_E int64 and query_lens_E int32: batch rows and their numbers of new tokens. token_head_X int64: index of each
     (token, KV head) into the batch's queries seen as `[T*H, G, D]`; None when that is all of them in their order: in a
     decode step of one row, and where all rows were evicted and there is one KV head. query_start_R int32 `[R+1]`.
-    tables_LRP and seq_lens_LR int32, per layer. quantised: of quantised rows, what the compiled function takes;
-    else None.
+    tables_LRP and, of plain rows, seq_lens_LR int32, per layer. quantised: of quantised rows, what the compiled function
+    takes; else None.
     """
 
     rows_E: Tensor
@@ -156,7 +158,7 @@ class CPURuntime(Runtime):
             token_head_X=token_head_X,
             query_start_R=query_start_R,
             tables_LRP=batch.pages_LHEP.flatten(1, 2),
-            seq_lens_LR=batch.lengths(seq_lens_E),
+            seq_lens_LR=batch.lengths(seq_lens_E) if batch is self._plain else _NO_LENGTHS,
             quantised=self._class_rows(tables, seq_lens_E, query_start_R) if batch is self._quantised else None,
         )
 
