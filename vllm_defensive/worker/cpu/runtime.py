@@ -29,8 +29,8 @@ class EvictedRows:
     rows_E int64 and query_lens_E int32: batch rows and their numbers of new tokens. token_head_X int64: index of each
     (token, KV head) into the batch's queries seen as `[T*H, G, D]`; None when that is all of them in their order: in a
     decode step of one row, and where all rows were evicted and there is one KV head. query_start_R int32 `[R+1]`.
-    tables_LRP and, of plain rows, seq_lens_LR int32, per layer. quantised: of quantised rows, what the compiled function
-    takes; else None.
+    tables_LRP and, of plain rows, seq_lens_LR int32, per layer. quantised: of quantised rows, what the compiled
+    function takes; else None.
     """
 
     rows_E: Tensor
