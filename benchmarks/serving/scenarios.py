@@ -59,8 +59,9 @@ class Row:
     room: int = 1
 
 
-def evicting(policy: str, keep: float) -> Row:
-    return Row(f"{policy} {keep:g}", ("--kv-eviction", policy, "--kv-eviction-keep", f"{keep:g}"))
+def evicting(policy: str, keep: float, widths: str = "16") -> Row:
+    row = Row(f"{policy} {keep:g}", ("--kv-eviction", policy, "--kv-eviction-keep", f"{keep:g}"))
+    return row if widths == "16" else Row(f"{row.name} {widths}", (*row.args, "--kv-eviction-widths", widths))
 
 
 def steady(policy: str, keep: float) -> Row:
@@ -204,6 +205,13 @@ def scenarios(preset: str) -> list[Scenario]:
                 offline=True,
             ),
         ],
+        "widths": [
+            Scenario(
+                "pages of fewer bits", HEAVY, 2048, 256, 16, 4,
+                (STOCK, evicting("halokv", 0.2), evicting("halokv", 0.2, "8,4"), evicting("halokv", 0.1, "k8v4")),
+                offline=True,
+            ),
+        ],
         "lengths": [
             *(Scenario(f"prompts of {n}", BALANCED, n, 128, 12, 4, both, offline=True) for n in (1024, 2048, 4096)),
             Scenario("prompts of 8192", BALANCED, 8192, 128, 8, 4, both, offline=True),
@@ -243,6 +251,7 @@ PRESETS = (
     "pools",
     "concurrency",
     "policies",
+    "widths",
     "lengths",
     "shared-offline",
     "shared",
