@@ -39,6 +39,10 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
     worker, block = platform
     settings = platforms.choose_policies(with_learned_score(settings, engine_args), platform)
     settings = platforms.choose_widths(settings, platform)
+    if settings.classes == ("16",) and platform == platforms.PLATFORMS["cpu"]:
+        logger.warning_once(
+            "KV eviction packs 16 bits only: no C++ compiler with OpenMP was found (g++, clang++, or CXX)"
+        )
     for name, ours, unset in (("scheduler_cls", SCHEDULER, None), ("worker_cls", worker, "auto")):
         chosen = getattr(engine_args, name)
         if chosen not in (unset, ours):

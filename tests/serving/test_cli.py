@@ -32,7 +32,7 @@ WRONG = [
     ("--kv-eviction-score", "both", "choose one of auto, window, reconstruct, learned"),
     ("--kv-eviction-keep", "1.3", "choose a value in (0, 1]"),
     ("--kv-eviction-keep", "half", "choose a value in (0, 1]"),
-    ("--kv-eviction-widths", "4,8", "choose one of auto 16 k8v4 8 4 8,4"),
+    ("--kv-eviction-widths", "4,8", 'choose one of auto, 16, k8v4, 8, 4, "8,4"'),
     ("--kv-eviction-window", "0", "choose a whole number of tokens, 1 or more"),
     ("--kv-eviction-min-tokens", "many", "choose a whole number of tokens, 1 or more"),
     ("--kv-eviction-shared", "both", "choose one of keep, evict"),

@@ -27,7 +27,7 @@ COUNTERS = {
     "kept_tokens": ("vllm:kv_eviction_kept_tokens", "Prompt tokens kept, mean over layers and heads."),
     "held_tokens": (
         "vllm:kv_eviction_held_tokens",
-        "Tokens that would take, unpacked, the memory that is left of evicted prompts.",
+        "Memory left of evicted prompts, in tokens as the cache has them unpacked.",
     ),
     "prefix_hit_tokens": (
         "vllm:kv_eviction_prefix_hit_tokens",

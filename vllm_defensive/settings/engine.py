@@ -7,7 +7,7 @@ Field names are those of `additional_config={"kv_eviction": {...}}`; the flag of
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -67,7 +67,7 @@ class EvictionConfig(BaseModel):
         AUTO,
         description="bits in which what is kept is packed: 16, as the cache has it; or 8; or 4; or 8,4: the best "
         "quarter of the pages 8; or k8v4: keys 8, values 4, two and a half times as many tokens in the same bytes; "
-        "auto: with the policy auto on CPUs by the ratio, else 16, or what the policy is about",
+        "auto: with the policy auto on CPUs by the ratio, with rdkv its own mix, else 16",
     )
     auto_widths: bool = Field(False, description="set by the device: whether the policy auto packs in fewer bits")
     classes: tuple[str, ...] | None = Field(
@@ -184,6 +184,12 @@ class EvictionConfig(BaseModel):
         keep = self.keep if keep is None else keep
         return next(name for least, name in AUTO_WIDTHS if keep >= least)
 
+    @property
+    def described_widths(self) -> str:
+        """What the server's own policy packs in, for a line that people read."""
+        meant = self.meant_widths(self.policy)
+        return f"{AUTO} ({meant} at {self.keep:g})" if self.policy == AUTO and self.widths == AUTO else meant
+
     def allows_widths(self, widths: str) -> bool:
         """Whether pages of these widths can be made, and read."""
         return self.classes is None or all(name in self.classes for name, _ in WIDTHS[widths])
@@ -243,8 +249,13 @@ def known_widths(widths: Any, *, auto: bool = False) -> str:
     """The name of these widths; numbers stand for their own. auto: it may be left to the policy. Raises ValueError."""
     name = str(widths).replace(" ", "") if isinstance(widths, (str, int)) and not isinstance(widths, bool) else ""
     if name not in OFFERED and not (auto and name == AUTO):
-        raise ValueError(f"choose one of {' '.join((*((AUTO,) if auto else ()), *OFFERED))}")
+        raise ValueError(f"choose one of {listed((*((AUTO,) if auto else ()), *OFFERED))}")
     return name
+
+
+def listed(widths: Iterable[str]) -> str:
+    """Their names, one after the other; some have a comma of their own."""
+    return ", ".join(f'"{name}"' if "," in name else name for name in widths)
 
 
 def allowed_policies() -> list[str]:
@@ -294,7 +305,7 @@ _ALLOWED = {
     "learning": lambda: "leave it out",
     "window_keep": lambda: "leave it out",
     "keep": lambda: "choose a value in (0, 1]",
-    "widths": lambda: f"choose one of {' '.join((AUTO, *OFFERED))}",
+    "widths": lambda: f"choose one of {listed((AUTO, *OFFERED))}",
     "auto_widths": lambda: "leave it out",
     "classes": lambda: "leave it out",
     "window": lambda: "choose a whole number of tokens, 1 or more",

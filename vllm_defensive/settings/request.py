@@ -22,7 +22,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_defensive.packing import OFFERED
-from vllm_defensive.settings.engine import AUTO, NONE, EvictionConfig, ScoredBy, known_policy, known_widths
+from vllm_defensive.settings.engine import AUTO, NONE, EvictionConfig, ScoredBy, known_policy, known_widths, listed
 
 _PREFIX = "kv_eviction"
 
@@ -184,7 +184,7 @@ _SWITCHES = ("kv_eviction_report",)  # a boolean is what they mean
 
 def _allowed(field: str, engine: EvictionConfig) -> str:
     why = "" if engine.policies is None else ", which --kv-eviction-policies allows"
-    widths = " ".join((AUTO, *filter(engine.allows_widths, OFFERED)))
+    widths = listed((AUTO, *filter(engine.allows_widths, OFFERED)))
     return _ALLOWED[field].format(choices=", ".join(engine.choices) + why, widths=widths)
 
 

@@ -32,8 +32,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if audit.kept_classes is not None:
         counted = torch.bincount(audit.kept_classes.long(), minlength=len(audit.page_classes)).tolist()
-        shares = (f"{100 * n / sum(counted):.0f} % {name}" for name, n in zip(audit.page_classes, counted, strict=True))
-        print(f"widths {audit.widths}: of what was kept {', '.join(shares)}")
+        shares = zip(audit.page_classes, counted, strict=True)
+        told = ", ".join(f"{100 * n / sum(counted):.0f} % in {name}" for name, n in shares if n)
+        blocks = audit.shared_blocks + audit.packed_blocks
+        held = blocks * audit.block_size + audit.stop % audit.block_size
+        print(
+            f"widths {audit.widths}: held in the memory of {held} tokens ({100 * held / audit.stop:.1f} %), "
+            f"of what was kept {told}"
+        )
     if given.html:
         try:
             texts = _texts(audit.token_ids.tolist(), given.tokenizer)

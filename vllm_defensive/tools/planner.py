@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vllm_defensive.packing import OFFERED, Format, Packing
-from vllm_defensive.settings.engine import AUTO, EvictionConfig
+from vllm_defensive.settings.engine import AUTO, EvictionConfig, listed
 from vllm_defensive_kernels.widths import PageShape
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1}
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--widths",
         default="16",
-        help=f"as --kv-eviction-widths: {' '.join((AUTO, *OFFERED))}; auto: a CPU server's with --kv-eviction auto; "
+        help=f"as --kv-eviction-widths: {listed((AUTO, *OFFERED))}; auto: a CPU server's with --kv-eviction auto; "
         "default: 16",
     )
     parser.add_argument("--window", type=int, default=default["window"].default, help="as --kv-eviction-window")
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 1 or more")
         if args.widths not in (AUTO, *OFFERED):
-            raise ValueError(f"--widths {args.widths}: choose one of {' '.join((AUTO, *OFFERED))}")
+            raise ValueError(f"--widths {args.widths}: choose one of {listed((AUTO, *OFFERED))}")
         memory = parse_bytes(args.memory)
         whole = read_model(load_config(args.model), args.tp, args.kv_dtype)
         model = whole.served(args.context + args.output)

@@ -106,7 +106,7 @@ class EvictionWorker(Worker):
             self.eviction.keep,
             self.eviction.min_tokens,
             self.eviction.window,
-            self.eviction.meant_widths(self.eviction.policy),
+            self.eviction.described_widths,
             spec.block_size,
             len(names),
             spec.num_kv_heads,

@@ -19,8 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vllm_defensive.compat.base import get_logger
 from vllm_defensive.platforms import COMPILER_FLAGS, compiler
 from vllm_defensive_kernels.widths import CLASSES, PageShape
+
+logger = get_logger("kv_eviction")
 
 SOURCE = Path(__file__).with_name("quantised.cpp")
 NUMBERS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -46,6 +49,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     path = _folder() / f"quantised-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.so"
     try:
         if not path.exists():
+            logger.info("KV eviction compiles its functions for this machine, once: %s", path)
             _compile(command, path)
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
