@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.cuda.conftest import MODE
 from tests.e2e import engines
+from vllm_defensive.platforms import only_on_cpus
 from vllm_defensive.policy import PRESETS, Policy
 
 _MODES: dict[str, dict[str, Any]] = {
@@ -27,7 +28,7 @@ _MODES: dict[str, dict[str, Any]] = {
 
 def _on_gpus(policy: Policy) -> bool:
     """Without a learned score."""
-    return not (policy.accumulates or policy.learned)
+    return not (only_on_cpus(policy.name) or policy.learned)
 
 
 def engine(model: Path, policy: str | None = None, **arguments: Any) -> AbstractContextManager[Any]:

@@ -13,6 +13,7 @@ from tests.e2e import test_kept_sets as formulas
 from tests.e2e.engines import Answer, assert_all_returned, audit_of, generate, random_prompts
 from tests.reference_model import Layer, ReferenceLlama, decode_logprobs
 from vllm_defensive.audit import Audit
+from vllm_defensive.platforms import only_on_cpus
 from vllm_defensive.policy import PRESETS
 from vllm_defensive.worker.cuda import launches as cuda_launches
 from vllm_defensive.worker.cuda.prompt import kernels_know
@@ -37,7 +38,7 @@ POLICIES = (
 IN_TORCH = tuple(
     name
     for name in formulas.POLICIES
-    if name not in POLICIES and not kernels_know(PRESETS[name]) and not PRESETS[name].accumulates
+    if name not in POLICIES and not kernels_know(PRESETS[name]) and not only_on_cpus(name)
 )
 KEEP, TOKENS = 0.35, 6
 FLOAT32 = 1e-4  # a few hundred float32 roundings of logits up to 16

@@ -138,14 +138,14 @@ def test_other_widths_are_refused_and_those_that_are_served_warmed_up(
     with engine(model, "snapkv", dtype="float32", widths="8,4", policies=["none"]) as llm:
         for widths in ("k8v4", "2"):
             with pytest.raises(
-                VLLMValidationError, match=f"kv_eviction_widths='{widths}': choose one of auto 16 8 4 8,4"
+                VLLMValidationError, match=f"kv_eviction_widths='{widths}': choose one of auto, 16, 8, 4, \"8,4\""
             ):
                 generate(llm, prompt, 2, extra_args=[{"kv_eviction_widths": widths}])
         kernel_calls.clear()
         worker_of(llm)._evictor.warm_up(1024)
         assert kernel_calls == {"window_scores": 1, "list_kept": 5, "compact": 1, "compact_quantised": 4}
     with engine(model, "snapkv", dtype="float32", policies=["none"]) as llm:
-        with pytest.raises(VLLMValidationError, match="kv_eviction_widths='4': choose one of auto 16"):
+        with pytest.raises(VLLMValidationError, match="kv_eviction_widths='4': choose one of auto, 16"):
             generate(llm, prompt, 2, extra_args=[{"kv_eviction_widths": "4"}])
         assert worker_of(llm)._runtime.state.classes == ("16",)
 
