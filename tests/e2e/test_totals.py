@@ -88,7 +88,7 @@ def totals_by_engine(server: Server) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for sample in samples(server):
         name = sample.name.removeprefix("vllm:kv_eviction_").removesuffix("_total")
-        if name in ("requests", "prompt_tokens", "kept_tokens", "freed_blocks"):
+        if name in ("requests", "prompt_tokens", "kept_tokens", "held_tokens", "freed_blocks"):
             found.setdefault(sample.labels["engine"], {})[name] = sample.value
     return found
 
@@ -109,6 +109,7 @@ def test_totals_are_what_the_clients_were_told(server: Server) -> None:
     assert len(evicted) == 24, "those below --kv-eviction-min-tokens are left alone"
     prompt, kept = (sum(r[name] for r in evicted) for name in ("prompt_tokens", "kept_tokens"))
     told = {"requests": 24, "prompt_tokens": prompt, "kept_tokens": kept, "freed_blocks": (prompt - kept) // N}
+    told["held_tokens"] = sum(r["held_tokens"] for r in evicted)
 
     deadline = time.monotonic() + 20  # the other API server may not have handled its share of the statistics yet
     while True:
