@@ -59,19 +59,24 @@ class Audit:
 
     def positions(self, layer: int, head: int) -> Tensor:
         """Ascending kept positions, int32, of one head."""
-        counts = self.kept_counts.flatten().long()
-        index = layer * self.kept_counts.shape[1] + head
-        start = int(counts[:index].sum())
-        return self.kept_indices[start : start + int(counts[index])]
+        return self.kept_indices[self._of_head(layer, head)]
 
     def classes(self, layer: int, head: int) -> Tensor:
         """The kind of page of each of `positions`, uint8, by its place in `page_classes`."""
+        if self.kept_classes is None:
+            return torch.zeros(int(self.kept_counts[layer, head]), dtype=torch.uint8)
+        return self.kept_classes[self._of_head(layer, head)]
+
+    def _of_head(self, layer: int, head: int) -> slice:
         counts = self.kept_counts.flatten().long()
         index = layer * self.kept_counts.shape[1] + head
-        start, count = int(counts[:index].sum()), int(counts[index])
-        if self.kept_classes is None:
-            return torch.zeros(count, dtype=torch.uint8)
-        return self.kept_classes[start : start + count]
+        start = int(counts[:index].sum())
+        return slice(start, start + int(counts[index]))
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens up to the stop that would take, unpacked, the memory that was left of them."""
+        return (self.shared_blocks + self.packed_blocks) * self.block_size + self.stop % self.block_size
 
     def mask(self) -> Tensor:
         """bool `[L, H, T]`: True where the entry was kept."""
@@ -112,13 +117,15 @@ def load(path: str | os.PathLike[str]) -> Audit:
         part.positions(layer, head) for layer in range(len(parts[0].kept_counts)) for part in parts for head in heads
     ]
     counts_LH = torch.cat([part.kept_counts for part in parts], dim=1)
-    whole = replace(parts[0], kept_counts=counts_LH, kept_indices=torch.cat(positions))
-    if parts[0].kept_classes is None:
-        return whole
     classes = [
         part.classes(layer, head) for layer in range(len(parts[0].kept_counts)) for part in parts for head in heads
     ]
-    return replace(whole, kept_classes=torch.cat(classes))
+    return replace(
+        parts[0],
+        kept_counts=counts_LH,
+        kept_indices=torch.cat(positions),
+        kept_classes=None if parts[0].kept_classes is None else torch.cat(classes),
+    )
 
 
 def _load(path: Path) -> Audit:

@@ -92,7 +92,7 @@ def compiler() -> str | None:
 
 
 def _compiles(path: str) -> bool:
-    """Whether a few lines can be compiled and linked: half a second, where a worker would take many to find out."""
+    """Whether a few lines can be compiled and linked: a fraction of a second, where a worker finds out after many."""
     command = [path, *COMPILER_FLAGS, "-x", "c++", "-", "-o", os.devnull]
     source = '#include <omp.h>\n#include <vector>\nextern "C" int threads() { return omp_get_max_threads(); }\n'
     try:

@@ -120,10 +120,9 @@ def list_kept(
         return flat_X.remainder_(candidates).int().add_(first_token).view(pages, page_tokens)
     token_X = torch.full((pages * page_tokens,), -1, dtype=torch.int32, device=score_RE.device)
     count_R, row_X = upto_R - taken, flat_X // candidates
-    behind_R = offset_O[:-1] * page_tokens - (count_R.cumsum(0) - count_R)  # from a place among all to one in the pages
-    token_X[torch.arange(len(flat_X), device=flat_X.device) + behind_R[row_X]] = (
-        flat_X % candidates
-    ).int() + first_token
+    shift_R = offset_O[:-1] * page_tokens - (count_R.cumsum(0) - count_R)  # from a place among all to one in the pages
+    place_X = torch.arange(len(flat_X), device=flat_X.device) + shift_R[row_X]
+    token_X[place_X] = flat_X.remainder_(candidates).int().add_(first_token)
     return token_X.view(pages, page_tokens)
 
 

@@ -23,8 +23,11 @@ from vllm_defensive.packing import LADDER, WIDTHS
 
 pytestmark = pytest.mark.e2e
 
+# Log-probabilities in float32 of a request in another batch are the same to the bit here; where a matrix product sums in
+# another order for more rows, they may be a few roundings apart.
+BATCHED = 1e-4
 QUANTISED = [name for name in WIDTHS if name != "16"]
-POLICIES = ("snapkv", "criticalkv", "layer-defensivekv", "halokv", "kvzip", "keep-all", "random-uneven")
+POLICIES = ("snapkv", "criticalkv", "layer-defensivekv", "halokv", "kvzip", "keep-all", "random-uneven", "lava")
 LENGTHS = (300, 601, 96, 512)
 KEEP = 0.3
 
@@ -42,6 +45,13 @@ class Turn:
         packed = partial(packed_by, self.audit) if quantised else None
         expected = decode_logprobs(reference, self.prompt, self.answer.tokens, self.audit.mask(), packed=packed)
         return (self.answer.logprobs - expected).abs()
+
+
+def assert_alike(some: list[Answer], others: list[Answer]) -> None:
+    """Answers to the same requests in float32, in other batches."""
+    worst = max(float((one.logprobs - other.logprobs).abs().max()) for one, other in zip(some, others, strict=True))
+    print(f"apart by {worst:.1e}")
+    assert [one.tokens for one in some] == [other.tokens for other in others] and worst < BATCHED
 
 
 def policies_of(widths: str) -> tuple[str, ...]:
@@ -174,8 +184,7 @@ def test_asynchronous_scheduling_gives_the_same(tiny_model: Path) -> None:
         with engine(tiny_model, "halokv", keep=KEEP, widths="8,4", dtype="float32", asynchronous=asynchronous) as llm:
             answers.append(generate(llm, prompts, 24))
             assert_all_returned(llm)
-    for one, other in zip(*answers, strict=True):
-        assert one.tokens == other.tokens and (one.logprobs - other.logprobs).abs().max() < 1e-3
+    assert_alike(*answers)
 
 
 def test_in_one_batch_each_has_its_own(tiny_model: Path) -> None:
@@ -188,8 +197,7 @@ def test_in_one_batch_each_has_its_own(tiny_model: Path) -> None:
         together = generate(llm, prompts, 40, extra_args=extra)
         llm.reset_prefix_cache()
         alone = [generate(llm, [p], 40, extra_args=[e])[0] for p, e in zip(prompts, extra, strict=True)]
-    for one, other in zip(together, alone, strict=True):
-        assert one.tokens == other.tokens and (one.logprobs - other.logprobs).abs().max() < 1e-3
+    assert_alike(together, alone)
 
 
 def test_preempted_requests_are_packed_again_as_before(tiny_model: Path) -> None:
@@ -202,8 +210,7 @@ def test_preempted_requests_are_packed_again_as_before(tiny_model: Path) -> None
         preemptions = next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
         assert_all_returned(llm)
     assert preemptions > 0, "the pool is too large for this test"
-    for one, other in zip(roomy, tight, strict=True):
-        assert one.tokens == other.tokens and (one.logprobs - other.logprobs).abs().max() < 1e-3
+    assert_alike(roomy, tight)
 
 
 @pytest.fixture(scope="module")

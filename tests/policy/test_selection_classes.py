@@ -15,7 +15,7 @@ from tests.policy.test_selection import layers_of
 from vllm_defensive.packing import LADDER, WIDTHS, Format, Part
 from vllm_defensive.policy import PRESETS, LayerScores, Policy, Selection, select, select_packed
 from vllm_defensive.policy.budget import guarded
-from vllm_defensive.policy.selection import DISTORTION
+from vllm_defensive.policy.ladder import DISTORTION
 from vllm_defensive_kernels.widths import PageShape
 
 POLICIES = [policy for policy in PRESETS.values() if policy.name != "keep-all"]
@@ -60,6 +60,7 @@ def test_budgets_are_spent_to_the_page(problem: tuple) -> None:
     split = format.split(arguments["head_pages"] * sharers, sharers, forced)
     taken = [0] * (layers * heads)
     everything: list[list[int]] = [[] for _ in taken]
+    assert sum(int(selection.pages_LH.sum()) for selection in parts) == arguments["head_pages"] * layers * heads
     for part, selection, budget in zip(format.parts, parts, split, strict=True):
         if policy.layer_budget == "even":
             assert int(selection.pages_LH.sum()) == budget * units
@@ -114,6 +115,19 @@ def test_each_part_takes_what_gains_most(problem: tuple) -> None:
     rows = [row for layer in scores for row in layer.scores_HE.tolist()]
     expected = naive(policy, rows, format, scores[0].scores_HE.shape[0], arguments)
     assert [[set(kept) for kept in kept_lists(selection)] for selection in parts] == expected
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+@pytest.mark.parametrize("head_pages", [1, 2, 3, 5])
+def test_every_policy_fills_every_page(policy: Policy, head_pages: int) -> None:
+    """Three heads, among which a quarter of a layer's pages does not divide: pages that nobody has would lie unread."""
+    both = torch.rand(2, 4, 3, 60, generator=torch.Generator().manual_seed(0))
+    both[..., 58:] = float("inf")
+    scores = layers_of(both[0], both[1] if policy.stages == "half-budget" else None)
+    format = Format("any", (Part("8", 5, 0.25), Part("4", 9, 1.0)), 3)
+    parts = select_packed(policy, scores, format, head_pages=head_pages, forced_tokens=2, evictable=(0, 60))
+    assert sum(len(part.tokens_PN) for part in parts) == head_pages * 4 * 3
+    assert sum(int(part.pages_LH.sum()) for part in parts) == head_pages * 4 * 3
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)

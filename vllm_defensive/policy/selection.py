@@ -1,12 +1,12 @@
 """From the scores of all layers to the pages and tokens that stay. This is where a kept token is chosen, on any device.
 
 Axes: L layers, H KV heads, R = L*H rows, E evictable tokens, N tokens a page, J = E/N, P pages kept in all,
-O = R + 1 page offsets, C classes of pages, V ways to split pages over them.
+O = R + 1 page offsets.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from vllm_defensive.packing import LADDER, Format
 from vllm_defensive.policy.budget import guarded
 from vllm_defensive.policy.definition import Policy
+from vllm_defensive.policy.ladder import least_distorted
 from vllm_defensive.policy.layer import LayerScores
 from vllm_defensive_kernels import formulas, reference
 
@@ -96,12 +97,16 @@ def select_packed(
         return _select_by_distortion(scores, format, head_pages, evictable, list_kept)
     layers, heads = len(scores), scores[0].scores_HE.shape[0]
     sharers = {"head": 1, "layer": heads, "model": layers * heads}[policy.scope]
+    each = format.split(head_pages, 1, forced_tokens)  # of a head, in an even split
+    budgets = format.split(head_pages * sharers, sharers, forced_tokens)
+    if policy.layer_budget != "even":  # a layer's is so many pages for each of its heads, of every part
+        budgets = [pages * sharers for pages in each]
     return _select(
         policy,
         scores,
         page_sizes=[part.tokens for part in format.parts],
-        budgets=format.split(head_pages * sharers, sharers, forced_tokens),
-        guards=[guarded(policy.guard, pages) for pages in format.split(head_pages, 1, forced_tokens)],
+        budgets=budgets,
+        guards=[guarded(policy.guard, pages) for pages in each],
         evictable=evictable,
         list_kept=list_kept,
     )
@@ -133,60 +138,33 @@ def select_within(
     return selection
 
 
-DISTORTION = {"16": 0.0, "8": 4.8e-5, "4": 0.0138}
-"""Of a value in so many bits, relative to its square (RDKV's constants, arXiv 2605.08317); what is evicted loses 1."""
-GAINS_AT_A_TIME = 2**22  # of rows times splits, 32 MiB each
+@dataclass(frozen=True)
+class _Chosen:
+    """What the pages of one part hold of each row. pages: of all rows; page_tokens: of each.
+
+    pages_R int64; upto_R int64: tokens in these pages and in those of the parts before; last_R1 fp32: the lowest score
+    among them, +inf of a row that has none.
+    """
+
+    pages: int
+    page_tokens: int
+    pages_R: Tensor
+    upto_R: Tensor
+    last_R1: Tensor
 
 
 def _select_by_distortion(
     scores: Sequence[LayerScores], format: Format, head_pages: int, evictable: tuple[int, int], list_kept: ListKept
 ) -> tuple[Selection, ...]:
-    """RDKV: of the ways to split a head's pages over the classes, the one that distorts least, a token counting by its
-    score. Its best tokens are in the widest pages. Every head has as many pages. Reads the counts back."""
-    layers, (heads, tokens) = len(scores), scores[0].scores_HE.shape
+    """The ladder's pages, as many for each head. Reads the counts back."""
     score_RE = _rows([layer.scores_HE for layer in scores])
     sorted_RE = formulas.sort_down(score_RE)
-    sizes = torch.tensor([part.tokens for part in format.parts], device=score_RE.device)
-    splits_VC = _splits(head_pages).to(score_RE.device)
-    upto_VC = (splits_VC * sizes).cumsum(1).clamp_max(tokens)
-    # The gain of a split is that of its classes' runs of tokens.
-    sum_RE = torch.nn.functional.pad(sorted_RE.double().cumsum(1), (1, 0))
-    best = []
-    for some_RE in sum_RE.split(max(1, GAINS_AT_A_TIME // len(splits_VC))):
-        gain_RV = torch.zeros(len(some_RE), len(splits_VC), dtype=torch.float64, device=score_RE.device)
-        from_V = torch.zeros_like(upto_VC[:, 0])
-        for part, upto_V in zip(format.parts, upto_VC.T, strict=True):
-            gain_RV += (1 - DISTORTION[part.page_class]) * (some_RE[:, upto_V] - some_RE[:, from_V])
-            from_V = upto_V
-        best.append(gain_RV.argmax(dim=1))
-    best_RC = splits_VC[torch.cat(best)]
-    selections: list[Selection] = []
-    before: dict[str, Tensor] = {}
-    taken_R = torch.zeros(len(score_RE), dtype=torch.int64, device=score_RE.device)
-    for part, pages_R in zip(format.parts, best_RC.T, strict=True):
-        upto_R = (taken_R + pages_R * part.tokens).clamp_max(tokens)
+    upto_R, chosen = torch.zeros(len(score_RE), dtype=torch.int64, device=score_RE.device), []
+    for part, pages_R in zip(format.parts, least_distorted(sorted_RE, format, head_pages), strict=True):
+        upto_R = (upto_R + pages_R * part.tokens).clamp_max(sorted_RE.shape[1])
         last_R1 = formulas.last_value(sorted_RE, upto_R)
-        kept = list_kept(
-            score_RE,
-            last_R1,
-            _offsets(pages_R),
-            pages=int(pages_R.sum()),
-            page_tokens=part.tokens,
-            first_token=evictable[0],
-            **before,
-        )
-        selections.append(Selection(pages_R.view(layers, heads).int(), kept))
-        taken_R, before = upto_R, {"taken_R": upto_R, "taken_last_R1": last_R1}
-    return tuple(selections)
-
-
-@lru_cache(maxsize=8)
-def _splits(pages: int) -> Tensor:
-    """All ways to share pages out over three classes, those with the most in the first classes first. int64 [V, 3]."""
-    first, second = torch.meshgrid(torch.arange(pages, -1, -1), torch.arange(pages, -1, -1), indexing="ij")
-    possible = first + second <= pages
-    first, second = first[possible], second[possible]
-    return torch.stack([first, second, pages - first - second], dim=1)
+        chosen.append(_Chosen(int(pages_R.sum()), part.tokens, pages_R, upto_R, last_R1))
+    return _listed(score_RE, chosen, len(scores), evictable[0], list_kept)
 
 
 def _select(
@@ -209,7 +187,7 @@ def _select(
     halves = policy.stages == "half-budget" and scores[0].rank_HE is not None
     at_once = formulas.rows_at_once(score_RE, thrifty=halves)  # ranks take as much memory as scores
     taken_R: Tensor | None = None
-    chosen: list[tuple[int, Tensor, Tensor, Tensor]] = []  # of each part: pages, pages and tokens of each row, lowest
+    chosen: list[_Chosen] = []
     for page_size, budget_pages, guard_pages in zip(page_sizes, budgets, guards, strict=True):
         gains_RJ, last_RJ = _gains(score_RE, page_size, at_once, taken_R)
         gains_UHJ = gains_RJ.view(units, layers * heads // units, -1)
@@ -220,27 +198,37 @@ def _select(
         pages_R = _allocate(policy, scores, gains_UHJ, budget_pages, guard_pages, start)
         before_R = 0 if taken_R is None else taken_R
         taken_R = (before_R + pages_R * page_size).clamp_max(tokens)
-        chosen.append((budget_pages * units, pages_R, taken_R, formulas.last_value(last_RJ, pages_R)))
+        last_R1 = formulas.last_value(last_RJ, pages_R)
+        chosen.append(_Chosen(budget_pages * units, page_size, pages_R, taken_R, last_R1))
     if halves:
-        counts = [upto_R for _, _, upto_R, _ in chosen]
+        counts = [part.upto_R for part in chosen]
         score_RE, lasts = _half_by_rank(score_RE, [layer.rank_HE for layer in scores], counts, at_once)
-        chosen = [(*part[:3], last_R1) for part, last_R1 in zip(chosen, lasts, strict=True)]
+        chosen = [replace(part, last_R1=last_R1) for part, last_R1 in zip(chosen, lasts, strict=True)]
+    return _listed(score_RE, chosen, layers, start, list_kept)
+
+
+def _listed(
+    score_RE: Tensor, chosen: Sequence[_Chosen], layers: int, start: int, list_kept: ListKept
+) -> tuple[Selection, ...]:
+    """The tokens of each part. layers: that the rows belong to. start: the position of the first column."""
     selections: list[Selection] = []
-    before: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
-    for page_size, (pages, pages_R, upto_R, last_R1) in zip(page_sizes, chosen, strict=True):
-        if before[1] is not None:
-            last_R1 = torch.where(pages_R[:, None] > 0, last_R1, before[1])  # of a row without such pages: as before
+    taken: dict[str, Tensor] = {}  # by the parts before; nothing by none
+    for part in chosen:
+        # Of a row without such pages: as before.
+        last_R1 = (
+            torch.where(part.pages_R[:, None] > 0, part.last_R1, taken["taken_last_R1"]) if taken else part.last_R1
+        )
         tokens_PN = list_kept(
             score_RE,
             last_R1,
-            _offsets(pages_R),
-            pages=pages,
-            page_tokens=page_size,
+            _offsets(part.pages_R),
+            pages=part.pages,
+            page_tokens=part.page_tokens,
             first_token=start,
-            **({} if before[1] is None else {"taken_R": before[0], "taken_last_R1": before[1]}),
+            **taken,
         )
-        selections.append(Selection(pages_R.view(layers, heads).int(), tokens_PN))
-        before = upto_R, last_R1
+        selections.append(Selection(part.pages_R.view(layers, -1).int(), tokens_PN))
+        taken = {"taken_R": part.upto_R, "taken_last_R1": last_R1}
     return tuple(selections)
 
 

@@ -103,7 +103,7 @@ class EvictionConfig(BaseModel):
     @field_validator("widths", mode="before")
     @classmethod
     def _known_widths(cls, widths: Any) -> str:
-        return known_widths(widths, auto=True)
+        return known_widths(widths)
 
     @field_validator("policies", mode="before")
     @classmethod
@@ -245,11 +245,11 @@ def known_policy(name: str) -> str:
     return name
 
 
-def known_widths(widths: Any, *, auto: bool = False) -> str:
-    """The name of these widths; numbers stand for their own. auto: it may be left to the policy. Raises ValueError."""
+def known_widths(widths: Any) -> str:
+    """The name of these widths, or "auto"; numbers stand for their own. Raises ValueError."""
     name = str(widths).replace(" ", "") if isinstance(widths, (str, int)) and not isinstance(widths, bool) else ""
-    if name not in OFFERED and not (auto and name == AUTO):
-        raise ValueError(f"choose one of {listed((*((AUTO,) if auto else ()), *OFFERED))}")
+    if name not in (AUTO, *OFFERED):
+        raise ValueError(f"choose one of {listed((AUTO, *OFFERED))}")
     return name
 
 

@@ -51,7 +51,7 @@ class RequestSettings(BaseModel):
     @field_validator("widths", mode="before")
     @classmethod
     def _known_widths(cls, widths: Any) -> str:
-        return known_widths(widths, auto=True)
+        return known_widths(widths)
 
 
 class RequestFieldError(ValueError):

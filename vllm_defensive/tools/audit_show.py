@@ -34,10 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         counted = torch.bincount(audit.kept_classes.long(), minlength=len(audit.page_classes)).tolist()
         shares = zip(audit.page_classes, counted, strict=True)
         told = ", ".join(f"{100 * n / sum(counted):.0f} % in {name}" for name, n in shares if n)
-        blocks = audit.shared_blocks + audit.packed_blocks
-        held = blocks * audit.block_size + audit.stop % audit.block_size
+        share = 100 * audit.held_tokens / audit.stop
         print(
-            f"widths {audit.widths}: held in the memory of {held} tokens ({100 * held / audit.stop:.1f} %), "
+            f"widths {audit.widths}: held in the memory of {audit.held_tokens} tokens ({share:.1f} %), "
             f"of what was kept {told}"
         )
     if given.html:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -144,27 +145,29 @@ def test_attention_reads_every_segment(rows: int, head_size: int, group: int, dt
             assert error <= TOLERANCE[dtype] * value_TD.abs().max(), (token, g)
 
 
-def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "compiler", lambda: None)
+@pytest.fixture
+def fresh_library() -> Iterator[None]:
+    """No library has been asked for yet, nor will one be remembered."""
     native.library.cache_clear()
-    with pytest.raises(native.CompileError, match="no C"):
-        native.library(torch.bfloat16)
-    native.library.cache_clear()
-
-
-def test_what_the_compiler_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native, "compiler", lambda: "/bin/false")
-    monkeypatch.setattr(native, "_folder", lambda: tmp_path)
-    native.library.cache_clear()
-    with pytest.raises(native.CompileError, match="/bin/false failed"):
-        native.library(torch.bfloat16)
+    yield
     native.library.cache_clear()
 
 
-def test_a_folder_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("fresh_library")
+@pytest.mark.parametrize(
+    "compiler, folder, told",
+    [
+        (None, "cache", r"no C\+\+ compiler was found"),
+        ("/bin/false", "cache", "/bin/false failed: exit code 1"),
+        (native.compiler(), "file/cache", "cannot be written"),
+    ],
+    ids=["no compiler", "one that fails", "no folder"],
+)
+def test_why_there_are_no_functions_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str | None, folder: str, told: str
+) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(native, "_folder", lambda: tmp_path / "file" / "cache")
-    native.library.cache_clear()
-    with pytest.raises(native.CompileError, match="cannot be written"):
+    monkeypatch.setattr(native, "compiler", lambda: compiler)
+    monkeypatch.setattr(native, "_folder", lambda: tmp_path / folder)
+    with pytest.raises(native.CompileError, match=told):
         native.library(torch.bfloat16)
-    native.library.cache_clear()

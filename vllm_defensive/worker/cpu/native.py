@@ -106,6 +106,9 @@ class ClassRows:
     class_tokens_LRC: Tensor
     class_shape_C3: Tensor
 
+    def __post_init__(self) -> None:
+        assert all(each.dtype == torch.int32 and each.is_contiguous() for each in vars(self).values())
+
 
 def class_shape(classes: Sequence[tuple[str, int]]) -> Tensor:
     """Bits of keys, bits of values, and tokens of a page, int32 `[C, 3]`, of classes by name and tokens of a page."""
@@ -131,7 +134,6 @@ class Quantised:
     def attend(self, query_XGD: Tensor, out_XGD: Tensor, rows: ClassRows, layer: int, scale: float) -> None:
         """One layer's attention of sequences of one KV head each, into out_XGD; both contiguous, as the cache's dtype
         is."""
-        assert all(each.dtype == torch.int32 and each.is_contiguous() for each in vars(rows).values())
         assert query_XGD.is_contiguous() and out_XGD.is_contiguous()
         assert query_XGD.dtype == out_XGD.dtype == self._data.dtype
         table_RP, (key_order, value_order) = rows.table_LRP[layer], self._orders

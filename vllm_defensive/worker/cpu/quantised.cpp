@@ -228,11 +228,11 @@ class Attention {  // of some query rows over one head's pages, by an online sof
 
   public:
     Attention(const Cache& cache, int most_tokens)
-        : cache_(cache), stride_((most_tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE * TOKENS_AT_ONCE),
+        : cache_(cache), stride_(padded(most_tokens)), plain_stride_(padded(cache.page_tokens)),
           query_(ROWS * cache.head_size), scaled_(ROWS * cache.head_size), acc_(ROWS * cache.head_size),
           weight_(ROWS * stride_), key_header_(2 * cache.head_size), value_step_(stride_), value_minimum_(stride_) {
         if (cache.key_order) {
-            key_.resize(size_t(cache.head_size) * stride_);
+            key_.resize(size_t(cache.head_size) * plain_stride_);
             value_.resize(size_t(cache.head_size) * cache.page_tokens);
         }
     }
@@ -259,11 +259,11 @@ class Attention {  // of some query rows over one head's pages, by an online sof
         }
         for (int t = 0; t < tokens; t++)
             for (int d = 0; d < head_size; d++) {
-                key_[d * stride_ + t] = number_at<DTYPE>(at, cache_.key_order[t * head_size + d]);
+                key_[d * plain_stride_ + t] = number_at<DTYPE>(at, cache_.key_order[t * head_size + d]);
                 value_[t * head_size + d] =
                     number_at<DTYPE>(at + cache_.page_bytes / 2, cache_.value_order[t * head_size + d]);
             }
-        all_logits(Numbers<F32>{key_.data(), stride_}, query_.data(), zero, tokens);
+        all_logits(Numbers<F32>{key_.data(), plain_stride_}, query_.data(), zero, tokens);
         soften(sees, tokens, nullptr, nullptr);
         all_values<16>(Numbers<F32>{value_.data(), head_size}, tokens);
     }
@@ -380,6 +380,8 @@ class Attention {  // of some query rows over one head's pages, by an online sof
         }
     }
 
+    static int padded(int tokens) { return (tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE * TOKENS_AT_ONCE; }
+
     // fp16 to fp32, 16 at a time; what is read beyond the last one becomes zero.
     static void widen_halves(const uint16_t* half, int count, float* out) {
         for (int i = 0; i < count; i += 16) {
@@ -402,7 +404,7 @@ class Attention {  // of some query rows over one head's pages, by an online sof
     }
 
     const Cache cache_;
-    const int stride_;
+    const int stride_, plain_stride_;
     int rows_ = 0;
     std::vector<float> query_, scaled_, acc_, weight_, key_header_, value_step_, value_minimum_, key_, value_;
     float best_[ROWS], total_[ROWS];

@@ -159,17 +159,16 @@ class CPURuntime(Runtime):
             query_start_R=query_start_R,
             tables_LRP=batch.pages_LHEP.flatten(1, 2),
             seq_lens_LR=batch.lengths(seq_lens_E) if batch is self._plain else _NO_LENGTHS,
-            quantised=self._class_rows(tables, seq_lens_E, query_start_R) if batch is self._quantised else None,
+            quantised=self._class_rows(seq_lens_E, query_start_R) if batch is self._quantised else None,
         )
 
-    def _class_rows(self, tables: Sequence[RequestTable], seq_lens_E: Tensor, query_start_R: Tensor) -> ClassRows:
-        batch, heads = self._quantised, self._view.num_kv_heads
-        full_E = torch.tensor([table.full_blocks for table in tables], dtype=torch.int32)
+    def _class_rows(self, seq_lens_E: Tensor, query_start_R: Tensor) -> ClassRows:
+        batch = self._quantised
         return ClassRows(
             query_start_R,
             batch.pages_LHEP.flatten(1, 2),
-            batch.shared_pages_E.repeat(heads),
-            (seq_lens_E.int() - full_E * self._view.block_tokens).repeat(heads),
+            batch.shared_pages_R,
+            seq_lens_E.int().repeat(self._view.num_kv_heads) - batch.full_tokens_R,
             batch.class_pages_LHEC.flatten(1, 2),
             batch.class_tokens_LHEC.flatten(1, 2),
             batch.class_shape_C3,

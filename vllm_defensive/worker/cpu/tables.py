@@ -29,7 +29,7 @@ class RequestTable:
         """shared_blocks: ids of the leading blocks that stay in place."""
         self._addresses = addresses
         self.format = packing.format
-        self.full_blocks = packing.region.full_blocks
+        self.full_blocks, self.block_tokens = packing.region.full_blocks, packing.region.block_tokens
         self.shared_pages = shared = len(shared_blocks) * addresses.pages_per_block
         self.growth_blocks = 0
         pages_LH = pages_CLH.sum(dim=0)
@@ -44,9 +44,8 @@ class RequestTable:
             self.pages_LHP[:, :, :shared] = addresses.of_blocks(torch.tensor(shared_blocks))
         packed = addresses.of_packed(torch.tensor(packing.blocks)).to(torch.int32)
         first_R = torch.full((pages_LH.numel(),), shared)  # a head's first column of a part
-        for counts, some in zip(
-            pages_CLH.flatten(1).long(), packed.split(pages_CLH.flatten(1).sum(1).tolist()), strict=True
-        ):
+        counts_CR = pages_CLH.flatten(1).long()
+        for counts, some in zip(counts_CR, packed.split(counts_CR.sum(1).tolist()), strict=True):
             ends = counts.cumsum(0)
             flat = torch.arange(some.numel())
             head = torch.searchsorted(ends, flat, right=True)
@@ -95,9 +94,10 @@ class BatchTable:
         self._rows: list[RequestTable] = []
         self.pages_LHEP = torch.empty(0)
         self.offset_LHE = torch.empty(0)
-        # Of rows whose packing is quantised: pages and tokens of each class, and pages that stay in place.
-        self.class_pages_LHEC = self.class_tokens_LHEC = self.shared_pages_E = torch.empty(0)
-        self.class_shape_C3 = torch.empty(0)
+        # Of rows whose packing is quantised: pages and tokens of each class, pages that stay in place, and the tokens
+        # that are not among the growing ones.
+        self.class_pages_LHEC = self.class_tokens_LHEC = self.class_shape_C3 = torch.empty(0)
+        self.shared_pages_R = self.full_tokens_R = torch.empty(0)
 
     def update(self, rows: Sequence[RequestTable], new_blocks: Sequence[Tensor | None]) -> None:
         """Make this the table of `rows`; new_blocks[e]: positional blocks (int64) that row `e` got since, if any."""
@@ -129,7 +129,9 @@ class BatchTable:
             for e, (row, place) in enumerate(zip(rows, places, strict=True)):
                 self.class_pages_LHEC[:, :, e, place] = row.pages_LHC
                 self.class_tokens_LHEC[:, :, e, place] = row.tokens_LHC
-            self.shared_pages_E = torch.tensor([row.shared_pages for row in rows], dtype=torch.int32)
+            full = [row.full_blocks * row.block_tokens for row in rows]
+            self.shared_pages_R = torch.tensor([row.shared_pages for row in rows], dtype=torch.int32).repeat(heads)
+            self.full_tokens_R = torch.tensor(full, dtype=torch.int32).repeat(heads)
 
     def lengths(self, seq_lens_E: Tensor) -> Tensor:
         """Tokens that each head reads, int32 `[L, H*E]`, given vLLM's logical lengths int32 `[E]`."""
