@@ -23,8 +23,8 @@ from vllm_defensive.packing import LADDER, WIDTHS
 
 pytestmark = pytest.mark.e2e
 
-# Log-probabilities in float32 of a request in another batch are the same to the bit here; where a matrix product sums in
-# another order for more rows, they may be a few roundings apart.
+# Log-probabilities in float32 of a request in another batch are the same to the bit here; where a matrix product sums
+# in another order for more rows, they may be a few roundings apart.
 BATCHED = 1e-4
 QUANTISED = [name for name in WIDTHS if name != "16"]
 POLICIES = ("snapkv", "criticalkv", "layer-defensivekv", "halokv", "kvzip", "keep-all", "random-uneven", "lava")
