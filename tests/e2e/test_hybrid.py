@@ -28,13 +28,14 @@ PROMPTS = random_prompts(MIXED)
 
 
 def test_keep_all_equals_stock_and_the_prefix_cache_is_hit(tiny_gemma3: Path, tmp_path: Path) -> None:
-    with engine(tiny_gemma3) as llm:
+    """In float32: a hit cuts the prompt into other chunks, which in bf16 turns a near tie on some processors."""
+    with engine(tiny_gemma3, dtype="float32") as llm:
         expected = generate(llm, PROMPTS, 32)
-    with engine(tiny_gemma3, "keep-all", audit=str(tmp_path)) as llm:
+    with engine(tiny_gemma3, "keep-all", dtype="float32", audit=str(tmp_path)) as llm:
         assert len(scheduler_of(llm).kv_cache_config.kv_cache_groups) == 3
         for turn in range(2):
             answers = generate(llm, PROMPTS, 32)
-            assert largest_difference(answers, expected) <= BF16_STEP
+            assert largest_difference(answers, expected) <= 1e-4
             hits = sum(a.cached_tokens for a in answers)
             assert hits > 0.9 * sum(MIXED) if turn else hits == 0
         assert audit_of(tmp_path, answers[0].request_id).kept_counts.shape == (2, 2)  # global layers, KV heads

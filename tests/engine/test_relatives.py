@@ -28,7 +28,9 @@ def shared_of(life: Life, lives: list[Life], relatives: Relatives, asked: list[L
         asked.append(lives[int(request.request_id)])
         return asked[-1]
 
-    return worth_sharing(life, 2, 32, relatives, life_of)
+    keep = life.settings.keep
+    assert keep is not None
+    return worth_sharing(life, keep, 2, 32, relatives, life_of)
 
 
 def test_of_a_thousand_waiting_requests_a_few_are_compared() -> None:
