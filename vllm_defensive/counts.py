@@ -19,15 +19,18 @@ class WorkerReport:
     microseconds: spent on evictions. decile_pages: pages that they packed in each tenth of the layers, the first first.
     cancelled: request id -> why this step's eviction of it was not carried out. Its blocks are all still there.
     stale_score: whether the model has other weights than its learned score was made for; None: as before.
+    other_weights: whether the model or its learned score may be another one since: what was packed so far is not for
+    others any more.
     """
 
     microseconds: int = 0
     decile_pages: list[int] = field(default_factory=lambda: [0] * DECILES)
     cancelled: dict[str, str] = field(default_factory=dict)
     stale_score: bool | None = None
+    other_weights: bool = False
 
     def __bool__(self) -> bool:
-        done = self.microseconds or any(self.decile_pages) or self.cancelled
+        done = self.microseconds or any(self.decile_pages) or self.cancelled or self.other_weights
         return bool(done) or self.stale_score is not None
 
     def add(self, microseconds: int, decile_pages: list[int]) -> None:
@@ -38,7 +41,8 @@ class WorkerReport:
 @dataclass
 class Totals:
     """What eviction has done so far: requests, tokens, blocks. held_tokens: those that would take, unpacked, the memory
-    that kept ones take."""
+    that kept ones take. adoptions: requests that began with another's packing; adopted_tokens: of their prompts, before
+    its stop. published, lost: packings that outlive their request, and that others were given the memory of."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -48,6 +52,10 @@ class Totals:
     cancelled: int = 0
     echo_tokens: int = 0
     held_tokens: int = 0
+    adoptions: int = 0
+    adopted_tokens: int = 0
+    published: int = 0
+    lost: int = 0
 
     def __sub__(self, other: Totals) -> Totals:
         return Totals(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -56,11 +64,14 @@ class Totals:
 @dataclass(frozen=True)
 class State:
     """What is the case now. Blocks: of the pool; saved ones are counted request by request, so that originals that two
-    requests would share count twice. stale_score: see `WorkerReport`."""
+    requests would share count twice. published, published_blocks: packings that others may adopt, held or not, and
+    their blocks. stale_score: see `WorkerReport`."""
 
     used_blocks: int = 0
     packed_blocks: int = 0
     saved_blocks: int = 0
+    published: int = 0
+    published_blocks: int = 0
     stale_score: bool = False
 
 
@@ -94,9 +105,10 @@ class Increase:
         return cls(**read)
 
 
-def record_of(eviction: Eviction) -> dict[str, Any]:
+def record_of(eviction: Eviction, adopted: bool = False) -> dict[str, Any]:
     """The JSON entry of one eviction. Tokens are means over layers and heads; held are those that
-    would take, unpacked, the memory that is left. Blocks are net of the packed ones."""
+    would take, unpacked, the memory that is left. Blocks are net of the packed ones. adopted: it was for another
+    request before."""
     return {
         "request_id": eviction.request_id,
         "policy": eviction.policy,
@@ -105,4 +117,5 @@ def record_of(eviction: Eviction) -> dict[str, Any]:
         "held_tokens": eviction.packing.held_tokens,
         "widths": eviction.packing.format.widths,
         "freed_blocks": eviction.packing.saved_blocks,
+        "adopted": adopted,
     }

@@ -52,11 +52,13 @@ class Eviction:
     """Pack what `score` has weighed into the blocks of `packing`, and attend to that from the next step on.
 
     token_ids: those before the stop when an audit was asked for, else None.
+    number: by which later requests may begin with what is packed; 0: none will.
     """
 
     score: Score
     packing: Packing
     token_ids: tuple[int, ...] | None = None
+    number: int = 0
 
     @property
     def request_id(self) -> str:
@@ -84,6 +86,9 @@ class StepMessage:
     released: of these, requests that are served whole after all: nothing has to be kept of them.
     clear: ids of blocks that held quantised pages and have gone back: whoever has them next may read beyond what it
         wrote, times nothing, and must not find what are no numbers.
+    adopted: evictions, by their numbers, with which requests begin that enter the batch: these have the same packing
+        without one of their own.
+    forgotten: numbers of evictions with which nobody else will begin.
     scores, evictions: to be carried out in this order right after this step's forward pass.
     """
 
@@ -93,6 +98,8 @@ class StepMessage:
     held: list[str] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
     clear: list[int] = field(default_factory=list)
+    adopted: list[Eviction] = field(default_factory=list)
+    forgotten: list[int] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
     evictions: list[Eviction] = field(default_factory=list)
 

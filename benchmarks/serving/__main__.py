@@ -1,6 +1,9 @@
 """`python -m benchmarks.serving --preset pressure`: the servers of each scenario take turns under `vllm bench serve`.
 
 Resumable: rounds whose records are there are not measured again. `--report` alone writes tables and plots.
+
+The preset `documents` asks questions about documents that come again, more of them than the pool holds; `chats` has
+chats whose turns do. Rows are servers there as well: stock vLLM with its prefix cache, and those of `--rows`.
 """
 
 from __future__ import annotations
@@ -8,13 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+from benchmarks import lists
 from benchmarks.serving import report
 from benchmarks.serving.measure import Servers, compare
-from benchmarks.serving.scenarios import PRESETS, scenarios
+from benchmarks.serving.scenarios import DOCUMENT_ROWS, MODELS, ORDERS, PRESETS, Sizes, scenarios
 
 RESULTS = Path(__file__).parent.parent / "results" / "serving"
 
@@ -26,9 +33,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the prompts that warm up; each round has the next one")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of records and report")
     parser.add_argument("--report", action="store_true", help="measure nothing, only write the report")
+    _add_sizes(parser)
     args = parser.parse_args()
     try:
-        wanted = [scenario for preset in args.preset.split(",") for scenario in scenarios(preset)]
+        given: dict[str, Any] = {field.name: getattr(args, field.name) for field in fields(Sizes)}
+        sizes = Sizes(**{**given, **{name: tuple(v) for name, v in given.items() if isinstance(v, list)}})
+        wanted = [scenario for preset in args.preset.split(",") for scenario in scenarios(preset, sizes)]
     except ValueError as error:
         parser.error(str(error))
     # A terminated benchmark (by `timeout`, say) must leave through its `with`, or its servers stay behind.
@@ -42,20 +52,59 @@ def main() -> None:
     if not args.report:
         with (args.out / "commands.txt").open("a") as commands:
             seed = f" --seed {args.seed}" if args.seed else ""
-            commands.write(f"python -m benchmarks.serving --preset {args.preset} --repeats {args.repeats}{seed}\n")
+            own = _flags(sizes)
+            commands.write(f"python -m benchmarks.serving --preset {args.preset} --repeats {args.repeats}{seed}{own}\n")
         with Servers(args.out) as servers:
             for scenario in wanted:
                 done = {(r["scenario"], r["row"], r["repeat"]) for r in report.read(file)}
-                rows = [row.name for row in scenario.rows]
+                rows = [row.name for row in scenario.rows if not row.optional]
                 rounds = [i for i in range(args.repeats) if not {(scenario.name, row, i) for row in rows} <= done]
                 if not rounds:
                     continue
-                print(f"{scenario.name}: {', '.join(rows)}", flush=True)
+                print(f"{scenario.name}: {', '.join(row.name for row in scenario.rows)}", flush=True)
                 for record in compare(servers, scenario, rounds, args.out, args.seed):
                     with file.open("a") as out:
                         out.write(json.dumps(record) + "\n")
                 report.write(args.out)
     print(report.write(args.out))
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    """The fields of `Sizes`."""
+    default = Sizes()
+    group = parser.add_argument_group("presets documents and chats; the sizes are those of documents")
+
+    def add(flag: str, text: str, **how: Any) -> None:
+        value = getattr(default, flag.removeprefix("--").replace("-", "_"))
+        said = f"; default {_said(value)}" if value else ""
+        group.add_argument(flag, default=value, help=text + said, **how)
+
+    rows = "; ".join(f"{name}: {text}" for name, text in DOCUMENT_ROWS.items())
+    add("--model", f"one of {', '.join(MODELS)}")
+    add("--policy", "of the rows that evict")
+    add("--documents", "so many", type=int)
+    add("--document-tokens", "of each", type=int)
+    add("--question-tokens", "of each", type=int)
+    add("--answer-tokens", "of each", type=int)
+    add("--rounds", "questions, in multiples of the documents", type=int)
+    add("--concurrency", "requests at once", type=int)
+    add("--pools", "documents that each holds, beside what runs; default a quarter of all, and all", type=lists.ints)
+    add("--orders", f"in which documents are asked about, of {', '.join(ORDERS)}", type=lists.names)
+    add("--rows", f"beside stock vLLM, of {rows}. A pool of all documents has stock and reuse only", type=lists.names)
+
+
+def _flags(sizes: Sizes) -> str:
+    """What of them is not the default, as it is given."""
+    told = ""
+    for field in fields(Sizes):
+        value = getattr(sizes, field.name)
+        if value != getattr(Sizes(), field.name):
+            told += f" --{field.name.replace('_', '-')} {shlex.quote(_said(value))}"
+    return told
+
+
+def _said(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 if __name__ == "__main__":

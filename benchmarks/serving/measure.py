@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import threading
@@ -12,7 +14,6 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,12 @@ _COUNTERS = {
     "evicted": "vllm:kv_eviction_requests_total",
     "freed_blocks": "vllm:kv_eviction_freed_blocks_total",
     "eviction_seconds": "vllm:kv_eviction_seconds_sum",
+    "adoptions": "vllm:kv_eviction_adoptions_total",
+    "published": "vllm:kv_eviction_published_total",
+    "lost": "vllm:kv_eviction_published_lost_total",
+    "echo_tokens": "vllm:kv_eviction_echo_tokens_total",
+    "cached_tokens": "vllm:prompt_tokens_cached_total",
 }
-
-
 _SHORTEST = 2  # tokens; prompts of which one is asked are not evicted
 
 
@@ -67,7 +71,7 @@ class Servers:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._up: list[Server] = []
+        self._up: list[tuple[int, Server]] = []  # by the place of their row
         self._wanted: list[tuple[str, list[str]]] = []
         self._stack = ExitStack()
 
@@ -77,19 +81,24 @@ class Servers:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def of(self, scenario: Scenario) -> list[Server]:
+    def of(self, scenario: Scenario) -> list[tuple[Row, Server]]:
+        """Those of its rows that start; RuntimeError if one does not that is not optional."""
         wanted = [
             (scenario.model, ["--served-model-name", "model", *scenario.engine_args(row)]) for row in scenario.rows
         ]
         if wanted != self._wanted:
             self._stack.close()
-            self._wanted = []  # should one of them fail to start
-            self._up = [
-                self._stack.enter_context(Server(model_folder(model), args, self._folder / "logs" / f"{i}.log"))
-                for i, (model, args) in enumerate(wanted)
-            ]
+            self._up, self._wanted = [], []  # should one of them fail to start
+            for i, (model, args) in enumerate(wanted):
+                server = Server(model_folder(model), args, self._folder / "logs" / f"{i}.log")
+                try:
+                    self._up.append((i, self._stack.enter_context(server)))
+                except RuntimeError as error:
+                    if not scenario.rows[i].optional:
+                        raise
+                    print(f"{scenario.name}: left out {scenario.rows[i].name}: {error}", flush=True)
             self._wanted = wanted
-        return self._up
+        return [(scenario.rows[i], server) for i, server in self._up]
 
 
 def compare(
@@ -99,21 +108,22 @@ def compare(
 
     The servers are up together and take turns, so that a change of the machine's speed hits each of them; an idle one
     waits without computing. A few requests warm up; then a round with the shortest answers of evicted prompts tells how
-    much of the others is prefill.
+    much of the others is prefill, unless texts come again.
     """
     if scenario.offline:
         yield from _compare_offline(scenario, rounds, folder, seed)
         return
     up = servers.of(scenario)
-    few = replace(scenario, requests=max(2, scenario.turns))
-    for row, server in zip(scenario.rows, up, strict=True):
+    few = scenario.of_few()
+    for row, server in up:
         _load(few, row, server, seed, folder, scenario.output)
+    # Of texts that come again no server computes the same share.
     prefill = [
-        _load(scenario, row, server, seed, folder, output=_SHORTEST)["duration"]
-        for row, server in zip(scenario.rows, up, strict=True)
+        None if scenario.rounds else _load(scenario, row, server, seed, folder, output=_SHORTEST)["duration"]
+        for row, server in up
     ]
     for repeat in rounds:
-        for row, server, seconds in zip(scenario.rows, up, prefill, strict=True):
+        for (row, server), seconds in zip(up, prefill, strict=True):
             record = _load(scenario, row, server, seed + repeat + 1, folder, scenario.output)
             yield {**record, "repeat": repeat, "prefill_seconds": seconds}
 
@@ -129,9 +139,14 @@ def _load(scenario: Scenario, row: Row, server: Server, seed: int, folder: Path,
         "--tokenizer", str(model_folder(scenario.model)),
         "--seed", str(seed), "--save-result", "--result-dir", str(result.parent), "--result-filename", result.name,
         "--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99", "--disable-tqdm",
-        *scenario.load_args(folder / "logs" / "chats.jsonl", seed, output),
+        *scenario.load_args(folder / "logs" / "prompts.jsonl", seed, output),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    if scenario.rounds:
+        # No check with a prompt that would then be known.
+        command += ["--save-detailed", "--ready-check-timeout-sec", "0"]
+    if body := scenario.extra_body(row):
+        command += ["--extra-body", json.dumps(body)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=7200)
     samples = watch.stop()
     if done.returncode != 0:
         raise RuntimeError(
@@ -140,13 +155,48 @@ def _load(scenario: Scenario, row: Row, server: Server, seed: int, folder: Path,
     measured = json.loads(result.read_text())
     if measured["completed"] != scenario.requests:
         raise RuntimeError(f"{scenario.name}, {row.name}: only {measured['completed']} requests were answered")
+    wanted = scenario.requests * scenario.prompt
+    if scenario.documents is not None and measured["total_input_tokens"] != wanted:
+        read = measured["total_input_tokens"]
+        raise RuntimeError(f"{scenario.name}: prompts have {read} tokens instead of {wanted}: a word is not a token")
     after = _counters(server)
+    counted = {name: after[name] - before[name] for name in _COUNTERS}
     return {
         **_about(scenario, row),
         **{name: measured[name] for name in _KEPT},
-        **{name: after[name] - before[name] for name in _COUNTERS},
+        **counted,
+        **(_rounds(scenario, measured, counted["cached_tokens"]) if scenario.rounds else {}),
         **_peaks(samples),
     }
+
+
+def _rounds(scenario: Scenario, measured: dict[str, Any], cached_tokens: float) -> dict[str, Any]:
+    """The first round beside the later ones. A round ends once so many requests are answered as it has: the next one's
+    first have begun by then, as no server is kept waiting between them."""
+    first = scenario.requests // scenario.rounds
+    ttfts, begun = measured["ttfts"], measured["start_times"]
+    ended = sorted(start + ttft + sum(gaps) for start, ttft, gaps in zip(begun, ttfts, measured["itls"], strict=True))
+    turn = ended[first - 1]
+    asked = measured["total_input_tokens"] if scenario.asked_tokens is None else scenario.asked_tokens
+    of_rounds = {"": ttfts, "first_": ttfts[:first], "later_": ttfts[first:]}
+    return {
+        "rounds": scenario.rounds,
+        "first_requests": first,
+        "first_throughput": first / (turn - min(begun)),
+        "later_throughput": (len(ended) - first) / (ended[-1] - turn) if len(ended) > first else None,
+        **{
+            f"{name}median_ttft_ms": 1000 * statistics.median(some) if some else None
+            for name, some in of_rounds.items()
+        },
+        **{f"{name}p90_ttft_ms": 1000 * _p90(some) if some else None for name, some in of_rounds.items()},
+        "asked_tokens": asked,
+        "computed_tokens": asked - cached_tokens,
+    }
+
+
+def _p90(values: Sequence[float]) -> float:
+    """The least value that nine of ten do not exceed."""
+    return sorted(values)[math.ceil(0.9 * len(values)) - 1]
 
 
 def _compare_offline(scenario: Scenario, rounds: Sequence[int], folder: Path, seed: int) -> Iterator[dict[str, Any]]:
@@ -210,7 +260,7 @@ def _about(scenario: Scenario, row: Row) -> dict[str, Any]:
         "output": scenario.output,
         "requests": scenario.requests,
         "offered": scenario.offered,
-        "shares": bool(scenario.shared or scenario.turns),
+        "shares": bool(scenario.shared or scenario.turns or scenario.documents),
         "pool": scenario.pool,
         "pool_tokens": (scenario.pool_blocks - 1) * BLOCK_SIZE,
     }

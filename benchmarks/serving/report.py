@@ -36,13 +36,10 @@ def cells(records: Sequence[Record]) -> list[dict[str, Any]]:
             mine = [r for r in rounds if r["row"] == row]
 
             def median(name: str, mine: list[Record] = mine) -> float | None:
-                values = [r[name] for r in mine if r.get(name) is not None]
-                return statistics.median(values) if values else None
+                return _median(mine, name)
 
             def ratio(name: str, mine: list[Record] = mine, stock: dict[int, Record] = stock) -> list[float]:
-                pairs = [(r.get(name), stock[r["repeat"]].get(name)) for r in mine if r["repeat"] in stock]
-                ratios = [ours / theirs for ours, theirs in pairs if ours is not None and theirs is not None]
-                return [statistics.median(ratios), min(ratios), max(ratios)] if ratios else []
+                return _ratio(mine, stock, name)
 
             table.append(
                 {
@@ -75,8 +72,82 @@ def cells(records: Sequence[Record]) -> list[dict[str, Any]]:
     return table
 
 
-def markdown(table: Sequence[Record], commands: Sequence[str]) -> str:
-    """The report's text."""
+def _median(mine: Sequence[Record], name: str) -> float | None:
+    values = [r[name] for r in mine if r.get(name) is not None]
+    return statistics.median(values) if values else None
+
+
+def _ratio(mine: Sequence[Record], stock: dict[int, Record], name: str) -> list[float]:
+    """Median, least and greatest of the ratios to stock vLLM's record of the same round; empty where there are none."""
+    pairs = [(r.get(name), stock[r["repeat"]].get(name)) for r in mine if r["repeat"] in stock]
+    ratios = [ours / theirs for ours, theirs in pairs if ours is not None and theirs is not None]
+    return [statistics.median(ratios), min(ratios), max(ratios)] if ratios else []
+
+
+_TOLD_APART = (
+    "request_throughput", "first_throughput", "later_throughput", "median_ttft_ms", "p90_ttft_ms",
+    "first_median_ttft_ms", "first_p90_ttft_ms", "later_median_ttft_ms", "later_p90_ttft_ms",
+)  # fmt: skip
+
+
+def told_apart(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """`cells` of records that tell the first round from later ones: of loads in which texts come again."""
+    table = []
+    for scenario in dict.fromkeys(r["scenario"] for r in records):
+        measured = [r for r in records if r["scenario"] == scenario]
+        stock = {r["repeat"]: r for r in measured if r["row"] == STOCK}
+        for row in dict.fromkeys(r["row"] for r in measured):
+            mine = [r for r in measured if r["row"] == row]
+            about = ("scenario", "row", "model", "prompt", "output", "requests", "pool", "rounds", "asked_tokens")
+            counted = ("computed_tokens", "echo_tokens", "adoptions", "evicted", "published", "lost", "preemptions")
+            table.append(
+                {
+                    **{name: mine[0][name] for name in about},
+                    "repeats": len(mine),
+                    **{name: _median(mine, name) for name in (*_TOLD_APART, *counted, "peak_running", "peak_pool")},
+                    **{f"{name}_ratio": _ratio(mine, stock, name) for name in _TOLD_APART},
+                }
+            )
+    return table
+
+
+def _told_apart_lines(table: Sequence[Record]) -> list[str]:
+    columns = (
+        "model", "load", "server", "requests/s", "first round", "later rounds", "TTFT, median", "TTFT, p90",
+        "later TTFT, median", "later TTFT, p90", "tokens computed", "for a second look", "hits", "evictions", "lost",
+        "preemptions", "running at peak",
+    )  # fmt: skip
+    lines = [
+        "## Texts that come again", "",
+        "Ratios to stock vLLM of the same run, with the smallest and the largest of the runs, and in brackets the",
+        "median itself: requests a second over the whole run, until as many were answered as the first round has, and",
+        "from there on; time to the first token, in seconds. Tokens computed: of those of the documents (of chats: of",
+        "the prompts), each as often as it was asked about. Hits: requests that began with a packing of an earlier",
+        "one. Lost: packings whose memory others needed, those of the run before among them.", "",
+        f"| {' | '.join(columns)} |", "| --- | --- | --- |" + " ---: |" * (len(columns) - 3),
+    ]  # fmt: skip
+    for cell in table:
+        speeds = [_with_value(cell, f"{of}_throughput", 1) for of in ("request", "first", "later")]
+        waits = [_with_value(cell, f"{of}_ttft_ms", 1000) for of in ("median", "p90", "later_median", "later_p90")]
+        computed = cell["computed_tokens"]
+        counts = [
+            _or_dash(cell[name], ",.0f") for name in ("echo_tokens", "adoptions", "evicted", "lost", "preemptions")
+        ]
+        lines.append(
+            f"| {cell['model']} | {cell['scenario']} | `{cell['row']}` | {' | '.join([*speeds, *waits])} "
+            f"| {computed:,.0f} ({computed / cell['asked_tokens']:.0%}) | {' | '.join(counts)} "
+            f"| {cell['peak_running']:.0f} |"
+        )
+    return [*lines, ""]
+
+
+def _with_value(cell: Record, name: str, per: float) -> str:
+    value = cell[name]
+    return "-" if value is None else f"{_spread(cell[f'{name}_ratio'])} ({value / per:.3g})"
+
+
+def markdown(table: Sequence[Record], commands: Sequence[str], again: Sequence[Record] = ()) -> str:
+    """The report's text. again: of `told_apart`."""
     columns = (
         "model", "load", "pool", "server", "output tokens/s, ratio", "bound", "decode phase, ratio", "TTFT, ratio",
         "TPOT, ratio", "running at peak", "planned", "pool in use at peak", "preemptions", "blocks freed",
@@ -101,6 +172,8 @@ def markdown(table: Sequence[Record], commands: Sequence[str]) -> str:
             f"| {_or_dash(cell['preemptions'], '.0f')} | {_or_dash(cell['freed_blocks'], '.0f')} "
             f"| {_or_dash(cell['eviction_share'], '.1%')} |"
         )
+    if again:
+        lines += ["", *_told_apart_lines(again)[:-1]]
     return "\n".join([*lines, "", "Made by:", "", *(f"- `{c}`" for c in commands), ""])
 
 
@@ -142,10 +215,12 @@ def _spread(ratio: Sequence[float]) -> str:
 def write(folder: Path) -> Path:
     """`report.md`, `results.json` and the plots of the folder's records."""
     records = read(folder / "records.jsonl")
+    again = told_apart([r for r in records if r.get("rounds")])
+    records = [r for r in records if not r.get("rounds")]
     table = cells(records)
-    (folder / "results.json").write_text(json.dumps(table, indent=1) + "\n")
+    (folder / "results.json").write_text(json.dumps([*table, *again], indent=1) + "\n")
     commands = (folder / "commands.txt").read_text().splitlines() if (folder / "commands.txt").exists() else []
-    (folder / "report.md").write_text(markdown(table, list(dict.fromkeys(commands))))
+    (folder / "report.md").write_text(markdown(table, list(dict.fromkeys(commands)), again))
     try:
         import matplotlib
     except ImportError:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.models import ensure_model
+from benchmarks.serving.texts import Documents, chat_prompts
 
 BLOCK_SIZE = 32
 HEAVY = "kv-heavy"
@@ -47,16 +48,23 @@ _HEAVY_CONFIG: dict[str, Any] = {
 # that is a quarter of the weights instead of two thirds (8B: an eighth).
 _BALANCED_CONFIG = {**_HEAVY_CONFIG, "hidden_size": 128, "vocab_size": 8192, "torch_dtype": "float32"}
 _DUMMIES: dict[str, dict[str, Any]] = {HEAVY: _HEAVY_CONFIG, BALANCED: _BALANCED_CONFIG}
+MODELS = (SMOLLM2, *_DUMMIES)
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A server of the comparison. room: tokens that a byte of its pool holds, in those of the model's own dtype."""
+    """A server of the comparison. room: tokens that a byte of its pool holds, in those of the model's own dtype.
+    optional: where it does not start, the others are compared without it."""
 
     name: str
     args: tuple[str, ...] = ()
     room: int = 1
+    optional: bool = False
+
+    @property
+    def evicts(self) -> bool:
+        return "--kv-eviction" in self.args
 
 
 def evicting(policy: str, keep: float, widths: str = "16") -> Row:
@@ -70,6 +78,11 @@ def steady(policy: str, keep: float) -> Row:
     return Row(f"{row.name} steady", (*row.args, "--kv-eviction-admission", "steady"))
 
 
+def reusing(row: Row, reuse: str) -> Row:
+    """An evicting row, where packings outlive their request."""
+    return Row(f"{row.name} reuse {reuse}", (*row.args, "--kv-eviction-reuse", reuse))
+
+
 STOCK = Row("stock")
 FP8 = Row("stock, fp8 cache", ("--kv-cache-dtype", "fp8"), room=2)
 
@@ -81,7 +94,8 @@ class Scenario:
     prompt, output: tokens; pool: KV cache in multiples of one request; shared: leading tokens that all prompts have in
     common; concurrency: requests at once, all if None; turns: if not 0, the requests are chats of so many turns, the
     last of which has the prompt's length; offline: by `vllm bench throughput`, an engine in its own process on all
-    cores, instead of a server.
+    cores, instead of a server; documents: what the requests are about, each of which a pool holds `pool` of, and beside
+    them what runs; rounds: if not 0, the requests come so often, and the first time is told apart.
     """
 
     name: str
@@ -95,6 +109,8 @@ class Scenario:
     concurrency: int | None = None
     turns: int = 0
     offline: bool = False
+    documents: Documents | None = None
+    rounds: int = 0
 
     @property
     def offered(self) -> int:
@@ -104,7 +120,34 @@ class Scenario:
     @property
     def pool_blocks(self) -> int:
         """Blocks of the pool; vLLM keeps one for itself, and a prompt comes out a few tokens longer than asked for."""
-        return int(self.pool * -(-(self.prompt + self.output + 16) // BLOCK_SIZE)) + 1
+        blocks = int(self.pool * _blocks(self.prompt + self.output + 16))
+        if self.documents is not None:
+            # A document counts with a question and its answer, which the prefix cache keeps as well: without room for
+            # those it would lose the documents that a pool is said to hold.
+            blocks += self.offered * _blocks(self.documents.question + self.output + 16)
+        return blocks + 1
+
+    @property
+    def max_model_len(self) -> int:
+        # What comes behind a document leaves a second look at it the room to repeat half of it at once.
+        return self.prompt + self.output + 64 + (self.documents.tokens // 2 if self.documents is not None else 0)
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """Tokens of the documents that all questions are about, counted for each question; None: there are none."""
+        return None if self.documents is None else self.requests * self.documents.tokens
+
+    def extra_body(self, row: Row) -> dict[str, Any]:
+        """What the row's requests say beside what all say."""
+        if self.documents is None or not row.evicts:
+            return {}
+        return {"vllm_xargs": {"kv_eviction_boundary": self.documents.tokens}}
+
+    def of_few(self) -> Scenario:
+        """This load, of a few requests, to warm up."""
+        if self.documents is not None:
+            return replace(self, requests=2, documents=replace(self.documents, count=2, rounds=1), rounds=1)
+        return replace(self, requests=max(2, self.turns))
 
     def engine_args(self, row: Row) -> list[str]:
         # Eager for every row: compiling takes a busy machine minutes a server, and attention, where these loads spend
@@ -115,22 +158,22 @@ class Scenario:
             "--dtype", _DUMMIES.get(self.model, {}).get("torch_dtype", "bfloat16"),
             "--num-gpu-blocks-override", str(row.room * (self.pool_blocks - 1) + 1),
             "--max-num-seqs", str(self.concurrency if self.offline and self.concurrency else 128),
-            "--max-model-len", str(self.prompt + self.output + 64), "--max-num-batched-tokens", "2048",
+            "--max-model-len", str(self.max_model_len), "--max-num-batched-tokens", "2048",
             *(("--load-format", "dummy") if self.model in _DUMMIES else ()),
             *row.args,
         ]  # fmt: skip
 
-    def load_args(self, chats: Path, seed: int, output: int) -> list[str]:
-        """Of `vllm bench`. chats: a file that this writes if the requests are chats. output: tokens."""
+    def load_args(self, script: Path, seed: int, output: int) -> list[str]:
+        """Of `vllm bench`. script: a file that this writes if the prompts are none of its own. output: tokens."""
         common = ["--num-prompts", str(self.requests)]
         if not self.offline:
             common += ["--ignore-eos", "--temperature", "0"]
             common += ["--max-concurrency", str(self.concurrency)] if self.concurrency else []
-        if self.turns:
-            prompts = chat_prompts(self.requests // self.turns, self.turns, self.prompt, seed)
-            chats.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        prompts = self._prompts(seed)
+        if prompts:
+            script.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
             return [
-                "--dataset-name", "custom", "--dataset-path", str(chats), "--custom-output-len", str(output),
+                "--dataset-name", "custom", "--dataset-path", str(script), "--custom-output-len", str(output),
                 "--skip-chat-template", "--disable-shuffle", *common,
             ]  # fmt: skip
         return [
@@ -138,37 +181,108 @@ class Scenario:
             "--random-prefix-len", str(self.shared), "--random-output-len", str(output), *common,
         ]  # fmt: skip
 
-
-_TURN = 256  # tokens that an answer and the next question add to a chat
-_WORDS = (
-    " time",
-    " year",
-    " people",
-    " way",
-    " day",
-    " man",
-    " thing",
-    " woman",
-    " life",
-    " child",
-    " world",
-    " school",
-)
+    def _prompts(self, seed: int) -> list[str]:
+        if self.documents is not None:
+            return self.documents.prompts(seed)
+        return chat_prompts(self.requests // self.turns, self.turns, self.prompt, seed) if self.turns else []
 
 
-def chat_prompts(chats: int, turns: int, last: int, seed: int) -> list[str]:
-    """Prompts of all chats' first turn, then of all their second, and so on; `last` words, each a token, in the last.
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_SIZE)
 
-    Answers are part of the script, so that each row's server is sent the same.
+
+ORDERS: dict[str, float | None] = {"round-robin": None, "zipf": 1.0}
+"""In which documents are asked about: the exponent of Zipf's law, None in turn."""
+DOCUMENT_ROWS = {
+    "fp8": "stock vLLM with --kv-cache-dtype fp8, twice the tokens in the same bytes",
+    "evict": "the policy at keep 0.2 in 16 bits (auto: in what it picks); requests name the document's end as boundary",
+    "reuse": "the same with --kv-eviction-reuse boundary",
+    "narrow": "the same at keep 0.1 in k8v4",
+}
+"""Beside stock vLLM with its prefix cache."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the command line says of the presets `documents` and `chats`.
+
+    documents to rounds: as in `Documents`, tokens; answer: tokens; pools: documents that each holds, by default a
+    quarter and all; orders, rows: of `ORDERS`, `DOCUMENT_ROWS`. Chats take model, policy and concurrency.
     """
-    draw = random.Random(seed)
-    texts = ["".join(draw.choices(_WORDS, k=last)) for _ in range(chats)]
-    words = [text.split(" ")[1:] for text in texts]
-    lengths = [last - (turns - 1 - turn) * _TURN for turn in range(turns)]
-    return [" " + " ".join(chat[:length]) for length in lengths for chat in words]
+
+    model: str = HEAVY
+    policy: str = "halokv"
+    documents: int = 24
+    document_tokens: int = 4096
+    question_tokens: int = 64
+    answer_tokens: int = 64
+    rounds: int = 4
+    concurrency: int = 4
+    pools: tuple[int, ...] = ()
+    orders: tuple[str, ...] = tuple(ORDERS)
+    rows: tuple[str, ...] = tuple(DOCUMENT_ROWS)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        choices: tuple[tuple[str, Iterable[str], Iterable[str]], ...] = (
+            ("--model", [self.model], MODELS),
+            ("--orders", self.orders, ORDERS),
+            ("--rows", self.rows, DOCUMENT_ROWS),
+        )
+        for flag, given, known in choices:
+            if wrong := [name for name in given if name not in known]:
+                raise ValueError(f"{flag} {','.join(wrong)}: choose from {', '.join(known)}")
+        if min((self.answer_tokens, self.concurrency, *self.pools)) < 1:
+            raise ValueError("--answer-tokens, --concurrency, --pools: choose 1 or more")
+
+    @property
+    def told(self) -> str:
+        """What is not as it is by default and that no name of a scenario says, for these names: records are found by
+        them."""
+        default = Sizes()
+        names = ("model", "policy", "question_tokens", "answer_tokens", "concurrency")
+        changed = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(default, name)}
+        return "".join(f", {name.replace('_', ' ')} {value}" for name, value in changed.items())
 
 
-def scenarios(preset: str) -> list[Scenario]:
+def document_scenarios(sizes: Sizes) -> list[Scenario]:
+    """A pool's scenarios follow one another: they have the same servers."""
+    evict = evicting(sizes.policy, 0.2)
+    rows = {
+        "fp8": replace(FP8, optional=True),
+        "evict": evict,
+        "reuse": reusing(evict, "boundary"),
+        "narrow": reusing(evicting(sizes.policy, 0.1, "k8v4"), "boundary"),
+    }
+    made = []
+    for pool in sizes.pools or (max(1, sizes.documents // 4), sizes.documents):
+        # Where all documents fit as they are, neither fewer bits nor eviction without reuse has anything to gain.
+        wanted = [name for name in rows if name in sizes.rows and (pool < sizes.documents or name == "reuse")]
+        for order in sizes.orders:
+            documents = Documents(
+                sizes.documents, sizes.document_tokens, sizes.question_tokens, sizes.rounds, ORDERS[order]
+            )
+            made.append(
+                Scenario(
+                    f"{documents.count} documents of {documents.tokens:,}, {documents.rounds} rounds, "
+                    f"{order.replace('-', ' ')}, a pool of {pool}{sizes.told}",
+                    sizes.model, documents.tokens + documents.question, sizes.answer_tokens,
+                    documents.count * documents.rounds, pool, (STOCK, *(rows[name] for name in wanted)),
+                    concurrency=sizes.concurrency, documents=documents, rounds=documents.rounds,
+                )
+            )  # fmt: skip
+    return made
+
+
+def _chats(sizes: Sizes) -> Scenario:
+    ours = evicting(sizes.policy, 0.2)
+    return Scenario(
+        f"20 chats of 5 turns, a pool of 5{sizes.told}", sizes.model, 3072, 64, 100, 5,
+        (STOCK, ours, reusing(ours, "chat")), concurrency=sizes.concurrency, turns=5, rounds=5,
+    )  # fmt: skip
+
+
+def scenarios(preset: str, sizes: Sizes = Sizes()) -> list[Scenario]:
     """The scenarios of a preset. ValueError names the presets."""
     ours = evicting("halokv", 0.2)
     both = (STOCK, ours)
@@ -237,6 +351,8 @@ def scenarios(preset: str) -> list[Scenario]:
             Scenario("SmolLM2, prompts of 4096", SMOLLM2, 4096, 128, 6, 3, both),
             Scenario("SmolLM2, prompts of 6144", SMOLLM2, 6144, 256, 8, 2, both, offline=True),
         ],
+        "documents": document_scenarios(sizes),
+        "chats": [_chats(sizes)],
     }  # fmt: skip
     if preset not in presets:
         raise ValueError(f"--preset {preset}: choose from {', '.join(presets)}")
@@ -258,6 +374,8 @@ PRESETS = (
     "short",
     "no-pressure",
     "smollm2",
+    "documents",
+    "chats",
 )
 
 

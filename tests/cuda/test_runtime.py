@@ -12,10 +12,9 @@ import torch
 
 from tests.evictions import eviction
 from vllm_defensive.packing import Format, Packing
-from vllm_defensive.plan import Reconstruction, StepMessage
-from vllm_defensive.policy import Selection
+from vllm_defensive.plan import Eviction, Reconstruction, StepMessage
 from vllm_defensive.worker.cuda import launches
-from vllm_defensive.worker.cuda.runtime import NOBODY, CUDARuntime
+from vllm_defensive.worker.cuda.runtime import NOBODY, CUDARuntime, Placed
 from vllm_defensive.worker.window import WindowQueries
 from vllm_defensive_kernels import PagedKV
 
@@ -45,18 +44,31 @@ def batch(lens: dict[str, tuple[int, int]], padding: int = 0) -> Any:
     )
 
 
-def evict(runtime: CUDARuntime, request_id: str, blocks: int = 2) -> None:
-    fresh = tuple(range(10, 10 + blocks))
+def planned(request_id: str, blocks: int = 2, number: int = 0) -> Eviction:
+    """number: others may begin with it, so that it shares no block."""
     event = eviction(
-        7 * N + 3, fresh, shared_blocks=1, source_blocks=tuple(range(8)), request_id=request_id, block_tokens=N
+        7 * N + 3,
+        tuple(range(10, 10 + blocks)),
+        shared_blocks=0 if number else 1,
+        source_blocks=tuple(range(8)),
+        request_id=request_id,
+        block_tokens=N,
     )
-    runtime.install(event, (filled([[blocks] * H] * L, N),), torch.tensor(fresh, dtype=torch.int32))
+    return dataclasses.replace(event, number=number)
 
 
-def filled(pages: list[list[int]], tokens: int) -> Selection:
-    """So many pages of each layer and head, whatever is in them."""
-    pages_LH = torch.tensor(pages, dtype=torch.int32)
-    return Selection(pages_LH, torch.zeros(int(pages_LH.sum()), tokens, dtype=torch.int32))
+def evict(runtime: CUDARuntime, request_id: str, blocks: int = 2, number: int = 0) -> None:
+    event = planned(request_id, blocks, number)
+    runtime.place(event, placed([[[blocks] * H] * L], event.packing.blocks))
+
+
+def placed(pages: list[list[list[int]]], blocks: tuple[int, ...]) -> Placed:
+    """pages: of each part, so many of each layer and head."""
+    offsets = []
+    for part in pages:
+        offset_O = torch.tensor([0, *np.cumsum(part)], dtype=torch.int32)
+        offsets.append((offset_O, int(offset_O[-1])))
+    return Placed(tuple(offsets), torch.tensor(blocks, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("tokens, apart, groups", [(10, False, [(0, 5)]), (30, False, [(0, 3), (3, 5)]),
@@ -91,9 +103,8 @@ def test_pages_of_every_class_that_is_served_have_their_offsets() -> None:
         score=dataclasses.replace(plain.score, request_id="b"),
         packing=Packing(plain.region, (12, 13), Format.of("8,4", pages.page_shape)),
     )
-    fresh = torch.tensor([12, 13], dtype=torch.int32)
-    runtime.install(plain, (filled([[3, 1], [2, 2]], N),), fresh)
-    runtime.install(mixed, (filled([[1, 0], [2, 0]], 29), filled([[0, 3], [1, 1]], 58)), fresh)
+    runtime.install(plain, placed([[[3, 1], [2, 2]]], (10, 11)))
+    runtime.install(mixed, placed([[[1, 0], [2, 0]], [[0, 3], [1, 1]]], (12, 13)))
     assert runtime.state.offset_SO[INDEX["a"]].tolist() == [0, 3, 4, 6] + [8] * 13
     assert runtime.state.offset_SO[INDEX["b"]].tolist() == [0] * 4 + [0, 1, 1, 3] + [3] * 4 + [3, 3, 6, 7, 8]
 
@@ -133,6 +144,69 @@ def test_dummy_batches_have_no_evicted_rows(runtime: CUDARuntime) -> None:
     runtime.end()
     runtime.step(batch({"a": (1, 130)}))
     assert (runtime.slot_R == NOBODY).all()
+
+
+def test_who_adopts_reads_what_was_packed_for_another(runtime: CUDARuntime) -> None:
+    """Two rows at once, whose slots the model runner gives them after `begin`, when the packer is gone."""
+    evict(runtime, "a", blocks=3, number=4)
+    slot_of = {name: runtime._index_of[name] for name in "bc"}
+    runtime._index_of = {}
+    runtime.begin(StepMessage(adopted=[planned("b", 3, 4), planned("c", 3, 4)]), {"a", "b", "c"})
+    runtime._index_of = slot_of
+    step = runtime.step(batch({"d": (1, 9), "b": (5, 117), "c": (9, 121)}))
+    assert (step.decode_rows, step.packed_runs) == (1, ((1, 3),))
+    assert runtime.slot_R[:3].tolist() == [NOBODY, INDEX["b"], INDEX["c"]]
+    state = runtime.state
+    for slot in slot_of.values():
+        assert state.fresh_SK[slot].tolist() == [10, 11, 12] + [0] * 7
+        assert state.offset_SO[slot].tolist() == [0, 3, 6, 9, 12]
+        assert (int(state.shared_S[slot]), int(state.growth_S[slot])) == (0, 7)
+    runtime.begin(StepMessage(), {"b"})
+    runtime.step(batch({"b": (1, 30), "c": (1, 122)}))
+    assert runtime.slot_R[:2].tolist() == [NOBODY, INDEX["c"]], "one is gone, the other goes on"
+
+
+def test_adopted_packings_are_installed_by_real_steps_alone(runtime: CUDARuntime) -> None:
+    evict(runtime, "a", number=4)
+    runtime.begin(StepMessage(adopted=[planned("b", number=4)]), {"a", "b"})
+    runtime.end()
+    runtime._index_of = {}
+    runtime.step(batch({"c": (1, 9)}))
+    assert (runtime.slot_R == NOBODY).all()
+
+
+def test_who_is_gone_before_its_step_has_adopted_nothing(runtime: CUDARuntime) -> None:
+    evict(runtime, "a", number=4)
+    runtime.begin(StepMessage(adopted=[planned("b", number=4)]), {"b"})
+    runtime.begin(StepMessage(), {"b"})
+    runtime.step(batch({"b": (1, 9), "a": (1, 130)}))
+    assert runtime.slot_R[:2].tolist() == [NOBODY, INDEX["a"]]
+    assert not runtime.state.fresh_SK[INDEX["b"]].any()
+
+
+def test_who_was_thrown_out_adopts_again_in_the_slot_that_it_gets(runtime: CUDARuntime) -> None:
+    """In its old one is somebody who was not evicted."""
+    evict(runtime, "a", number=4)
+    runtime.begin(StepMessage(adopted=[planned("b", number=4)]), {"a", "b"})
+    runtime.step(batch({"b": (5, 117)}))
+    runtime._index_of = {"b": INDEX["c"], "e": INDEX["b"]}
+    runtime.begin(StepMessage(adopted=[planned("b", number=4)]), {"b", "e"})
+    runtime.step(batch({"b": (9, 9), "c": (7, 119)}))  # by the names of their slots: "e" and "b"
+    assert runtime.slot_R[:2].tolist() == [NOBODY, INDEX["c"]]
+
+
+def test_packings_are_kept_by_number_until_a_message_forgets_them(runtime: CUDARuntime) -> None:
+    """Those without a number not at all; and who holds one goes on."""
+    evict(runtime, "a", number=4)
+    evict(runtime, "c")
+    evict(runtime, "d", blocks=1, number=5)
+    runtime.begin(StepMessage(forgotten=[3]), {"d"})
+    assert set(runtime._kept) == {4, 5}
+    runtime.begin(StepMessage(forgotten=[4], adopted=[planned("b", 1, 5)]), {"b"})
+    assert set(runtime._kept) == {5}
+    runtime.step(batch({"a": (1, 130), "b": (1, 113)}))
+    assert runtime.slot_R[:2].tolist() == [INDEX["a"], INDEX["b"]]
+    assert runtime.state.fresh_SK[INDEX["b"], :2].tolist() == [10, 0]
 
 
 def test_decode_rows_lead_and_evicted_prompts_form_runs(runtime: CUDARuntime) -> None:

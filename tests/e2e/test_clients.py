@@ -123,7 +123,7 @@ def test_a_response_reports_what_was_kept_if_asked(server: Server, client: opena
     report = ask(kv_eviction_report=1)
     prompt, kept = (server.metric(name) - start for name, start in zip(names, before, strict=True))
     assert 0 < kept < prompt
-    told = {"policy": "layer-defensivekv", "widths": "16"}
+    told = {"policy": "layer-defensivekv", "widths": "16", "adopted": False}
     assert report == {"kv_eviction": {**told, "prompt_tokens": prompt, "kept_tokens": kept, "held_tokens": kept}}
     half = ask(kv_eviction_report=True, kv_eviction_boundary=200)["kv_eviction"]
     assert half["prompt_tokens"] == prompt and half["kept_tokens"] == prompt - 200 + 2 * 32 + 200 % 32

@@ -74,7 +74,7 @@ def test_each_request_is_answered_with_its_own_eviction(answers: dict[str, dict[
         assert answers[name]["error"] is None and response["status_code"] == 200
         assert response["body"]["usage"]["completion_tokens"] == 8
         report = response["body"]["kv_transfer_params"]["kv_eviction"]
-        widths = {} if policy == "none" else {"widths": "16"}
+        widths = {} if policy == "none" else {"widths": "16", "adopted": False}
         tokens = {"prompt_tokens": prompt, "kept_tokens": kept, "held_tokens": kept}
         assert report == {"policy": policy, **widths, **tokens}, name
     assert answers["no report"]["response"]["status_code"] == 200

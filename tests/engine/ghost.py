@@ -42,6 +42,7 @@ class GhostWorker:
     def __init__(self, num_blocks: int, block_size: int, window: int, tokens_of: dict[str, list[int]]) -> None:
         self.memory = np.zeros((num_blocks, block_size), dtype=np.int64)
         self.evictions: list[Eviction] = []
+        self.adoptions: list[Eviction] = []
         self.declines: set[str] = set()
         """Requests whose evictions this worker does not carry out."""
         self.cancelled: dict[str, str] = {}
@@ -50,6 +51,7 @@ class GhostWorker:
         self._rows: dict[str, _Row] = {}
         self._exact: dict[str, np.ndarray] = {}
         self._stamp = 0
+        self._kept: dict[int, tuple[Eviction, int]] = {}
 
     def execute(self, output: Any, rejected: Mapping[str, int]) -> None:
         """One step: update tables as vLLM's runner does, read, write, then evict. rejected: of each request's tokens in
@@ -58,6 +60,14 @@ class GhostWorker:
         for request_id in channels.reset_requests(output):
             self._rows.pop(request_id, None)
         computed = self._update_tables(output)
+        for number in message.forgotten:
+            self._kept.pop(number, None)
+        for eviction in message.adopted:
+            row = self._rows[eviction.request_id]
+            made, row.stamp = self._kept[eviction.number]
+            assert made.packing == eviction.packing and computed[eviction.request_id] >= eviction.region.stop
+            row.eviction = eviction
+            self.adoptions.append(eviction)
         written: dict[int, str] = {}
         for request_id, count in output.num_scheduled_tokens.items():
             self._write(request_id, computed[request_id], count, rejected.get(request_id, 0), written)
@@ -170,5 +180,7 @@ class GhostWorker:
             assert not self._visible(other) & set(eviction.packing.blocks), f"{other_id} can see a packed block"
         self._stamp += 1
         row.eviction, row.stamp = eviction, self._stamp
+        if eviction.number:
+            self._kept[eviction.number] = eviction, self._stamp
         self.memory[list(eviction.packing.blocks)] = -self._stamp
         self.evictions.append(eviction)

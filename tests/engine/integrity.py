@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
 from vllm_defensive.engine.life import Life, Phase
+from vllm_defensive.engine.published import Published
 
 
 def held_blocks(manager: EvictionBlockManager, request_id: str) -> int:
@@ -21,13 +22,14 @@ def released(manager: EvictionBlockManager, request_id: str) -> bool:
 
 def check_integrity(manager: EvictionBlockManager) -> None:
     """Assert the invariants of every life, that each packed block has one owner, and that the sums are right."""
-    lifecycle, owned = manager.lifecycle, set[int]()
+    lifecycle, owned = manager.lifecycle, dict[int, Published | str]()
     for request_id, life in lifecycle.lives.items():
         assert life.request.request_id == request_id and request_id in manager.req_to_blocks
         check_life(manager, life)
-        ids = {block.block_id for block in life.blocks}
-        assert not owned & ids, f"{request_id} packs into a block of another"
-        owned |= ids
+        for block in life.blocks:
+            owner = life.published.line[-1] if life.published is not None else request_id
+            assert owned.setdefault(block.block_id, owner) is owner, f"{request_id} packs into a block of another"
+    check_library(manager, [life.published for life in lifecycle.lives.values() if life.published is not None])
     for request_id, blocks in manager.req_to_blocks.items():
         for block in blocks:
             assert block.is_null or block.block_id not in owned, f"{request_id} holds packed block {block.block_id}"
@@ -43,13 +45,32 @@ def check_integrity(manager: EvictionBlockManager) -> None:
     assert lifecycle.packed_blocks == len(owned)
 
 
+def check_library(manager: EvictionBlockManager, held: list[Published]) -> None:
+    """Published packings: who may be adopted has all of its blocks, which nobody else holds. held: by a life each."""
+    library, lost = manager.lifecycle.library, manager.lifecycle.library._broken
+    whole = list(library._by_key.values())
+    for packing in {id(p): p for p in (*whole, *held, *lost)}.values():
+        assert packing.holders == sum(packing in other.line for other in held)
+        assert packing.lost == (packing not in whole)
+        assert all(block.ref_cnt == packing.holders for block in packing.blocks if block.block_id not in packing.reused)
+        assert not packing.holders or not packing.reused, "what is held is nobody else's"
+        assert packing.lost or all(library._by_block[block.block_id] is packing for block in packing.blocks)
+    for packing in whole:
+        assert all(not part.lost for part in packing.line) and all(packing is c.parent for c in packing.children)
+    assert {(p.key.kind, p.end) for p in whole} == {(k, end) for k, ends in library._ends.items() for end in ends}
+    assert library.blocks == sum(len(packing.blocks) for packing in whole)
+    assert library.published - library.lost >= len(library)
+    assert set(manager.lifecycle._packers.values()) <= set(manager.lifecycle.lives)
+
+
 def check_life(manager: EvictionBlockManager, life: Life) -> None:
     """One request: its packed blocks, its originals and its notes are those of its phase."""
     blocks = manager.req_to_blocks[life.request.request_id]
     evicted = life.phase in (Phase.ECHOING, Phase.PACKING, Phase.PACKED)
     assert (life.packing is not None) == bool(life.blocks) == evicted
     for block in life.blocks:
-        assert block.ref_cnt == 1 and block.block_hash is None and not block.is_null, block
+        holders = life.published.line[-1].holders if life.published is not None else 1
+        assert block.ref_cnt == holders and block.block_hash is None and not block.is_null, block
     if life.packing is not None:
         region = life.packing.region
         assert life.packing.blocks == tuple(block.block_id for block in life.blocks)

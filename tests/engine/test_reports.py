@@ -39,6 +39,7 @@ def test_with_stop_strings_every_output_carries_it(tiny_model: Path, asynchronou
     outputs = outputs_of(h, request_id, 8)
     kept = 2 * 32 + 12
     report = {"policy": "snapkv", "widths": "16", "prompt_tokens": 300, "kept_tokens": kept, "held_tokens": kept}
+    report["adopted"] = False
     told = {"kv_eviction": report}
     assert len(outputs) > 4 and all(output.kv_transfer_params == told for output in outputs)
     assert all(output.kv_transfer_params is None for output in outputs_of(h, other, 4))

@@ -107,6 +107,7 @@ def test_defaults_are_filled_in(parser: Any) -> None:
         "window": 32,
         "min_tokens": 256,
         "shared": "keep",
+        "reuse": "off",
         "admission": "eager",
         "per_request": False,
     }

@@ -50,6 +50,7 @@ def test_a_record_counts_whole_blocks_and_the_tail() -> None:
         "kept_tokens": (2 + 5) * 32 + 8,
         "held_tokens": (2 + 5) * 32 + 8,
         "freed_blocks": 31 - 2 - 5,
+        "adopted": False,
     }
 
 

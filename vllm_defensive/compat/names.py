@@ -135,9 +135,16 @@ ENGINE: dict[str, dict[str, str | None]] = {
         **_has("RequestStatus", "FINISHED_STOPPED FINISHED_LENGTH_CAPPED FINISHED_REPETITION"),
         **_has("RequestStatus", "FINISHED_ABORTED WAITING WAITING_FOR_STREAMING_REQ"),
     },
-    "vllm.v1.core.kv_cache_utils": _has("KVCacheBlock", "block_id is_null ref_cnt"),
+    "vllm.v1.core.kv_cache_utils": {
+        **_has("KVCacheBlock", "block_hash block_id is_null next_free_block ref_cnt"),
+        **_has("FreeKVCacheBlockQueue", "fake_free_list_head num_free_blocks"),
+        "FreeKVCacheBlockQueue.popleft_n": "n",
+        "FreeKVCacheBlockQueue.prepend_n": "blocks",
+        "FreeKVCacheBlockQueue.remove": "block",
+    },
     "vllm.v1.core.block_pool": {
-        **_has("BlockPool", "num_gpu_blocks hash_block_size"),
+        **_has("BlockPool", "free_block_queue hash_block_size null_block num_gpu_blocks"),
+        "BlockPool.unpin_blocks": "blocks, on_reuse",
         "BlockPool.get_new_blocks": "num_blocks",
         "BlockPool.get_num_free_blocks": "",
         "BlockPool.free_blocks": "ordered_blocks",
@@ -149,6 +156,7 @@ ENGINE: dict[str, dict[str, str | None]] = {
             "request_id, num_tokens, new_computed_blocks, total_computed_tokens, num_local_computed_tokens, "
             "num_tokens_main_model, apply_admission_cap, ..."
         ),
+        "FullAttentionManager.add_local_computed_blocks": "request_id, ...",
         "FullAttentionManager.allocate_new_blocks": "request_id, num_tokens, num_tokens_main_model",
         "FullAttentionManager.remove_skipped_blocks": "request_id, processed_computed_tokens, num_prompt_tokens",
         "FullAttentionManager.pop_blocks_for_free": "request_id",
@@ -167,6 +175,7 @@ ENGINE: dict[str, dict[str, str | None]] = {
     "vllm.v1.core.kv_cache_manager": {
         "KVCacheManager.allocate_slots": "request, num_new_tokens, ..., num_lookahead_tokens",  # P9
         **_has("KVCacheManager", "coordinator block_pool empty_kv_cache_blocks"),
+        "KVCacheManager.create_kv_cache_blocks": "blocks",
         **_has("KVCacheBlocks", "blocks"),
     },
     "vllm.v1.core.sched.scheduler": {
@@ -174,6 +183,7 @@ ENGINE: dict[str, dict[str, str | None]] = {
         "Scheduler.add_request": "request, ...",
         "Scheduler.schedule": "...",
         "Scheduler._get_local_prefix_cache_hit": "request, ...",
+        "Scheduler._ec_transfer_pending": "request, num_computed_tokens",
         "Scheduler._reserve_prefill_lookahead": "request, num_computed_tokens, num_new_tokens",
         "Scheduler.update_from_output": "scheduler_output, model_runner_output",
         "Scheduler._free_request": "request, ...",

@@ -18,6 +18,7 @@ from vllm.v1.request import Request
 from vllm_defensive.engine.life import Life, Phase
 from vllm_defensive.engine.lifecycle import Lifecycle
 from vllm_defensive.engine.outlook import Outlook
+from vllm_defensive.engine.published import Published, free_first
 from vllm_defensive.packing import Region
 from vllm_defensive.plan import Eviction
 from vllm_defensive.settings.engine import EvictionConfig
@@ -29,9 +30,9 @@ class EvictionBlockManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
         self.eviction: EvictionConfig = kv_cache_spec.eviction
-        self.lifecycle = Lifecycle(self.eviction.window, with_token_ids=self.eviction.audit is not None)
+        self.lifecycle = Lifecycle(self.eviction.window, self.eviction.audit is not None, self.block_pool)
         can_share = self.enable_caching and self.block_size == self.block_pool.hash_block_size
-        self.outlook = Outlook(self.eviction, kv_cache_spec.page, self.block_pool, can_share)
+        self.outlook = Outlook(self.eviction, kv_cache_spec.page, self.block_pool, self.lifecycle.library, can_share)
         # The scheduler's own dict of live requests, set by it. Without it (a manager used on its own) nothing is ever
         # evicted.
         self.requests: Mapping[str, Request] = {}
@@ -67,7 +68,16 @@ class EvictionBlockManager(FullAttentionManager):
         life = self.life(request_id)
         if life is None or not life.ahead or num_tokens_main_model < life.stop:
             return positional
+        if life.published is not None:
+            return positional + life.published.unheld
         return positional + self.plan(life)[1]
+
+    def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        """A request's first blocks, before any is taken from the pool for it."""
+        super().add_local_computed_blocks(request_id, *args, **kwargs)
+        if (growth := self.lifecycle.adopt(request_id)) is not None:
+            blocks = self.req_to_blocks[request_id]
+            blocks[len(blocks) - len(growth) :] = growth
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Blocks appended to the request's table. The packed blocks are not among them: no position maps to them."""
@@ -85,7 +95,7 @@ class EvictionBlockManager(FullAttentionManager):
         region, count = self.plan(life)
         # The scheduler ends a chunk at the stop; of one that ran past it, too much has been seen to be evicted there.
         if not count or num_tokens != life.stop:
-            life.turn(Phase.WHOLE)
+            self.lifecycle.stay_whole(life)
             return
         blocks = self.req_to_blocks[life.request.request_id][: cdiv(life.stop, self.block_size)]
         packed = self.block_pool.get_new_blocks(count)
@@ -141,7 +151,13 @@ class EvictionBlockManager(FullAttentionManager):
         life = self.lifecycle.packing[request_id]
         if processed_tokens >= life.stop and self.lifecycle.processed >= life.fence:
             region = self.lifecycle.release(life)
-            self._remove_blocks_in_range(request_id, region.shared_blocks, region.full_blocks)
+            if life.published is None:
+                self._remove_blocks_in_range(request_id, region.shared_blocks, region.full_blocks)
+                return
+            blocks = self.req_to_blocks[request_id]
+            originals = blocks[region.full_blocks - 1 :: -1]
+            blocks[: region.full_blocks] = [self._null_block] * region.full_blocks
+            free_first(self.block_pool, originals)
 
     def cancel(self, eviction: Eviction) -> None:
         """The workers could not carry this eviction out: the request goes on over its originals."""
@@ -149,8 +165,27 @@ class EvictionBlockManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Everything the request holds: the one way out for finish, abort and preemption."""
+        life = self.lifecycle.packing.get(request_id)
+        if life is not None and life.key is not None:  # its packing is for others, even if it ends with this step
+            self._release(request_id, life.request.num_computed_tokens - life.request.num_in_flight_tokens)
+        life = self.lifecycle.lives.get(request_id)
+        if life is not None and life.published is not None and life.settings.reuse == "chat":
+            self._leave_end(life, life.published)
         packed = self.lifecycle.end(request_id)
-        return super().pop_blocks_for_free(request_id) + packed
+        blocks = super().pop_blocks_for_free(request_id)
+        if life is not None and life.published is not None:  # they are the library's
+            del blocks[life.stop // self.block_size : life.published.end // self.block_size]
+        return blocks + packed
+
+    def _leave_end(self, life: Life, held: Published) -> None:
+        """A turn of a chat ends: what it computed behind what it holds is there for the next one, whole blocks."""
+        request = life.request
+        full = (request.num_computed_tokens - request.num_in_flight_tokens) // self.block_size
+        full = min(full, len(request.block_hashes))
+        blocks = self.req_to_blocks[request.request_id][held.end // self.block_size : full]
+        if blocks:
+            hashed = request.block_hashes[full - 1]
+            life.published = self.lifecycle.library.extend(held, hashed, full * self.block_size, blocks)
 
     # -- for the scheduler --------------------------------------------------------------------------------------------
 
@@ -171,6 +206,23 @@ class EvictionBlockManager(FullAttentionManager):
             return None
         return 0 if life.accumulates else max(0, life.stop - (self.eviction.window if life.reads_window else 1))
 
+    def adoptable(self, request: Request, at_least: int) -> int:
+        """Tokens that a packing of an earlier request stands for, to one about to be admitted; 0: there is none.
+        at_least: so many tokens of a request must be left to compute."""
+        self.lifecycle.waiting.pop(request.request_id, None)
+        life = self.life(request.request_id)
+        if life is None or not life.ahead:
+            return 0
+        life.published = self.outlook.may_begin_with(life, at_least)
+        return 0 if life.published is None else life.published.end
+
+    def waits(self, request: Request, at_least: int) -> bool:
+        """Whether another request is making what this one, which is about to be admitted, would begin with."""
+        life = self.life(request.request_id)
+        if life is None or not self.lifecycle.waits(life) or request.skip_reading_prefix_cache:
+            return False
+        return request.num_tokens - life.stop >= at_least
+
     def note_hit(self, request_id: str, num_tokens: int) -> None:
         """The prefix cache serves so many tokens to a request that is still to be evicted, if it is admitted now."""
         if (life := self.lifecycle.get(request_id)) is not None:
@@ -179,7 +231,7 @@ class EvictionBlockManager(FullAttentionManager):
     def next_stop(self, request_id: str) -> int:
         """The stop of a request that is still to be evicted: no chunk may run past it. 0 for all others."""
         life = self.life(request_id)
-        return life.stop if life is not None and life.ahead else 0
+        return life.stop if life is not None and life.ahead and life.published is None else 0
 
     def lasting_blocks(self, request: Request) -> tuple[int, int]:
         """Blocks that the request holds, or would if it were let in, at its present length and once its originals are
@@ -188,6 +240,8 @@ class EvictionBlockManager(FullAttentionManager):
         life = self.life(request.request_id)
         if life is not None and (packing := life.packing) is not None:  # of nearly all that run
             return whole - packing.saved_blocks, packing.region.shared_blocks
+        if life is not None and life.published is not None:
+            return whole - life.published.eviction.packing.saved_blocks, 0  # of its packing, and all behind it
         if life is None or not life.ahead:
             return whole, whole
         region, packed = self.plan(life)

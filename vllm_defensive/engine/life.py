@@ -4,12 +4,13 @@
     PREFILL   the allocation that reaches its stop     all `ceil(tokens / N)`                none
     ECHOING   the step that ends its last echo         all, and its echo holds them too      `K` fresh ones, empty
     PACKING   the step that packs has been processed   all                                   `K` fresh ones
-    PACKED                                             `[0, s)` and from `g` on; null        `K`
-                                                       blocks keep the other positions
+    PACKED                                             `[0, s)` and from `g` on; null        `K`; others may hold
+                                                       blocks keep the other positions       them, too
     WHOLE                                              all                                   none
 
 ECHOING are those whose policy looks at the document again (`echo.py`); all others go on to PACKING at once. A request
-is WHOLE if nothing is to be gained by its eviction, or if it could not be carried out. From every phase a request may
+is WHOLE if nothing is to be gained by its eviction, or if it could not be carried out. One that finds the packing of an
+earlier request (`published.py`) is PACKED with its first allocation. From every phase a request may
 be finished, aborted or preempted, which gives all its blocks back and ends its life; one that is resumed begins anew,
 and passes the same stop again.
 
@@ -25,6 +26,7 @@ from enum import Enum
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
+from vllm_defensive.engine.published import Key, Published
 from vllm_defensive.packing import Packing
 from vllm_defensive.plan import Eviction
 from vllm_defensive.policy import PRESETS
@@ -43,7 +45,7 @@ class Phase(Enum):
 PREFILL, ECHOING = Phase.PREFILL, Phase.ECHOING
 
 _NEXT = {
-    Phase.PREFILL: (Phase.ECHOING, Phase.PACKING, Phase.WHOLE),
+    Phase.PREFILL: (Phase.ECHOING, Phase.PACKING, Phase.PACKED, Phase.WHOLE),
     Phase.ECHOING: (Phase.PACKING, Phase.WHOLE),
     Phase.PACKING: (Phase.PACKED, Phase.WHOLE),
     Phase.PACKED: (),
@@ -57,6 +59,9 @@ class Life:
     brief: it ends with its prefill. is_echo: it is a request of our own, which repeats another's prompt.
     hit_tokens: what the prefix cache served.
     eviction, blocks: what it holds packed, from ECHOING or PACKING on.
+    key: under which its packing is found by others, or that of another by it; None: it keeps to itself.
+    published: the packing, if others may hold it too; of one that is about to be let in, the one that it begins with.
+    adopted: that was another's.
     echoed: positions before this one have been repeated. repeated: tokens that its echoes have taken so far.
     fence: the step that packs; 0 where that is the step that reached the stop.
     ready_tokens: up to here the request has slots, and no block is left to hash. cached: the prefix cache has every
@@ -76,6 +81,9 @@ class Life:
     echo_tokens: int = 0
     eviction: Eviction | None = None
     blocks: list[KVCacheBlock] = field(default_factory=list)
+    key: Key | None = None
+    published: Published | None = None
+    adopted: bool = False
     echoed: int = 0
     repeated: int = 0
     fence: int = 0

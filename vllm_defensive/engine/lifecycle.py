@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
 from vllm_defensive.counts import REMEMBERED, Totals
 from vllm_defensive.engine.life import Life, Phase
+from vllm_defensive.engine.published import Key, Library
 from vllm_defensive.packing import Format, Packing, Region
 from vllm_defensive.plan import Eviction, Reconstruction, Score, StepMessage
 from vllm_defensive.settings.engine import NONE
@@ -20,12 +23,14 @@ from vllm_defensive.settings.request import RequestSettings
 class Lifecycle:
     """The lives of one scheduler's requests, and what happened to them since it was last asked."""
 
-    def __init__(self, window: int, with_token_ids: bool) -> None:
-        """window: the engine's. with_token_ids: evictions tell the workers their prompts, for audits."""
+    def __init__(self, window: int, with_token_ids: bool, pool: BlockPool) -> None:
+        """window: the engine's. with_token_ids: evictions tell the workers their prompts, for audits. pool: that the
+        blocks come from."""
         self._window, self._with_token_ids = window, with_token_ids
+        self.library = Library(pool, self._note_codes)
         self.totals = Totals()
         self.saved_blocks = 0  # sum over the live requests that were released
-        self.packed_blocks = 0  # sum over all live requests
+        self.packed_blocks = 0  # that live requests hold
         self.lives: dict[str, Life] = {}
         self.waiting: dict[str, Life] = {}  # of requests without an allocation, since the last look at them
         # Those of `lives` in these phases: few, and asked for in every step.
@@ -37,10 +42,12 @@ class Lifecycle:
         self._released: list[str] = []
         self._clear: list[int] = []  # blocks of quantised pages that have gone back
         self._reconstruct: dict[str, Reconstruction] = {}
+        self._adopted: dict[str, Eviction] = {}
+        self._packers: dict[Key, str] = {}  # who is on its way to a packing that others wait for
         self._watched: set[str] = set()  # in `lives`, and their last tokens before the stop are still to be scheduled
         self._planned: dict[str, Eviction] = {}
         # Since somebody asked; bounded, because nobody does where statistics are off.
-        self._done: deque[Eviction] = deque(maxlen=REMEMBERED)
+        self._done: deque[tuple[Eviction, bool]] = deque(maxlen=REMEMBERED)  # and whether it was adopted
         self._reports: dict[str, dict[str, Any]] = {}  # of requests that were preempted
 
     def get(self, request_id: str) -> Life | None:
@@ -54,6 +61,36 @@ class Lifecycle:
             self.lives[request_id] = life
             if life.ahead:
                 self._watched.add(request_id)
+                if life.key is not None:
+                    self._packers.setdefault(life.key, request_id)
+
+    def waits(self, life: Life) -> bool:
+        """Whether another request is making what this one, which has not begun, would begin with."""
+        return life.ahead and life.key in self._packers
+
+    def adopt(self, request_id: str) -> list[KVCacheBlock] | None:
+        """The request is about to get its first blocks: if it was found to begin with a packing, it holds that now.
+        Returns the blocks at the positions behind it, the last ones that the request begins with; None if it was not.
+        """
+        life = self.waiting.get(request_id)
+        if life is None or life.published is None:
+            return None
+        self.lives[request_id] = self.waiting.pop(request_id)
+        self.library.hold(life.published)
+        made, packed = life.published.eviction, life.published.packed
+        if packed[0].ref_cnt == 1:
+            self.packed_blocks += len(packed)
+        life.stop = made.region.stop
+        token_ids = tuple(life.request.all_token_ids[: life.stop]) if self._with_token_ids else None
+        life.eviction = replace(made, score=replace(made.score, request_id=request_id), token_ids=token_ids)
+        life.blocks, life.adopted, life.echo_tokens = list(packed), True, 0
+        life.turn(Phase.PACKED)
+        self._adopted[request_id] = life.eviction
+        self.saved_blocks += life.eviction.packing.saved_blocks
+        self.totals.adoptions += 1
+        self.totals.adopted_tokens += life.published.end
+        self._done.append((life.eviction, True))
+        return life.published.growth
 
     def pack(
         self, life: Life, region: Region, blocks: list[KVCacheBlock], source_blocks: Sequence[int], format: Format
@@ -63,7 +100,8 @@ class Lifecycle:
         token_ids = tuple(life.request.all_token_ids[: life.stop]) if self._with_token_ids else None
         score = Score(request_id, settings.policy, settings.keep, region, tuple(source_blocks))
         packing = Packing(region, tuple(block.block_id for block in blocks), format)
-        life.eviction, life.blocks = Eviction(score, packing, token_ids), blocks
+        number = self.library.next_number() if life.key is not None else 0
+        life.eviction, life.blocks = Eviction(score, packing, token_ids, number), blocks
         self.packed_blocks += len(blocks)
         if not life.echo_tokens:
             self._plan(life)
@@ -101,24 +139,49 @@ class Lifecycle:
         return self._leave_whole(life)
 
     def _leave_whole(self, life: Life) -> list[KVCacheBlock]:
-        life.turn(Phase.WHOLE)
         self.totals.cancelled += 1
-        self.packed_blocks -= len(life.blocks)
         life.cached = False  # what is computed from now on may be hashed like any other
-        self._note_quantised(life)
-        blocks, life.blocks, life.eviction = life.blocks, [], None
+        self.stay_whole(life)
+        blocks, life.blocks, life.eviction = self._give_back(life), [], None
         return blocks
 
-    def _note_quantised(self, life: Life) -> None:
-        """The request's packed blocks go back: what is in them is no number to anybody else."""
-        if life.packing is not None and life.packing.format.quantised:
-            self._clear += life.packing.blocks
+    def stay_whole(self, life: Life) -> None:
+        """Nothing of the request is evicted."""
+        life.turn(Phase.WHOLE)
+        self._pass_on(life)
+
+    def _pass_on(self, life: Life) -> None:
+        """Nobody has to wait any longer for what this request was making."""
+        if life.key is not None and self._packers.get(life.key) == life.request.request_id:
+            del self._packers[life.key]
+
+    def _give_back(self, life: Life) -> list[KVCacheBlock]:
+        """The request holds no packed blocks any more. Returns those that are to go back, and are nobody else's."""
+        if life.published is not None and life.eviction is not None:
+            self.library.leave(life.published)
+            if not life.blocks[0].ref_cnt:
+                self.packed_blocks -= len(life.blocks)
+            return []
+        self.packed_blocks -= len(life.blocks)
+        if life.eviction is not None and life.eviction.packing.format.quantised:
+            self._note_codes(life.eviction.packing.blocks)
+        if life.eviction is not None and life.eviction.number:
+            self.library.forget(life.eviction.number)
+        return life.blocks
+
+    def _note_codes(self, blocks: Sequence[int]) -> None:
+        """What is in these blocks, which others may have now, is no number to them."""
+        self._clear += blocks
 
     def release(self, life: Life) -> Region:
-        """The step that packed has been processed: the originals of this region are to go back."""
-        assert life.packing is not None
+        """The step that packed has been processed: the originals of this region are to go back. From now on others may
+        hold the packed blocks, too."""
+        assert life.packing is not None and life.eviction is not None
         life.turn(Phase.PACKED)
         del self.packing[life.request.request_id]
+        if life.key is not None:
+            life.published = self.library.publish(life.key, life.eviction, life.blocks)
+            self._pass_on(life)
         self._count(life)
         self.totals.freed_blocks += life.packing.saved_blocks
         self.saved_blocks += life.packing.saved_blocks
@@ -144,16 +207,16 @@ class Lifecycle:
         self._watched.discard(request_id)
         self.packing.pop(request_id, None)
         self.echoing.pop(request_id, None)
+        self._adopted.pop(request_id, None)
         life = self.lives.pop(request_id, None)
         if life is None:
             return []
+        self._pass_on(life)
         if life.phase is Phase.PACKING:
             self._count(life)
-        self.packed_blocks -= len(life.blocks)
-        self._note_quantised(life)
         if life.phase is Phase.PACKED and life.packing is not None:
             self.saved_blocks -= life.packing.saved_blocks
-        return life.blocks
+        return self._give_back(life)
 
     # -- what the workers and others are told -------------------------------------------------------------------------
 
@@ -170,6 +233,8 @@ class Lifecycle:
         message.held, self._held = [r for r in self._held if r in self.echoing], []
         message.released, self._released = self._released, []
         message.clear, self._clear = self._clear, []
+        message.adopted, self._adopted = list(self._adopted.values()), {}
+        message.forgotten = self.library.take_gone()
         for request_id in [r for r in self._watched if r in num_scheduled_tokens]:
             life = self.lives[request_id]
             end = life.request.num_computed_tokens
@@ -184,15 +249,15 @@ class Lifecycle:
     def _count(self, life: Life) -> None:
         """An eviction can be declined until its step has been processed; from then on it counts."""
         assert life.eviction is not None
-        self._done.append(life.eviction)
+        self._done.append((life.eviction, False))
         self.totals.requests += 1
         self.totals.prefix_hit_tokens += life.hit_tokens
         self.totals.prompt_tokens += life.eviction.region.stop
         self.totals.kept_tokens += life.eviction.packing.kept_tokens
         self.totals.held_tokens += life.eviction.packing.held_tokens
 
-    def take_done(self) -> list[Eviction]:
-        """Evictions that were carried out since the last call."""
+    def take_done(self) -> list[tuple[Eviction, bool]]:
+        """Evictions that were carried out since the last call, and whether it was for another request before."""
         done = list(self._done)
         self._done.clear()
         return done
@@ -212,8 +277,8 @@ class Lifecycle:
 
     def report(self, request_id: str) -> dict[str, Any] | None:
         """For the response of a request that asks for it: its policy and widths; tokens of its whole prompt, all and
-        kept (a mean over layers and heads), and how many would take, unpacked, the memory that is left; where it was
-        looked at again, tokens that this took."""
+        kept (a mean over layers and heads), and how many would take, unpacked, the memory that is left; whether that
+        was packed for an earlier request; where it was looked at again, tokens that this took."""
         life = self.lives.get(request_id)
         if life is None:
             return self._reports.get(request_id)
@@ -229,5 +294,6 @@ class Lifecycle:
             "prompt_tokens": prompt,
             "kept_tokens": behind + packing.kept_tokens,
             "held_tokens": behind + packing.held_tokens,
+            "adopted": life.adopted,
         }
         return report if not life.echo_tokens else {**report, "echo_tokens": life.repeated}

@@ -11,6 +11,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_defensive.engine.life import Life, Phase
+from vllm_defensive.engine.published import Key, Kind, Library, Published
 from vllm_defensive.engine.sharing import Relatives, worth_sharing
 from vllm_defensive.packing import WIDTHS, Format, Region, echo_blocks, echo_tokens
 from vllm_defensive.policy import PRESETS
@@ -22,9 +23,11 @@ from vllm_defensive_kernels.widths import PageShape
 class Outlook:
     """Judges requests by their settings, by who else is there, and by what the pool can hold."""
 
-    def __init__(self, settings: EvictionConfig, page: PageShape, pool: BlockPool, can_share: bool) -> None:
-        """page: of one head; a block is one of each. can_share: blocks are hashed, in the size in which they are
-        allocated."""
+    def __init__(
+        self, settings: EvictionConfig, page: PageShape, pool: BlockPool, library: Library, can_share: bool
+    ) -> None:
+        """page: of one head; a block is one of each. library: of what may be found there. can_share: blocks are hashed,
+        in the size in which they are allocated."""
         self.settings, self.block_tokens = settings, page.rows
         self._formats = {widths: Format.of(widths, page) for widths in WIDTHS}
         self.relatives = Relatives()
@@ -32,7 +35,7 @@ class Outlook:
         self.other_managers: Sequence[SingleTypeKVCacheManager] = ()
         # The scheduler's, set by it: the longest request, and whether images have positions of their own.
         self.max_model_len, self.own_positions = 0, False
-        self._pool, self._can_share = pool, can_share
+        self.library, self._pool, self._can_share = library, pool, can_share
         self._sessions: dict[str, Request] = {}  # that stream their input, by id
 
     def foresee(self, request: Request, blocks_of: Callable[[str], Iterable[KVCacheBlock]]) -> Life:
@@ -41,6 +44,10 @@ class Outlook:
         if request.resumable:
             self._sessions[request.request_id] = request
         stop = request.num_prompt_tokens if settings.boundary is None else settings.boundary
+        publishes = self._can_share and not self.other_managers and settings.outlives
+        if publishes:
+            # What comes later sees the same state then, whoever computed it.
+            stop = stop // self.block_tokens * self.block_tokens
         policy = PRESETS.get(settings.policy)  # there is none called "none"
         repeats = self._echo_tokens(request, stop) if policy is not None and policy.reconstructs else 0
         if policy is not None and policy.fallback:
@@ -51,14 +58,38 @@ class Outlook:
         # A prefill yields the answer's first token: if no other is asked for (a classifier, a beam search step),
         # nobody reads what is kept, unless an audit shows it.
         brief = request.max_tokens == 1 and request.num_prompt_tokens == stop and not request.resumable
-        life = Life(request, settings, stop, Phase.PREFILL, brief, echo_tokens=repeats)
-        count = 0 if brief and self.settings.audit is None else self._budget(life, 0)[1]
+        key = None
+        if publishes and stop:
+            key = Key(request.block_hashes[stop // self.block_tokens - 1], self._kind(settings))
+        life = Life(request, settings, stop, Phase.PREFILL, brief and key is None, echo_tokens=repeats, key=key)
+        count = 0 if life.brief and self.settings.audit is None else self._budget(life, 0)[1]
         beside = count
         if repeats:
             beside += echo_blocks(stop, self.max_model_len, self.block_tokens) + self.blocks_beside(repeats)
         if not count or not self._fits(request, beside, blocks_of):
             life.turn(Phase.WHOLE)
+            life.key = None
         return life
+
+    def _kind(self, settings: RequestSettings) -> Kind:
+        return Kind(settings.policy, settings.keep, settings.widths, self.library.generation)
+
+    def may_begin_with(self, life: Life, at_least: int) -> Published | None:
+        """What was packed for an earlier request, and this one, whose stop lies ahead, begins with; None: it is not
+        there. at_least: so many tokens of a request must be left to compute."""
+        request, settings = life.request, life.settings
+        if request.skip_reading_prefix_cache:
+            return None
+        most = request.num_tokens - at_least
+        if life.key is not None and life.stop <= most and (found := self.library.find(life.key)) is not None:
+            return found
+        if not settings.takes_any or not self._can_share or self.other_managers:
+            return None
+        found = self.library.longest(self._kind(settings), request.block_hashes, self.block_tokens, most)
+        if found is None:
+            return None
+        # What is not packed stays as it is: a prompt that is more than half of that is packed anew, as a whole.
+        return found if 2 * (request.num_tokens - found.eviction.region.stop) <= request.num_tokens else None
 
     def _echo_tokens(self, request: Request, stop: int) -> int:
         """How many tokens of its prompt one echo of this request repeats; 0: none, or there is no room, or its prompt
@@ -100,7 +131,7 @@ class Outlook:
         it. life_of: the life of any live request."""
         shared = 0
         # A request that may not read the prefix cache computes copies of its own, which nobody shares.
-        reads = not life.accumulates and not life.request.skip_reading_prefix_cache
+        reads = not life.accumulates and not life.request.skip_reading_prefix_cache and life.key is None
         if self._can_share and self.settings.shared == "keep" and reads:
             full_blocks = life.stop // self.block_tokens
             # Nobody takes more than holds all tokens.

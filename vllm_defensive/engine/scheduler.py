@@ -42,6 +42,9 @@ class _EvictionMixin(Scheduler):
         self._last_hit: Sequence[KVCacheBlock] = ()
         self._refused: tuple[Any, ...] = ()  # who was not let in, and what was looked at
         self._longest_hit: int | None = None
+        # A request must have a token left to compute; with one, vLLM would fill the row up with placeholders for
+        # drafts and assert that they stay.
+        self._least_left = 2 if self.num_spec_tokens else 1
         self._amendments = Amendments(
             manager.eviction, manager.lifecycle, self.requests, caching=manager.enable_caching
         )
@@ -73,6 +76,7 @@ class _EvictionMixin(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.eviction_manager.release_processed()
+        self.eviction_manager.lifecycle.library.settle()
         self._echoes.begin()
         output = super().schedule(*args, **kwargs)
         self._echoes.scheduled(output.num_scheduled_tokens)
@@ -81,8 +85,15 @@ class _EvictionMixin(Scheduler):
         return output
 
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's lookup for a request about to be admitted, no longer than the block manager allows. From vLLM 0.33 on
-        it is given a limit of its own, which is handed on: P8 takes the lesser of the two."""
+        """vLLM's lookup for a request about to be admitted, no longer than the block manager allows; or what was packed
+        for an earlier one. From vLLM 0.33 on it is given a limit of its own, which is handed on: P8 takes the lesser of
+        the two."""
+        if self.eviction_manager.waits(request, self._least_left):
+            return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
+        if adopted := self.eviction_manager.adoptable(request, self._least_left):
+            null = [self.kv_cache_manager.block_pool.null_block] * (adopted // self.eviction_manager.block_size)
+            self._last_hit = ()
+            return self.kv_cache_manager.create_kv_cache_blocks((null,)), adopted, 0, False
         self._longest_hit = self.eviction_manager.longest_hit(request.request_id)
         if self._longest_hit is not None and self.num_spec_tokens:
             # With one token left, vLLM would fill the row up with placeholders for drafts and assert that they stay;
@@ -101,6 +112,11 @@ class _EvictionMixin(Scheduler):
         if self._answers is not None:
             self._last_hit = blocks.blocks[self.eviction_manager.kv_cache_group_id]
         return blocks, hit, resume_at, diverged
+
+    def _ec_transfer_pending(self, request: Request, num_computed_tokens: int) -> bool:
+        """vLLM's question whether a waiting request is passed over for now, while others behind it may come in."""
+        pending = super()._ec_transfer_pending(request, num_computed_tokens)
+        return pending or (not num_computed_tokens and self.eviction_manager.waits(request, self._least_left))
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM's last word on the length of a chunk; ours is that it ends where the request is evicted."""
@@ -143,6 +159,11 @@ class _EvictionMixin(Scheduler):
         limit = min(request.max_tokens, self.max_model_len - request.num_prompt_tokens)
         rest = self._answers.rest(request.num_output_tokens, limit)
         lasting, leading = self.eviction_manager.lasting_blocks(request)
+        life = self.eviction_manager.life(request.request_id)
+        if life is not None and life.published is not None:  # which others may hold, too
+            held = [block.block_id for part in life.published.line for block in part.blocks]
+            own = lasting - len(held) + self.eviction_manager.outlook.blocks_beside(request.num_tokens + rest)
+            return Load(rest, own, held)
         leading = min(leading, len(blocks))
         shared = self._shared_with_others(blocks, leading) if leading else 0
         own = lasting - shared + self.eviction_manager.outlook.blocks_beside(request.num_tokens + rest)
@@ -162,12 +183,14 @@ class _EvictionMixin(Scheduler):
         report = channels.read_report(model_runner_output)
         if report is not None:
             self._ledger.note_worker(report)
+            if report.other_weights:
+                self.eviction_manager.lifecycle.library.forget_all()
             for eviction in channels.read_message(scheduler_output).evictions if report.cancelled else ():
                 if eviction.request_id in report.cancelled:
                     self.eviction_manager.cancel(eviction)
         hashed_tokens = self._amendments.hashed_tokens(scheduler_output.num_scheduled_tokens)
+        self.eviction_manager.lifecycle.processed += 1  # a request that ends with this step has been packed in it
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self.eviction_manager.lifecycle.processed += 1
         self._echoes.processed(outputs.values())
         for of_client in outputs.values():
             self._amendments.apply(of_client.outputs, hashed_tokens)
@@ -177,6 +200,7 @@ class _EvictionMixin(Scheduler):
         """vLLM's; all blocks are to be free then, and an echo may hold some though it waits."""
         if reset_running_requests:
             self._echoes.end()
+        self.eviction_manager.lifecycle.library.forget_all()
         return super().reset_prefix_cache(reset_running_requests, *args, **kwargs)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -204,8 +228,17 @@ class _EvictionMixin(Scheduler):
             stats.num_waiting_reqs -= self._echoes.waiting
             lifecycle, pool = self.eviction_manager.lifecycle, self.kv_cache_manager.block_pool
             used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # block 0 is vLLM's null block
-            now = State(used, lifecycle.packed_blocks, lifecycle.saved_blocks, self._ledger.stale_score)
-            if (increase := self._ledger.take(lifecycle.totals, now, lifecycle.take_done())) is not None:
+            library, totals = lifecycle.library, lifecycle.totals
+            totals.published, totals.lost = library.published, library.lost
+            now = State(
+                used,
+                lifecycle.packed_blocks,
+                lifecycle.saved_blocks,
+                len(library),
+                library.blocks,
+                self._ledger.stale_score,
+            )
+            if (increase := self._ledger.take(totals, now, lifecycle.take_done())) is not None:
                 channels.attach_counts(stats, increase)
         return stats
 

@@ -73,7 +73,7 @@ def worth_sharing(
             continue
         theirs = life_of(other)
         ahead = theirs.phase is PREFILL
-        if theirs.brief or (ahead and theirs.sums_attention):
+        if theirs.brief or theirs.key is not None or (ahead and theirs.sums_attention):
             continue  # reads nobody's blocks, or not for long
         limit = min(full_blocks, len(hashes), len(other.block_hashes))
         if theirs.eviction is not None:

@@ -26,12 +26,13 @@ class Ledger:
         # Each rank packs as many pages as the first.
         self._worker.add(report.microseconds, [pages * self._ranks for pages in report.decile_pages])
 
-    def take(self, totals: Totals, state: State, done: Sequence[Eviction]) -> Increase | None:
-        """What is new; None if nothing is. totals, state: as they are now. done: evictions since the last call."""
+    def take(self, totals: Totals, state: State, done: Sequence[tuple[Eviction, bool]]) -> Increase | None:
+        """What is new; None if nothing is. totals, state: as they are now. done: evictions since the last call,
+        and whether each was adopted."""
         worker = self._worker
         if not done and not worker and state == self._state and totals == self._told:
             return None
-        increase = Increase(records=[record_of(eviction) for eviction in done])
+        increase = Increase(records=[record_of(*each) for each in done])
         if totals != self._told:
             increase.totals, self._told = totals - self._told, replace(totals)
         if state != self._state:

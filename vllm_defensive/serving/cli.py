@@ -41,6 +41,7 @@ def add_flags(parser: Any, supported: bool = True) -> None:
         "learned": "FILE",
         "widths": "|".join((config.AUTO, *OFFERED)),
         "shared": "keep|evict",
+        "reuse": "off|boundary|prefix|chat",
         "admission": "eager|steady",
         "policies": "POLICY,...",
     }

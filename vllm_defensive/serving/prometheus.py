@@ -36,6 +36,10 @@ COUNTERS = {
     "freed_blocks": ("vllm:kv_eviction_freed_blocks", "KV cache blocks given back, net of packed ones."),
     "cancelled": ("vllm:kv_eviction_cancelled", "Evictions that could not be carried out; nothing was dropped."),
     "echo_tokens": ("vllm:kv_eviction_echo_tokens", "Tokens computed to look at a prompt again, for its scores."),
+    "adoptions": ("vllm:kv_eviction_adoptions", "Requests that began with what was packed for an earlier one."),
+    "adopted_tokens": ("vllm:kv_eviction_adopted_tokens", "Tokens of their prompts that they did not compute."),
+    "published": ("vllm:kv_eviction_published", "Packings that outlived their request."),
+    "lost": ("vllm:kv_eviction_published_lost", "Those of them whose memory was needed by others."),
 }
 # Seconds are a histogram: `LLM.get_metrics()` cuts counters down to whole numbers.
 SECONDS = ("vllm:kv_eviction_seconds", "Seconds that a step spent on scoring and packing.")
@@ -51,6 +55,11 @@ GAUGES = {
     "used_blocks": ("vllm:kv_eviction_used_blocks", "KV cache blocks that requests hold."),
     "packed_blocks": ("vllm:kv_eviction_packed_blocks", "Those of them that hold the packed pages of evicted prompts."),
     "saved_blocks": ("vllm:kv_eviction_saved_blocks", "Blocks that these requests would hold more without eviction."),
+    "published": ("vllm:kv_eviction_published_packings", "Packings that later requests may begin with."),
+    "published_blocks": (
+        "vllm:kv_eviction_published_blocks",
+        "Blocks of these, whether a request holds them now or they wait among the free ones.",
+    ),
 }
 LEARNED = (
     "vllm:kv_eviction_learned",
@@ -117,8 +126,9 @@ class EvictionStatLogger(AggregateStatLoggerBase):
 
     def _record_one(self, record: dict[str, Any], engine: str) -> None:
         labels = (self._model, engine, record["policy"])
-        self._by_policy.labels(*labels).inc()
-        self._shares.labels(*labels).observe(record["held_tokens"] / record["prompt_tokens"])
+        if not record["adopted"]:
+            self._by_policy.labels(*labels).inc()
+            self._shares.labels(*labels).observe(record["held_tokens"] / record["prompt_tokens"])
         recent.remember(record)
 
     def log_engine_initialized(self) -> None:

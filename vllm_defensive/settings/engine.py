@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -30,6 +30,7 @@ AUTO_WIDTHS = ((1.0, "16"), (0.56, "8"), (0.43, "k8v4"), (0.15, "8,4"), (0.0, "k
 on; below, what keeps most answers as they were (docs/quality.md)."""
 
 ScoredBy = Literal["auto", "window", "reconstruct", "learned"]
+Reuse = Literal["off", "boundary", "prefix", "chat"]
 
 
 class EvictionConfig(BaseModel):
@@ -81,6 +82,12 @@ class EvictionConfig(BaseModel):
     shared: Literal["keep", "evict"] = Field(
         "keep",
         description="leading blocks that other live requests use too: keep them whole, or evict them like the rest",
+    )
+    reuse: Reuse = Field(
+        "off",
+        description="packings that outlive their request, for who asks about the same tokens later: off; boundary: "
+        "what was kept of a prompt up to the boundary that its request names; prefix: and a request that names none "
+        "begins with the longest of these that its prompt begins with; chat: and leaves its own end for the next turn",
     )
     admission: Literal["eager", "steady"] = Field(
         "eager",
@@ -312,6 +319,7 @@ _ALLOWED = {
     "min_tokens": lambda: "choose a whole number of tokens, 1 or more",
     "audit": lambda: "name a folder",
     "shared": lambda: "choose one of keep, evict",
+    "reuse": lambda: f"choose one of {', '.join(get_args(Reuse))}",
     "admission": lambda: "choose one of eager, steady",
     "per_request": lambda: "choose true or false",
     "policies": lambda: f"choose from {', '.join(allowed_policies())}, separated by commas",

@@ -8,6 +8,7 @@
     kv_eviction_boundary   evict when this many prompt tokens are computed; the rest of the prompt sees what was
                            kept, and is itself kept whole ("compress the document, then ask")
     kv_eviction_protect    leading prompt tokens that stay whole, in place and shared (a system prompt)
+    kv_eviction_reuse      whether its packing outlives it, for later requests: "off", "boundary", "prefix", "chat"
     kv_eviction_report     1: the response tells what was kept
 
 Checked once in the API server, where a mistake is a 400; the scheduler resolves the same fields and must never raise.
@@ -17,14 +18,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_defensive.packing import OFFERED
-from vllm_defensive.settings.engine import AUTO, NONE, EvictionConfig, ScoredBy, known_policy, known_widths, listed
+from vllm_defensive.settings.engine import (
+    AUTO,
+    NONE,
+    EvictionConfig,
+    Reuse,
+    ScoredBy,
+    known_policy,
+    known_widths,
+    listed,
+)
 
 _PREFIX = "kv_eviction"
+_LATER = ("prefix", "chat")  # of such reuse, whatever a request packs or takes is asked about by others, later
 
 
 class RequestSettings(BaseModel):
@@ -41,7 +52,20 @@ class RequestSettings(BaseModel):
     widths: str | None = None
     boundary: int | None = Field(None, ge=1)
     protect: int = Field(0, ge=0)
+    reuse: Reuse = "off"
     report: bool | Literal[0, 1] = False
+
+    @property
+    def outlives(self) -> bool:
+        """Whether what is kept of the request is for later ones, too."""
+        named = self.reuse == "chat" or (self.boundary is not None and self.reuse != "off")
+        return named and not self.protect and self.policy != NONE
+
+    @property
+    def takes_any(self) -> bool:
+        """Whether the request begins with whatever was packed of its prompt's first tokens."""
+        named = self.boundary is None and self.reuse in ("prefix", "chat")
+        return named and not self.protect and self.policy != NONE
 
     @field_validator("policy")
     @classmethod
@@ -80,10 +104,10 @@ def resolve(
         elif _means_us(name):
             raise _wrong(name, value, _spelling(name))
     if not own:
-        widths = engine.meant_widths(engine.policy)
-        return RequestSettings.model_construct(policy=engine.meant(engine.policy), keep=engine.keep, widths=widths)
+        widths, meant = engine.meant_widths(engine.policy), engine.meant(engine.policy, boundary=engine.reuse in _LATER)
+        return RequestSettings.model_construct(policy=meant, keep=engine.keep, widths=widths, reuse=engine.reuse)
     try:
-        settings = RequestSettings(**{"policy": engine.policy, "keep": engine.keep, **own})
+        settings = RequestSettings(**{"policy": engine.policy, "keep": engine.keep, "reuse": engine.reuse, **own})
     except ValidationError as error:
         first = error.errors()[0]
         field = _field_name(str(first["loc"][0]))
@@ -108,6 +132,7 @@ def resolve(
             way_out = f"inside an image, video or audio; choose {' or '.join(str(b) for b in (begin, end) if b)}"
             raise _wrong("kv_eviction_boundary", settings.boundary, way_out)
     asks_later = settings.boundary is not None and settings.boundary < num_prompt_tokens
+    asks_later = asks_later or settings.reuse in _LATER
     meant = engine.meant(settings.policy, boundary=asks_later, score=settings.score, keep=settings.keep)
     if not engine.is_there(meant):
         raise _wrong("kv_eviction_score", settings.score, "this server has no learned score for its model")
@@ -177,6 +202,7 @@ _ALLOWED = {
     "kv_eviction_widths": "choose one of {widths}",
     "kv_eviction_boundary": "choose a whole number of prompt tokens, 1 or more",
     "kv_eviction_protect": "choose a whole number of prompt tokens, 0 or more",
+    "kv_eviction_reuse": f"choose one of {', '.join(get_args(Reuse))}",
     "kv_eviction_report": "choose 0 or 1",
 }
 _SWITCHES = ("kv_eviction_report",)  # a boolean is what they mean

@@ -56,6 +56,7 @@ class Evictor(ABC):
         self._scored: dict[str, Any] = {}  # what `_score` returned, until it is packed
         self._reasons: tuple[type[Exception], ...] = (IncompleteError,) if rank[1] > 1 else (Exception,)
         self._report = WorkerReport()
+        self._audited: dict[int, Selections] = {}  # where audits are wanted: of packings that others may begin with
 
     @abstractmethod
     def _score(self, score: Score) -> Any:
@@ -94,9 +95,19 @@ class Evictor(ABC):
         if packed:
             pages_L = torch.stack([part.pages_LH for _, parts in packed for part in parts]).sum(dim=(0, 2))
             self._finish(started, pages_by_decile(pages_L, self._decile_L))
+        for eviction, parts in packed:
+            self._audit(eviction, parts)
+
+    def adopt(self, evictions: Sequence[Eviction]) -> None:
+        """Requests begin with what was packed for an earlier one: they are audited like that."""
+        for eviction in evictions if self._config.audit is not None else ():
+            self._audit(eviction, self._audited[eviction.number])
+
+    def _audit(self, eviction: Eviction, parts: Selections) -> None:
         if self._config.audit is not None:
-            for eviction, parts in packed:
-                audit.record(self._config.audit, eviction, parts, self._rank)
+            audit.record(self._config.audit, eviction, parts, self._rank)
+            if eviction.number:
+                self._audited[eviction.number] = parts
 
     def score(self, score: Score) -> None:
         """Weigh a request's tokens and keep the result until it is packed or forgotten."""
@@ -123,15 +134,18 @@ class Evictor(ABC):
         logger.warning("KV eviction: %s is served whole: %s", request_id, error, exc_info=unforeseen)
         self._report.cancelled[request_id] = str(error)
 
-    def forget(self, request_ids: Iterable[str]) -> None:
-        """These requests have ended, or begin anew."""
+    def forget(self, request_ids: Iterable[str], numbers: Iterable[int] = ()) -> None:
+        """These requests have ended, or begin anew. numbers: of evictions that nobody will begin with any more."""
         for request_id in request_ids:
             self._scored.pop(request_id, None)
+        for number in numbers:
+            self._audited.pop(number, None)
 
     def forget_weights(self, *, same: bool = False) -> None:
         """The model may have other weights now: what was derived from the old ones is not used again, but for a learned
         score, which still says more than none. same: it has not."""
         self._projections.forget()
+        self._report.other_weights = self._report.other_weights or not same
         if self.learned is not None and not same:
             logger.warning_once(
                 "KV eviction: the model's weights may have changed, and its learned score is still the old one; make "
@@ -141,6 +155,7 @@ class Evictor(ABC):
 
     def go_by(self, learned: LearnedWeights) -> None:
         """Use this learned score from now on."""
+        self._report.other_weights = self._report.other_weights or self.learned is not None
         self.learned, self._report.stale_score = learned, False
 
     def take_report(self) -> WorkerReport:

@@ -220,7 +220,8 @@ class EvictionWorker(Worker):
         message = channels.read_message(scheduler_output)
         gone = channels.reset_requests(scheduler_output)
         self._runtime.begin(message, gone)
-        self._evictor.forget(gone)
+        self._evictor.forget(gone, message.forgotten)
+        self._evictor.adopt(message.adopted)
         try:
             output = super().execute_model(scheduler_output)
         finally:

@@ -154,7 +154,7 @@ class CPUEvictor(Evictor):
             parts = self._pack_layer_by_layer(scored, eviction)
         else:
             parts = self._pack_all(scored, eviction)
-        self._runtime.install(eviction, torch.stack([part.pages_LH for part in parts]))
+        self._runtime.place(eviction, torch.stack([part.pages_LH for part in parts]))
         return parts
 
     def _pack_all(self, scored: Scored, eviction: Eviction) -> Selections:

@@ -50,7 +50,7 @@ class Step:
     evicted: tuple[EvictedRows, ...]
 
 
-class CPURuntime(Runtime):
+class CPURuntime(Runtime[Tensor]):
     """The tables of evicted requests, and what each batch reads of them."""
 
     reconstructions: CPUReconstructions
@@ -78,10 +78,10 @@ class CPURuntime(Runtime):
         self.tables.pop(request_id, None)
         self.accumulations.drop(request_id)
 
-    def install(self, eviction: Eviction, pages_CLH: Tensor) -> None:
-        """Make an eviction known to the steps that come. pages_CLH: int, pages of each head in each part."""
+    def install(self, eviction: Eviction, placed: Tensor) -> None:
+        """Make an eviction known to the steps that come. placed: int `[C, L, H]`, pages of each head in each part."""
         shared = eviction.score.source_blocks[: eviction.region.shared_blocks]
-        self.tables[eviction.request_id] = RequestTable(self._view, eviction.packing, shared, pages_CLH)
+        self.tables[eviction.request_id] = RequestTable(self._view, eviction.packing, shared, placed)
 
     def clear(self, blocks: Sequence[int]) -> None:
         self._view.data.index_fill_(0, self._view.of_packed(torch.tensor(blocks)), 0)

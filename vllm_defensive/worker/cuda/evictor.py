@@ -33,7 +33,7 @@ from vllm_defensive.settings.engine import EvictionConfig
 from vllm_defensive.worker.cuda import launches
 from vllm_defensive.worker.cuda.launches import EchoRow
 from vllm_defensive.worker.cuda.prompt import LayerScales, Prompt, Scored, kernels_know
-from vllm_defensive.worker.cuda.runtime import CUDARuntime
+from vllm_defensive.worker.cuda.runtime import CUDARuntime, Placed
 from vllm_defensive.worker.evictor import Evictor, Selections
 from vllm_defensive.worker.learned import Lessons
 from vllm_defensive.worker.projections import Projections
@@ -162,7 +162,8 @@ class CUDAEvictor(Evictor):
     def _pack(self, scored: Scored, eviction: Eviction) -> Selections:
         assert eviction.packing.format in self._formats, "as every request's fields were checked"
         selections, fresh_K = self._copy(scored, eviction.packing)
-        self._runtime.install(eviction, selections, fresh_K)
+        offsets = tuple((selection.offset_O, len(selection.tokens_PN)) for selection in selections)
+        self._runtime.place(eviction, Placed(offsets, fresh_K))
         return selections
 
     def _copy(self, scored: Scored, packing: Packing) -> tuple[Selections, Tensor]:

@@ -20,7 +20,6 @@ from vllm_defensive.compat import worker as compat
 from vllm_defensive.packing import Packing
 from vllm_defensive.plan import Eviction, Reconstruction
 from vllm_defensive.worker.cuda.launches import EchoRow
-from vllm_defensive.worker.evictor import Selections
 from vllm_defensive.worker.reconstruction import Reconstructions
 from vllm_defensive.worker.runtime import Runtime
 from vllm_defensive.worker.window import Capture, WindowQueries
@@ -42,7 +41,15 @@ class Step:
     packed_runs: tuple[tuple[int, int], ...]
 
 
-class CUDARuntime(Runtime):
+class Placed(NamedTuple):
+    """Where an eviction has put each head's pages. offsets: of each part of its format, int32 `[L*H + 1]`, first pages
+    of the heads, and how many pages there are. fresh_K: int32 ids of the blocks. Both on the device."""
+
+    offsets: tuple[tuple[Tensor, int], ...]
+    fresh_K: Tensor
+
+
+class CUDARuntime(Runtime[Placed]):
     """The slots of evicted requests, and what each batch reads of them."""
 
     def __init__(
@@ -69,19 +76,25 @@ class CUDARuntime(Runtime):
         self._slots: dict[str, int] = {}
         self._slot_of_index = np.full(max_requests, NOBODY, dtype=np.int32)
         self._all_nobody = True  # of slot_R
+        self._entering: dict[str, tuple[Eviction, Placed]] = {}  # the model runner gives them a slot first
 
     def forget(self, request_id: str) -> None:
         super().forget(request_id)
+        self._entering.pop(request_id, None)
         slot = self._slots.pop(request_id, None)
         if slot is not None:
             self._slot_of_index[slot] = NOBODY
 
-    def install(self, eviction: Eviction, selections: Selections, fresh_K: Tensor) -> None:
-        """Make an eviction known to the steps that come: its packed pages (those of each part of its format, and int32
-        ids of the blocks on the device), its shared blocks, and where its growth begins."""
+    def adopt(self, eviction: Eviction, placed: Placed) -> None:
+        """A request enters the batch with what was packed for an earlier one."""
+        self._entering[eviction.request_id] = eviction, placed
+
+    def install(self, eviction: Eviction, placed: Placed) -> None:
+        """Make an eviction known to the steps that come: its packed pages, its shared blocks, and where its growth
+        begins."""
         slot = self._index_of[eviction.request_id]
-        self.state.fresh_SK[slot, : fresh_K.shape[0]].copy_(fresh_K)
-        self._install_offsets(slot, eviction.packing, selections)
+        self.state.fresh_SK[slot, : placed.fresh_K.shape[0]].copy_(placed.fresh_K)
+        self._install_offsets(slot, eviction.packing, placed)
         self.state.shared_S[slot].fill_(eviction.region.shared_blocks)
         self.state.growth_S[slot].fill_(eviction.region.full_blocks)
         self._slots[eviction.request_id] = slot
@@ -93,16 +106,17 @@ class CUDARuntime(Runtime):
         self.pages.key_PND[page_P] = 0
         self.pages.value_PND[page_P] = 0
 
-    def _install_offsets(self, slot: int, packing: Packing, selections: Selections) -> None:
+    def _install_offsets(self, slot: int, packing: Packing, placed: Placed) -> None:
         """First pages of the heads, class after class; of a class that the request has no pages of they are where the
         next one's begin."""
         rows, first_page = self.pages.num_layers * self.pages.num_kv_heads, 0
-        selection_of = {p.page_class: s for p, s in zip(packing.format.parts, selections, strict=True)}
+        placed_of = {p.page_class: o for p, o in zip(packing.format.parts, placed.offsets, strict=True)}
         for c, name in enumerate(self.state.classes):
             offset_O = self.state.offset_SO[slot, c * rows : (c + 1) * rows + 1]
-            if name in selection_of:
-                torch.add(selection_of[name].offset_O, first_page, out=offset_O)
-                first_page += len(selection_of[name].tokens_PN)
+            if name in placed_of:
+                own_O, pages = placed_of[name]
+                torch.add(own_O, first_page, out=offset_O)
+                first_page += pages
             else:
                 offset_O.fill_(first_page)
 
@@ -112,6 +126,7 @@ class CUDARuntime(Runtime):
         rows = common.num_reqs
         slots = np.full(rows, NOBODY, dtype=np.int32)
         if self._message is not None:
+            self._install_entering()
             known = common.req_idx[:rows]  # rows that pad a graph have no request
             slots[: len(known)] = self._slot_of_index[known]
         self._write_slots(slots)
@@ -120,6 +135,11 @@ class CUDARuntime(Runtime):
         # vLLM sorts rows by their number of new tokens; one-token rows that came later would simply take the stock path
         decode_rows = int(longer[0]) if len(longer) else rows
         return Step(*self._looks(common, starts), decode_rows, _runs(slots >= 0, decode_rows))
+
+    def _install_entering(self) -> None:
+        for eviction, placed in self._entering.values():
+            self.install(eviction, placed)
+        self._entering.clear()
 
     def _write_slots(self, slots: np.ndarray) -> None:
         if (slots == NOBODY).all():

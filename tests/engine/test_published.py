@@ -1,0 +1,337 @@
+"""Packings that outlive their request: who packs, who waits, who begins with what, and what becomes of the blocks."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.harness import Harness, text
+from vllm_defensive.compat.channels import read_message
+from vllm_defensive.plan import Eviction
+
+DOCUMENT = text(320, 1)
+
+
+def ask(h: Harness, seed: int, document: list[int] = DOCUMENT, max_tokens: int = 16, **fields: Any) -> str:
+    """A question of 20 tokens about the document."""
+    own = {"kv_eviction_boundary": len(document), **fields}
+    return h.add(document + text(20, seed), max_tokens=max_tokens, extra_args=own)
+
+
+def of(h: Harness) -> tuple[int, int]:
+    """Evictions and adoptions so far."""
+    return len(h.evictions), len(h.ghost.adoptions)
+
+
+def test_a_packing_is_adopted_after_its_request_has_ended(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=100, keep=0.3, reuse="boundary")
+    ask(h, 2)
+    h.run()
+    assert of(h) == (1, 0) and h.held == 0
+    packed = len(h.evictions[0].packing.blocks)
+    second, third = ask(h, 3), ask(h, 4)
+    h.step()
+    assert of(h) == (1, 2) and h.hits[second] == h.hits[third] == 320
+    assert h.held == packed + 2, "the packing once, and a block of each one's own"
+    assert h.manager.lifecycle.packed_blocks == packed
+    h.run()
+    assert h.manager.lifecycle.totals.adoptions == 2 and h.manager.lifecycle.totals.adopted_tokens == 640
+    h.assert_all_returned()
+    assert not len(h.manager.lifecycle.library), "the prefix cache was reset"
+    ask(h, 5)
+    h.run()
+    assert of(h) == (2, 2)
+
+
+def test_sixty_four_questions_about_eight_documents(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=400, keep=0.3, reuse="boundary", max_model_len=640)
+    rng = random.Random(1)
+    questions = [text(320, 10 + i % 8) for i in range(64)]
+    rng.shuffle(questions)
+    for i, document in enumerate(questions):
+        ask(h, 100 + i, document)
+    h.run()
+    assert of(h) == (8, 56)
+    computed = sum(320 + 20 - h.hits[request_id] for request_id in h.hits)
+    assert computed == 8 * 320 + 64 * 20
+    h.assert_all_returned()
+
+
+def test_of_many_at_once_one_packs_and_nobody_behind_them_waits(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=400, keep=0.3, reuse="boundary", chunk=64, long_prefill=32)
+    asking = [ask(h, i) for i in range(2, 42)]
+    stranger = h.add(text(40, 399))
+    h.step()
+    h.step()
+    running = {request.request_id for request in h.scheduler.running}
+    assert running == {asking[0], stranger}
+    h.run()
+    assert of(h) == (1, 39)
+    h.assert_all_returned()
+
+
+@pytest.mark.parametrize("fate", ["abort", "decline", "preempt"])
+def test_if_the_packer_cannot_the_next_one_does(tiny_model: Path, fate: str) -> None:
+    h = Harness(tiny_model, num_blocks=400, keep=0.3, reuse="boundary", chunk=64)
+    first, second, third = ask(h, 2), ask(h, 3), ask(h, 4)
+    h.step()
+    if fate == "abort":
+        h.abort(first)
+    elif fate == "decline":
+        h.ghost.declines = {first}
+    else:
+        request = h.scheduler.requests[first]
+        h.scheduler.running.remove(request)
+        h.scheduler._preempt_request(request, 0.0)
+    h.run()
+    assert of(h) == ((1, 2) if fate == "preempt" else (1, 1))
+    assert h.evictions[0].request_id == (first if fate == "preempt" else second)
+    del third
+    h.assert_all_returned()
+
+
+def test_others_pack_for_themselves(tiny_model: Path) -> None:
+    """Another policy, size or salt, no boundary, or a prompt whose first tokens stay whole."""
+    h = Harness(tiny_model, num_blocks=400, keep=0.3, reuse="boundary")
+    ask(h, 2)
+    h.run()
+    ask(h, 3, kv_eviction_keep=0.5)
+    ask(h, 4, kv_eviction="h2o")
+    ask(h, 5, kv_eviction_protect=32)
+    h.add(DOCUMENT + text(20, 6))
+    h.add(DOCUMENT + text(20, 7), extra_args={"kv_eviction_boundary": 320}, cache_salt="another tenant")
+    h.run()
+    assert of(h) == (6, 0)
+    ask(h, 8, kv_eviction_reuse="off")
+    h.run()
+    assert of(h) == (7, 0)
+    ask(h, 9)
+    h.run()
+    assert of(h) == (7, 1)
+    h.assert_all_returned()
+
+
+def test_a_boundary_within_a_block_is_rounded_down(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=100, keep=0.3, reuse="boundary")
+    ask(h, 2, text(330, 1))
+    h.run()
+    ask(h, 3, text(350, 1))
+    h.run()
+    assert [e.region.stop for e in h.evictions] == [320] and of(h) == (1, 1)
+    assert h.evictions[0].region.tail == 0
+
+
+def test_one_token_warms_up(tiny_model: Path) -> None:
+    """A request whose boundary is its prompt's end, for one token: it publishes, and ends with that very step."""
+    h = Harness(tiny_model, num_blocks=100, keep=0.3, reuse="boundary")
+    warm = h.add(DOCUMENT, max_tokens=1, extra_args={"kv_eviction_boundary": 320})
+    h.run()
+    assert of(h) == (1, 0) and h.hits[warm] == 0
+    again = h.add(DOCUMENT, max_tokens=1, extra_args={"kv_eviction_boundary": 320})
+    h.run()
+    assert of(h) == (2, 0) and h.hits[again] == 320 - 32, "a token must be computed: it packs anew, from the originals"
+    ask(h, 2)
+    h.run()
+    assert of(h) == (2, 1)
+    h.assert_all_returned()
+
+
+def test_originals_of_what_is_published_are_used_first(tiny_model: Path) -> None:
+    """Documents in turn, in a pool that holds all packings and one document."""
+    h = Harness(tiny_model, num_blocks=60, keep=0.3, reuse="boundary")
+    documents = [text(640, i) for i in range(1, 6)]
+    for turn in range(3):
+        for i, document in enumerate(documents):
+            ask(h, 50 + 10 * turn + i, document)
+            h.run()
+    assert of(h) == (5, 10)
+    assert h.manager.lifecycle.library.lost == 0
+
+
+def test_what_is_lost_is_packed_anew(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=40, keep=0.3, reuse="boundary")
+    ask(h, 2)
+    h.run()
+    library = h.manager.lifecycle.library
+    h.add(text(1250, 30))
+    h.run()
+    assert (len(library), library.lost, library.blocks) == (0, 1, 0)
+    ask(h, 3)
+    h.run()
+    assert of(h) == (2, 0) and len(library) == 1
+    h.assert_all_returned()
+    assert set(h.ghost._kept) <= {e.number for e in h.evictions if e.number}
+
+
+def test_other_weights_forget_everything(tiny_model: Path) -> None:
+    """Who holds a packing keeps it; nobody begins with it, nor with one that is being made."""
+    h = Harness(tiny_model, num_blocks=200, keep=0.3, reuse="boundary", chunk=64)
+    holder = ask(h, 2, max_tokens=100)
+    while not len(h.manager.lifecycle.library):
+        h.step()
+    packer = ask(h, 3, text(320, 60))
+    h.step()
+    h.manager.lifecycle.library.forget_all()
+    assert len(h.manager.lifecycle.library) == 0
+    ask(h, 4), ask(h, 5, text(320, 60))
+    assert holder in h.live and packer in h.live
+    h.run()
+    assert of(h) == (4, 0)
+    h.assert_all_returned()
+
+
+def test_codes_are_cleared_when_others_get_their_blocks(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=40, keep=0.3, reuse="boundary", widths="8")
+    ask(h, 2)
+    h.run()
+    packed: Eviction = h.evictions[0]
+    assert packed.packing.format.quantised
+    assert not h.manager.lifecycle._clear, "they are still of use"
+    h.add(text(1250, 30), extra_args={"kv_eviction": "none"})
+    cleared: set[int] = set()
+    while h.scheduler.has_requests():
+        cleared.update(read_message(h.step()).clear)
+    assert cleared == set(packed.packing.blocks)
+
+
+def say(h: Harness, said: list[int], seed: int, max_tokens: int = 40, **fields: Any) -> str:
+    """A turn of a chat: what was said so far, and 20 tokens more."""
+    return h.add(said + text(20, seed), max_tokens=max_tokens, extra_args=fields or None)
+
+
+def test_a_turn_of_a_chat_costs_its_new_tokens(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=200, keep=0.3, reuse="chat")
+    said, hits = text(620, 1), []
+    for turn in range(4):
+        request_id = say(h, said, 10 + turn)
+        h.run()
+        said = h.tokens(request_id)
+        hits.append(h.hits[request_id])
+    # What the last token of an answer would have added is not computed; whole blocks only.
+    assert of(h) == (1, 3) and hits == [0, 672, 736, 800 - 32]
+    library = h.manager.lifecycle.library
+    assert len(library) == 5 and h.held == 0
+    fork = say(h, h.tokens("r1"), 30)
+    h.run()
+    assert h.hits[fork] == 736, "another answer to an earlier turn"
+    assert len(library) == 6
+    h.assert_all_returned()
+
+
+def test_a_chat_that_is_mostly_not_packed_is_packed_anew(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=200, keep=0.3, reuse="chat")
+    first = say(h, text(300, 1), 2, max_tokens=360)
+    h.run()
+    again = say(h, h.tokens(first), 3, max_tokens=10)
+    h.run()
+    assert of(h) == (2, 0) and h.hits[again] < 320
+    h.assert_all_returned()
+
+
+def test_a_prefix_is_taken_by_requests_without_a_boundary(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=200, keep=0.3, reuse="prefix")
+    ask(h, 2)
+    h.run()
+    taken = h.add(DOCUMENT + text(200, 9))
+    too_long = h.add(DOCUMENT + text(400, 9))
+    own = h.add(text(400, 8))
+    h.run()
+    assert [e.request_id for e in h.ghost.adoptions] == [taken] and h.hits[taken] == 320
+    assert {e.request_id for e in h.evictions} == {"r0", too_long, own}
+    assert len(h.manager.lifecycle.library) == 1, "only what a boundary names is left for others"
+    h.assert_all_returned()
+
+
+def test_what_stands_on_a_lost_packing_is_lost(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=40, keep=0.3, reuse="chat")
+    said = h.tokens(say(h, text(300, 1), 2))
+    h.run()
+    library = h.manager.lifecycle.library
+    assert len(library) == 2
+    h.add(text(1250, 30), extra_args={"kv_eviction": "none"})
+    h.run()
+    assert (len(library), library.lost, library.blocks) == (0, 2, 0)
+    say(h, said, 3)
+    h.run()
+    assert of(h) == (2, 0)
+    h.assert_all_returned()
+
+
+@pytest.mark.parametrize("scheduling", ["fcfs", "priority"])
+@pytest.mark.parametrize("asynchronous, drafts", [(False, 0), (True, 0), (False, 4)], ids=["sync", "async", "drafts"])
+@pytest.mark.parametrize(
+    "num_blocks, abort, widths, policy, reuse",
+    [
+        (26, 0.05, "16", "snapkv", "boundary"),
+        (40, 0.02, "8", "snapkv", "chat"),
+        (60, 0.02, "16", "kvzip", "prefix"),
+        (200, 0.2, "8,4", "snapkv", "chat"),
+    ],
+)
+def test_random_walk(
+    tiny_model: Path,
+    asynchronous: bool,
+    drafts: int,
+    scheduling: str,
+    num_blocks: int,
+    abort: float,
+    widths: str,
+    policy: str,
+    reuse: str,
+) -> None:
+    rng = random.Random(f"{num_blocks}{scheduling}{asynchronous}{drafts}")
+    h = Harness(
+        tiny_model,
+        num_blocks=num_blocks,
+        policy=policy,
+        keep=0.3,
+        reuse=reuse,
+        widths=widths,
+        chunk=96,
+        max_model_len=640,
+        asynchronous=asynchronous,
+        scheduling=scheduling,
+        drafts=drafts,
+    )
+    documents = [text(n, seed) for seed, n in enumerate((300, 320, 250, 128, 399, 290))]
+    ended: list[list[int]] = []
+    for _ in range(700):
+        if len(h.live) < 10 and rng.random() < 0.4:
+            document = documents[min(rng.randrange(6), rng.randrange(6))]
+            question = text(rng.choice([0, 1, 20, 60, 33]), rng.randrange(400))
+            own: dict[str, Any] | None = {"kv_eviction_boundary": len(document)}
+            assert own is not None
+            if rng.random() < 0.1:
+                own["kv_eviction_keep"] = 0.6
+            if rng.random() < 0.1:
+                own["kv_eviction"] = rng.choice(["none", "h2o", "layer-defensivekv"])
+            if rng.random() < 0.05:
+                own["kv_eviction_protect"] = 64
+            if rng.random() < 0.1:
+                own["kv_eviction_reuse"] = "off"
+            if rng.random() < 0.2 or (reuse != "boundary" and rng.random() < 0.6):
+                own = None
+                if ended and rng.random() < 0.7:
+                    document = rng.choice(ended[-5:])
+            if len(document) + len(question) > 480:
+                continue
+            h.add(document + question, max_tokens=rng.choice([1, 20, 150]), priority=rng.randrange(3), extra_args=own)
+        if h.live and rng.random() < abort:
+            h.abort(rng.choice(h.live))
+        if rng.random() < 0.003:
+            h.scheduler.reset_prefix_cache(reset_running_requests=not asynchronous)
+        if rng.random() < 0.003:
+            h.manager.lifecycle.library.forget_all()
+        before = set(h.live)
+        h.step()
+        ended += [h.tokens(r) for r in sorted(before.difference(h.live)) if "echo" not in r]
+        h.check()
+    h.run()
+    assert h.ghost.adoptions and len(h.evictions) > 5
+    h.assert_all_returned()
+    h.add(text(40, 7))  # a step that tells the workers what is left to be told
+    h.run()
+    assert not h.ghost._kept
