@@ -250,6 +250,8 @@ class Harness:
             assert set(self.manager.lifecycle._reports) <= set(self.scheduler.requests)
             for life in self.manager.lifecycle.lives.values():
                 owners.update(block.block_id for block in life.blocks)
+            for packing, _ in self.manager.lifecycle.library._pinned.values():
+                owners.update(block.block_id for part in packing.line for block in part.blocks)
         null = self.pool.null_block.block_id
         for block in self.pool.blocks:
             if block.block_id != null:
@@ -262,6 +264,8 @@ class Harness:
         """Every block is back, and vLLM itself agrees: it resets its prefix cache only when no block is in use."""
         self.check()
         assert not self.scheduler.requests
+        if self.eviction is not None:
+            self.manager.lifecycle.library.unpin(all_of_them=True)
         assert self.free == self.num_blocks
         assert self.scheduler.reset_prefix_cache()
 

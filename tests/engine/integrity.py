@@ -29,7 +29,8 @@ def check_integrity(manager: EvictionBlockManager) -> None:
         for block in life.blocks:
             owner = life.published.line[-1] if life.published is not None else request_id
             assert owned.setdefault(block.block_id, owner) is owner, f"{request_id} packs into a block of another"
-    check_library(manager, [life.published for life in lifecycle.lives.values() if life.published is not None])
+    held = [life.published for life in lifecycle.lives.values() if life.published is not None]
+    check_library(manager, held + [packing for packing, _ in lifecycle.library._pinned.values()])
     for request_id, blocks in manager.req_to_blocks.items():
         for block in blocks:
             assert block.is_null or block.block_id not in owned, f"{request_id} holds packed block {block.block_id}"

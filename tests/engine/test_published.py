@@ -227,7 +227,7 @@ def test_a_chat_that_is_mostly_not_packed_is_packed_anew(tiny_model: Path) -> No
     h.run()
     again = say(h, h.tokens(first), 3, max_tokens=10)
     h.run()
-    assert of(h) == (2, 0) and h.hits[again] < 320
+    assert of(h) == (2, 0) and h.hits[again] <= 320, "of the originals"
     h.assert_all_returned()
 
 
@@ -257,6 +257,77 @@ def test_what_stands_on_a_lost_packing_is_lost(tiny_model: Path) -> None:
     say(h, said, 3)
     h.run()
     assert of(h) == (2, 0)
+    h.assert_all_returned()
+
+
+class Clock:
+    def __init__(self, h: Harness) -> None:
+        self.now = 0.0
+        h.manager.lifecycle.library._clock = lambda: self.now
+
+
+def test_what_is_pinned_stays(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=60, keep=0.3, reuse="boundary")
+    clock, library = Clock(h), h.manager.lifecycle.library
+    ask(h, 2, kv_eviction_pin=60, max_tokens=1)
+    h.run()
+    packed = len(h.evictions[0].packing.blocks)
+    assert h.held == library.pinned_blocks == packed and h.manager.lifecycle.packed_blocks == 0
+    clock.now = 59
+    for seed in (30, 31):
+        h.add(text(1650, seed), extra_args={"kv_eviction": "none"})  # all but what is pinned
+        h.run()
+    ask(h, 3)
+    h.run()
+    assert of(h) == (1, 1) and library.lost == 0
+    clock.now = 60
+    h.add(text(40, 7))
+    h.step()
+    assert library.pinned_blocks == 0 and len(library) == 1, "it is like any other now"
+    h.run()
+    h.assert_all_returned()
+
+
+def test_pins_are_renewed_and_taken_back(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=60, keep=0.3, reuse="boundary")
+    clock, library = Clock(h), h.manager.lifecycle.library
+    ask(h, 2, kv_eviction_pin=10)
+    h.run()
+    clock.now = 9
+    ask(h, 3, kv_eviction_pin=10.5)
+    h.run()
+    clock.now = 19
+    ask(h, 4)
+    h.run()
+    assert library.pinned_blocks
+    ask(h, 5, kv_eviction_pin=0)
+    h.run()
+    assert not library.pinned_blocks and of(h) == (1, 3)
+    h.assert_all_returned()
+
+
+def test_no_more_is_pinned_than_may_be(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=60, keep=0.3, reuse="boundary", pinned=0.1)
+    reports = []
+    for seed in (1, 2, 3):
+        request_id = ask(h, 50 + seed, text(320, seed), kv_eviction_pin=60, kv_eviction_report=1)
+        while not h.scheduler.requests[request_id].num_output_tokens:
+            h.step()
+        reports.append(h.manager.lifecycle.report(request_id))
+        h.run()
+    assert [report["pinned"] for report in reports] == [True, True, False]
+    assert h.manager.lifecycle.library.pinned_blocks == 6
+    h.assert_all_returned()
+
+
+def test_pins_make_way_where_nobody_could_go_on(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=60, keep=0.3, reuse="boundary")
+    ask(h, 2, kv_eviction_pin=60)
+    h.run()
+    assert h.manager.lifecycle.library.pinned_blocks
+    h.add(text(1850, 30), extra_args={"kv_eviction": "none"})
+    h.run()
+    assert not h.manager.lifecycle.library.pinned_blocks
     h.assert_all_returned()
 
 
@@ -312,6 +383,8 @@ def test_random_walk(
                 own["kv_eviction_protect"] = 64
             if rng.random() < 0.1:
                 own["kv_eviction_reuse"] = "off"
+            elif rng.random() < 0.1 and "kv_eviction_protect" not in own and own.get("kv_eviction") != "none":
+                own["kv_eviction_pin"] = rng.choice([0, 0.01, 10])
             if rng.random() < 0.2 or (reuse != "boundary" and rng.random() < 0.6):
                 own = None
                 if ended and rng.random() < 0.7:

@@ -30,7 +30,8 @@ class EvictionBlockManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
         self.eviction: EvictionConfig = kv_cache_spec.eviction
-        self.lifecycle = Lifecycle(self.eviction.window, self.eviction.audit is not None, self.block_pool)
+        settings, audited = self.eviction, self.eviction.audit is not None
+        self.lifecycle = Lifecycle(settings.window, audited, self.block_pool, settings.pinned)
         can_share = self.enable_caching and self.block_size == self.block_pool.hash_block_size
         self.outlook = Outlook(self.eviction, kv_cache_spec.page, self.block_pool, self.lifecycle.library, can_share)
         # The scheduler's own dict of live requests, set by it. Without it (a manager used on its own) nothing is ever

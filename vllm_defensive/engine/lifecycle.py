@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,11 +23,12 @@ from vllm_defensive.settings.request import RequestSettings
 class Lifecycle:
     """The lives of one scheduler's requests, and what happened to them since it was last asked."""
 
-    def __init__(self, window: int, with_token_ids: bool, pool: BlockPool) -> None:
+    def __init__(self, window: int, with_token_ids: bool, pool: BlockPool, most_pinned: float) -> None:
         """window: the engine's. with_token_ids: evictions tell the workers their prompts, for audits. pool: that the
-        blocks come from."""
+        blocks come from. most_pinned: share of it."""
         self._window, self._with_token_ids = window, with_token_ids
-        self.library = Library(pool, self._note_codes)
+        self.library = Library(pool, self._note_codes, most_pinned)
+        self._in_use: Counter[int] = Counter()  # requests that hold a published packing, by its number
         self.totals = Totals()
         self.saved_blocks = 0  # sum over the live requests that were released
         self.packed_blocks = 0  # that live requests hold
@@ -78,9 +79,11 @@ class Lifecycle:
         self.lives[request_id] = self.waiting.pop(request_id)
         self.library.hold(life.published)
         made, packed = life.published.eviction, life.published.packed
-        if packed[0].ref_cnt == 1:
+        self._in_use[made.number] += 1
+        if self._in_use[made.number] == 1:
             self.packed_blocks += len(packed)
         life.stop = made.region.stop
+        self._pin(life)
         token_ids = tuple(life.request.all_token_ids[: life.stop]) if self._with_token_ids else None
         life.eviction = replace(made, score=replace(made.score, request_id=request_id), token_ids=token_ids)
         life.blocks, life.adopted, life.echo_tokens = list(packed), True, 0
@@ -150,6 +153,10 @@ class Lifecycle:
         life.turn(Phase.WHOLE)
         self._pass_on(life)
 
+    def _pin(self, life: Life) -> None:
+        if life.settings.pin is not None and life.published is not None:
+            self.library.pin(life.published, life.settings.pin)
+
     def _pass_on(self, life: Life) -> None:
         """Nobody has to wait any longer for what this request was making."""
         if life.key is not None and self._packers.get(life.key) == life.request.request_id:
@@ -159,7 +166,9 @@ class Lifecycle:
         """The request holds no packed blocks any more. Returns those that are to go back, and are nobody else's."""
         if life.published is not None and life.eviction is not None:
             self.library.leave(life.published)
-            if not life.blocks[0].ref_cnt:
+            self._in_use[life.eviction.number] -= 1
+            if not self._in_use[life.eviction.number]:
+                del self._in_use[life.eviction.number]
                 self.packed_blocks -= len(life.blocks)
             return []
         self.packed_blocks -= len(life.blocks)
@@ -181,6 +190,8 @@ class Lifecycle:
         del self.packing[life.request.request_id]
         if life.key is not None:
             life.published = self.library.publish(life.key, life.eviction, life.blocks)
+            self._in_use[life.eviction.number] += life.published is not None
+            self._pin(life)
             self._pass_on(life)
         self._count(life)
         self.totals.freed_blocks += life.packing.saved_blocks
@@ -278,7 +289,8 @@ class Lifecycle:
     def report(self, request_id: str) -> dict[str, Any] | None:
         """For the response of a request that asks for it: its policy and widths; tokens of its whole prompt, all and
         kept (a mean over layers and heads), and how many would take, unpacked, the memory that is left; whether that
-        was packed for an earlier request; where it was looked at again, tokens that this took."""
+        was packed for an earlier request; where a request wants it pinned, whether it is; where it was looked at again,
+        tokens that this took."""
         life = self.lives.get(request_id)
         if life is None:
             return self._reports.get(request_id)
@@ -296,4 +308,6 @@ class Lifecycle:
             "held_tokens": behind + packing.held_tokens,
             "adopted": life.adopted,
         }
+        if life.settings.pin is not None:
+            report["pinned"] = life.published is not None and self.library.is_pinned(life.published)
         return report if not life.echo_tokens else {**report, "echo_tokens": life.repeated}

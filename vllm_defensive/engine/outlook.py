@@ -80,14 +80,13 @@ class Outlook:
         request, settings = life.request, life.settings
         if request.skip_reading_prefix_cache:
             return None
-        most = request.num_tokens - at_least
-        if life.key is not None and life.stop <= most and (found := self.library.find(life.key)) is not None:
+        most, found = request.num_tokens - at_least, None
+        if life.key is not None and life.stop <= most:
+            found = self.library.find(life.key)
+        if found is None and settings.takes_any and self._can_share and not self.other_managers:
+            found = self.library.longest(self._kind(settings), request.block_hashes, self.block_tokens, most)
+        if found is None or (settings.boundary is not None and found.parent is None):
             return found
-        if not settings.takes_any or not self._can_share or self.other_managers:
-            return None
-        found = self.library.longest(self._kind(settings), request.block_hashes, self.block_tokens, most)
-        if found is None:
-            return None
         # What is not packed stays as it is: a prompt that is more than half of that is packed anew, as a whole.
         return found if 2 * (request.num_tokens - found.eviction.region.stop) <= request.num_tokens else None
 

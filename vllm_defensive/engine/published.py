@@ -14,6 +14,7 @@ those of the prefix cache are too, so that what was used last goes last; vLLM sa
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -85,9 +86,18 @@ class Published:
 class Library:
     """All published packings of one scheduler."""
 
-    def __init__(self, pool: BlockPool, codes_freed: Callable[[Sequence[int]], None]) -> None:
-        """codes_freed: is told of blocks that held quantised pages and are another's now."""
-        self._pool, self._codes_freed = pool, codes_freed
+    def __init__(
+        self,
+        pool: BlockPool,
+        codes_freed: Callable[[Sequence[int]], None],
+        most_pinned: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """codes_freed: is told of blocks that held quantised pages and are another's now. most_pinned: share of the
+        pool that may be. clock: seconds."""
+        self._pool, self._codes_freed, self._clock = pool, codes_freed, clock
+        self._most_pinned = int(most_pinned * (pool.num_gpu_blocks - 1))
+        self._pinned: dict[Key, tuple[Published, float]] = {}  # and until when
         self._by_key: dict[Key, Published] = {}
         self._ends: dict[Kind, Counter[int]] = {}  # how many there are that stand for so many tokens
         self._by_block: dict[int, Published] = {}  # those that may still be handed out
@@ -118,9 +128,12 @@ class Library:
 
     def publish(self, key: Key, eviction: Eviction, blocks: Sequence[KVCacheBlock]) -> Published | None:
         """Let others adopt these blocks, which their request holds; None if there is such a packing already."""
-        if key in self._by_key or key.kind.generation != self.generation:
+        there = self._by_key.get(key)
+        if (there is not None and there.parent is None) or key.kind.generation != self.generation:
             self.forget(eviction.number)
             return None
+        if there is not None:  # and larger, for it is a turn's end
+            self._lose(there)
         return self._add(Published(key, eviction, eviction.region.stop, blocks))
 
     def extend(self, parent: Published, tokens: Hashable, end: int, blocks: Sequence[KVCacheBlock]) -> Published:
@@ -160,6 +173,33 @@ class Library:
             if not part.holders:
                 self._note_codes(part, [block.block_id for block in part.blocks])
 
+    @property
+    def pinned_blocks(self) -> int:
+        """Blocks that are held though nobody may be using them."""
+        return sum(len(packing.blocks) for packing, _ in self._pinned.values())
+
+    def is_pinned(self, packing: Published) -> bool:
+        return packing.key in self._pinned
+
+    def pin(self, packing: Published, seconds: float) -> None:
+        """Hold a packing so long from now on, whether somebody uses it or not, if there is room; 0: not any longer.
+        It must be held by somebody now."""
+        there = self._pinned.pop(packing.key, None)
+        if seconds and not packing.lost and self.pinned_blocks + len(packing.blocks) <= self._most_pinned:
+            self._pinned[packing.key] = packing, self._clock() + seconds
+            if there is None:
+                self.hold(packing)
+        elif there is not None:
+            self.leave(packing)
+
+    def unpin(self, all_of_them: bool = False) -> None:
+        """Let go of what was pinned for long enough, or of everything."""
+        now = self._clock()
+        for key, (packing, until) in list(self._pinned.items()):
+            if all_of_them or until <= now:
+                del self._pinned[key]
+                self.leave(packing)
+
     def forget(self, number: int) -> None:
         """The workers need not know this packing any longer."""
         self._gone.append(number)
@@ -171,12 +211,16 @@ class Library:
     def forget_all(self) -> None:
         """Nothing that was packed so far may be adopted: the model has other weights, say. Who holds one keeps it."""
         self.generation += 1
+        self.unpin(all_of_them=True)
         for packing in list(self._by_key.values()):
             if not packing.lost:
                 self._lose(packing)
 
     def settle(self) -> None:
-        """Before a step: what is left of lost packings is of no use to anybody, and goes before all that may be."""
+        """Before a step: what was pinned for long enough is free like others. What is left of lost packings is of no
+        use to anybody, and goes before all that may be."""
+        if self._pinned:
+            self.unpin()
         for packing in self._broken:
             left = [block for block in packing.blocks if block.block_id not in packing.reused]
             for block in left:

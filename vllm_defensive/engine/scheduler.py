@@ -42,6 +42,7 @@ class _EvictionMixin(Scheduler):
         self._last_hit: Sequence[KVCacheBlock] = ()
         self._refused: tuple[Any, ...] = ()  # who was not let in, and what was looked at
         self._longest_hit: int | None = None
+        self._starved = False  # in this step there was no memory for somebody
         # A request must have a token left to compute; with one, vLLM would fill the row up with placeholders for
         # drafts and assert that they stay.
         self._least_left = 2 if self.num_spec_tokens else 1
@@ -65,8 +66,13 @@ class _EvictionMixin(Scheduler):
             self._lives,
             self._admits,
             manager.note_ready,
-            self._echoes.refuse,
+            self._refuse,
         )
+
+    def _refuse(self, request_id: str) -> None:
+        """There was no memory for this request in this step."""
+        self._starved = True
+        self._echoes.refuse(request_id)
 
     def add_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super().add_request(request, *args, **kwargs)
@@ -76,12 +82,16 @@ class _EvictionMixin(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.eviction_manager.release_processed()
-        self.eviction_manager.lifecycle.library.settle()
+        library = self.eviction_manager.lifecycle.library
+        library.settle()
+        self._starved = False
         self._echoes.begin()
         output = super().schedule(*args, **kwargs)
         self._echoes.scheduled(output.num_scheduled_tokens)
         message = self.eviction_manager.lifecycle.take_message(output.num_scheduled_tokens)
         channels.attach_message(output, message)
+        if self._starved and not output.num_scheduled_tokens:
+            library.unpin(all_of_them=True)  # nobody could be scheduled, and somebody wants memory
         return output
 
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
@@ -236,6 +246,7 @@ class _EvictionMixin(Scheduler):
                 lifecycle.saved_blocks,
                 len(library),
                 library.blocks,
+                library.pinned_blocks,
                 self._ledger.stale_score,
             )
             if (increase := self._ledger.take(totals, now, lifecycle.take_done())) is not None:

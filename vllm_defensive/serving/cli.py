@@ -42,6 +42,7 @@ def add_flags(parser: Any, supported: bool = True) -> None:
         "widths": "|".join((config.AUTO, *OFFERED)),
         "shared": "keep|evict",
         "reuse": "off|boundary|prefix|chat",
+        "pinned": "RATIO",
         "admission": "eager|steady",
         "policies": "POLICY,...",
     }

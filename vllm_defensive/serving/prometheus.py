@@ -60,6 +60,7 @@ GAUGES = {
         "vllm:kv_eviction_published_blocks",
         "Blocks of these, whether a request holds them now or they wait among the free ones.",
     ),
+    "pinned_blocks": ("vllm:kv_eviction_pinned_blocks", "Those of them that stay, whether a request uses them or not."),
 }
 LEARNED = (
     "vllm:kv_eviction_learned",

@@ -89,6 +89,9 @@ class EvictionConfig(BaseModel):
         "what was kept of a prompt up to the boundary that its request names; prefix: and a request that names none "
         "begins with the longest of these that its prompt begins with; chat: and leaves its own end for the next turn",
     )
+    pinned: float = Field(
+        0.25, ge=0, le=0.9, description="share of the memory that packings may take which a request has pinned, at most"
+    )
     admission: Literal["eager", "steady"] = Field(
         "eager",
         description="let a waiting request in as soon as its prompt fits, or once all are expected to fit to their end",
@@ -320,6 +323,7 @@ _ALLOWED = {
     "audit": lambda: "name a folder",
     "shared": lambda: "choose one of keep, evict",
     "reuse": lambda: f"choose one of {', '.join(get_args(Reuse))}",
+    "pinned": lambda: "choose a value in [0, 0.9]",
     "admission": lambda: "choose one of eager, steady",
     "per_request": lambda: "choose true or false",
     "policies": lambda: f"choose from {', '.join(allowed_policies())}, separated by commas",

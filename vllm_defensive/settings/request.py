@@ -9,6 +9,7 @@
                            kept, and is itself kept whole ("compress the document, then ask")
     kv_eviction_protect    leading prompt tokens that stay whole, in place and shared (a system prompt)
     kv_eviction_reuse      whether its packing outlives it, for later requests: "off", "boundary", "prefix", "chat"
+    kv_eviction_pin        seconds for which the packing at its boundary stays, used or not; 0: no longer
     kv_eviction_report     1: the response tells what was kept
 
 Checked once in the API server, where a mistake is a 400; the scheduler resolves the same fields and must never raise.
@@ -38,6 +39,9 @@ _PREFIX = "kv_eviction"
 _LATER = ("prefix", "chat")  # of such reuse, whatever a request packs or takes is asked about by others, later
 
 
+_LONGEST_PIN = 30 * 24 * 3600
+
+
 class RequestSettings(BaseModel):
     """A request's own settings, with the engine's where it has none. boundary, protect: tokens. report: wanted.
 
@@ -53,6 +57,7 @@ class RequestSettings(BaseModel):
     boundary: int | None = Field(None, ge=1)
     protect: int = Field(0, ge=0)
     reuse: Reuse = "off"
+    pin: float | None = Field(None, ge=0, le=_LONGEST_PIN)
     report: bool | Literal[0, 1] = False
 
     @property
@@ -127,6 +132,9 @@ def resolve(
     for field, tokens in (("boundary", settings.boundary), ("protect", settings.protect)):
         if tokens is not None and tokens > num_prompt_tokens:
             raise _wrong(_field_name(field), tokens, f"the prompt has {num_prompt_tokens} tokens")
+    if settings.pin is not None and (settings.boundary is None or not settings.outlives):
+        needs = "goes with kv_eviction_boundary and kv_eviction_reuse, and without kv_eviction_protect"
+        raise _wrong("kv_eviction_pin", settings.pin, needs)
     for begin, end in items:
         if settings.boundary is not None and begin < settings.boundary < end:
             way_out = f"inside an image, video or audio; choose {' or '.join(str(b) for b in (begin, end) if b)}"
@@ -203,6 +211,7 @@ _ALLOWED = {
     "kv_eviction_boundary": "choose a whole number of prompt tokens, 1 or more",
     "kv_eviction_protect": "choose a whole number of prompt tokens, 0 or more",
     "kv_eviction_reuse": f"choose one of {', '.join(get_args(Reuse))}",
+    "kv_eviction_pin": f"choose a number of seconds, 0 to {_LONGEST_PIN}",
     "kv_eviction_report": "choose 0 or 1",
 }
 _SWITCHES = ("kv_eviction_report",)  # a boolean is what they mean
