@@ -34,6 +34,12 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
         (getattr(vllm_config, "ec_transfer_config", None) is not None, "ec_transfer_config", "set", "drop it"),
         _switch("VLLM_USE_RUST_FRONTEND", "that server neither checks requests' fields nor has our metrics"),
         _switch("VLLM_BATCH_INVARIANT", "what is kept, and how decode is split, may depend on the batch"),
+        (
+            settings.reuse != "off" and not cache.enable_prefix_caching,
+            "enable_prefix_caching",
+            False,
+            "packings are found by its hashes; drop --kv-eviction-reuse",
+        ),
         (model.runner_type != "generate", "runner", model.runner_type, "use a model that generates text"),
         (model.is_encoder_decoder, "model", model.model, "use a decoder-only model"),
         (

@@ -10,7 +10,8 @@ from typing import Any
 
 from benchmarks.serving.scenarios import BLOCK_SIZE, model_folder
 from vllm_defensive.settings.engine import EvictionConfig
-from vllm_defensive.tools.planner import load_config, plan, read_model
+from vllm_defensive.tools.cache_size import load_config, read_model
+from vllm_defensive.tools.planner import plan
 
 Record = dict[str, Any]
 STOCK = "stock"

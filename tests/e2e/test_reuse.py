@@ -147,3 +147,15 @@ def test_in_two_processes(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
         adopted, alone = run(llm, ("halokv", "8"))
         assert_same(adopted, alone)
         assert [answer.cached_tokens for answer in adopted] == [576, 576]
+
+
+@pytest.mark.slow
+def test_layers_with_windows(tiny_gemma3: Path) -> None:
+    """Their caches are vLLM's prefix cache's: who begins with a packing begins with these, too, or packs anew."""
+    with engine(tiny_gemma3, "snapkv", dtype="float32", keep=0.3, reuse="boundary") as llm:
+        adopted, alone = run(llm, ("snapkv", "16"))
+        assert [answer.cached_tokens for answer in adopted] == [576, 576]
+        worst = max(float((a.logprobs - b.logprobs).abs().max()) for a, b in zip(adopted, alone, strict=True))
+        assert [a.tokens for a in adopted] == [a.tokens for a in alone] and worst < 1e-4
+        assert metrics_of(llm)["vllm:kv_eviction_adoptions"] == 2
+        assert_all_returned(llm)

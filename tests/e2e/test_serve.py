@@ -155,3 +155,33 @@ def test_what_does_not_work_ends_with_exit_code_2_and_one_line(
     lines = [line for line in done.stderr.splitlines() if "error:" in line]
     assert len(lines) == 1 and message in lines[0]
     assert "Traceback" not in done.stderr
+
+
+def send(server: str, path: str, **body: Any) -> dict[str, Any]:
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(f"{server}{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.loads(answer.read())
+
+
+def test_a_document_is_posted_asked_about_and_let_go(server: str) -> None:
+    (document,) = random_prompts([700], seed=77)
+    told = send(server, "/kv_eviction/documents", prompt=document, pin=60)
+    assert told["boundary"] == 700 and told["policy"] == "layer-defensivekv" and not told["was_there"]
+    assert told["held_tokens"] < 300 and told["pinned_until"] is not None
+    fields = {"kv_eviction_boundary": 700, "kv_eviction_reuse": "boundary", "kv_eviction_report": 1}
+    for seed in (78, 79):
+        (question,) = random_prompts([30], seed=seed)
+        answer = send(server, "/v1/completions", prompt=document + question, max_tokens=4, vllm_xargs=fields)
+        assert answer["kv_transfer_params"]["kv_eviction"]["adopted"]
+    (listed,) = json.loads(urllib.request.urlopen(f"{server}/kv_eviction/documents").read())["documents"]
+    assert listed == told
+    request = urllib.request.Request(f"{server}/kv_eviction/documents/{told['id']}", method="DELETE")
+    assert json.loads(urllib.request.urlopen(request).read())["pinned_until"] is None
+    assert not json.loads(urllib.request.urlopen(f"{server}/kv_eviction/documents").read())["documents"]
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        send(server, "/kv_eviction/documents", prompt=document, keep=3)
+    assert refused.value.code == 400 and "kv_eviction_keep" in refused.value.read().decode()
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        send(server, "/kv_eviction/documents", prompt=document[:50])
+    assert refused.value.code == 409

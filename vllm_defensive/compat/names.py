@@ -105,7 +105,10 @@ SERVING: dict[str, dict[str, str | None]] = {
             "worker_cls tensor_parallel_size pipeline_parallel_size decode_context_parallel_size "
             "prefill_context_parallel_size use_ubatching",
         ),
-        **_has("CacheConfig", "cache_dtype block_size kv_cache_dtype_skip_layers kv_cache_memory_bytes"),
+        **_has(
+            "CacheConfig",
+            "cache_dtype block_size enable_prefix_caching kv_cache_dtype_skip_layers kv_cache_memory_bytes",
+        ),
         **_has(
             "SchedulerConfig",
             "max_num_batched_tokens max_num_seqs max_num_active_seqs async_scheduling disable_hybrid_kv_cache_manager",
@@ -145,6 +148,7 @@ ENGINE: dict[str, dict[str, str | None]] = {
     "vllm.v1.core.block_pool": {
         **_has("BlockPool", "free_block_queue hash_block_size null_block num_gpu_blocks"),
         "BlockPool.unpin_blocks": "blocks, on_reuse",
+        "BlockPool.get_cached_block": "block_hash, kv_cache_group_ids",
         "BlockPool.get_new_blocks": "num_blocks",
         "BlockPool.get_num_free_blocks": "",
         "BlockPool.free_blocks": "ordered_blocks",
@@ -161,7 +165,7 @@ ENGINE: dict[str, dict[str, str | None]] = {
         "FullAttentionManager.remove_skipped_blocks": "request_id, processed_computed_tokens, num_prompt_tokens",
         "FullAttentionManager.pop_blocks_for_free": "request_id",
         "FullAttentionManager._remove_blocks_in_range": "request_id, first_block, last_block",
-        "SingleTypeKVCacheManager": None,
+        "SingleTypeKVCacheManager.get_num_skipped_tokens": "num_computed_tokens",
         **_has(
             "FullAttentionManager",
             "block_pool block_size enable_caching kv_cache_group_id num_cached_block req_to_blocks",

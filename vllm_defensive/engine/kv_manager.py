@@ -207,15 +207,24 @@ class EvictionBlockManager(FullAttentionManager):
             return None
         return 0 if life.accumulates else max(0, life.stop - (self.eviction.window if life.reads_window else 1))
 
-    def adoptable(self, request: Request, at_least: int) -> int:
-        """Tokens that a packing of an earlier request stands for, to one about to be admitted; 0: there is none.
-        at_least: so many tokens of a request must be left to compute."""
+    def resumes_at(self, request_id: str) -> int:
+        """Where later requests will begin with what this one, which is about to be admitted, packs; 0: nowhere."""
+        life = self.lifecycle.get(request_id)
+        return life.stop if life is not None and life.ahead and life.key is not None else 0
+
+    def adoptable(self, request: Request, at_least: int) -> tuple[int, Mapping[int, list[KVCacheBlock]]] | None:
+        """Tokens that a packing of an earlier request stands for, to one about to be admitted, and by KV cache group
+        the blocks that it begins with in vLLM's tables; None: there is none. at_least: so many tokens of a request must
+        be left to compute."""
         self.lifecycle.waiting.pop(request.request_id, None)
         life = self.life(request.request_id)
         if life is None or not life.ahead:
-            return 0
-        life.published = self.outlook.may_begin_with(life, at_least)
-        return 0 if life.published is None else life.published.end
+            return None
+        found = self.outlook.may_begin_with(life, at_least)
+        if found is None or (others := self.outlook.windows_before(request, found.end)) is None:
+            return None
+        life.published = found
+        return found.end, {**others, self.kv_cache_group_id: [self._null_block] * (found.end // self.block_size)}
 
     def waits(self, request: Request, at_least: int) -> bool:
         """Whether another request is making what this one, which is about to be admitted, would begin with."""

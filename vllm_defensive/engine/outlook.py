@@ -44,7 +44,7 @@ class Outlook:
         if request.resumable:
             self._sessions[request.request_id] = request
         stop = request.num_prompt_tokens if settings.boundary is None else settings.boundary
-        publishes = self._can_share and not self.other_managers and settings.outlives
+        publishes = self._may_publish and settings.outlives
         if publishes:
             # What comes later sees the same state then, whoever computed it.
             stop = stop // self.block_tokens * self.block_tokens
@@ -71,6 +71,24 @@ class Outlook:
             life.key = None
         return life
 
+    @property
+    def _may_publish(self) -> bool:
+        """Whether packings can be found again: by vLLM's hashes, which are those of the other groups' blocks, too."""
+        return self._can_share and all(other.block_size == self.block_tokens for other in self.other_managers)
+
+    def windows_before(self, request: Request, end: int) -> dict[int, list[KVCacheBlock]] | None:
+        """By KV cache group, what the other ones have of a request that goes on behind its first `end` tokens: cached
+        blocks of the window before them, and null blocks in place of all others. None if some are not cached."""
+        found: dict[int, list[KVCacheBlock]] = {}
+        for other in self.other_managers:
+            first, group = other.get_num_skipped_tokens(end) // self.block_tokens, other.kv_cache_group_id
+            found[group] = [self._pool.null_block] * first
+            for block_hash in request.block_hashes[first : end // self.block_tokens]:
+                if (cached := self._pool.get_cached_block(block_hash, [group])) is None:
+                    return None
+                found[group] += cached
+        return found
+
     def _kind(self, settings: RequestSettings) -> Kind:
         return Kind(settings.policy, settings.keep, settings.widths, self.library.generation)
 
@@ -83,7 +101,7 @@ class Outlook:
         most, found = request.num_tokens - at_least, None
         if life.key is not None and life.stop <= most:
             found = self.library.find(life.key)
-        if found is None and settings.takes_any and self._can_share and not self.other_managers:
+        if found is None and settings.takes_any and self._may_publish:
             found = self.library.longest(self._kind(settings), request.block_hashes, self.block_tokens, most)
         if found is None or (settings.boundary is not None and found.parent is None):
             return found

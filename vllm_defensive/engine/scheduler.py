@@ -100,10 +100,10 @@ class _EvictionMixin(Scheduler):
         the two."""
         if self.eviction_manager.waits(request, self._least_left):
             return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
-        if adopted := self.eviction_manager.adoptable(request, self._least_left):
-            null = [self.kv_cache_manager.block_pool.null_block] * (adopted // self.eviction_manager.block_size)
-            self._last_hit = ()
-            return self.kv_cache_manager.create_kv_cache_blocks((null,)), adopted, 0, False
+        if (found := self.eviction_manager.adoptable(request, self._least_left)) is not None:
+            (adopted, blocks_of), self._last_hit = found, ()
+            in_order = tuple(blocks_of[group] for group in range(len(blocks_of)))
+            return self.kv_cache_manager.create_kv_cache_blocks(in_order), adopted, 0, False
         self._longest_hit = self.eviction_manager.longest_hit(request.request_id)
         if self._longest_hit is not None and self.num_spec_tokens:
             # With one token left, vLLM would fill the row up with placeholders for drafts and assert that they stay;
@@ -116,7 +116,8 @@ class _EvictionMixin(Scheduler):
         if limit is not None and not resume_at:
             # Sliding-window groups cache only the blocks before positions at which a later request may resume. Ours
             # resumes earlier than vLLM thinks, so we name that position, as vLLM itself does for shared prefixes.
-            resume_at = limit // self.block_size * self.block_size
+            resume_at = self.eviction_manager.resumes_at(request.request_id)
+            resume_at = resume_at or limit // self.block_size * self.block_size
         if limit is not None:
             self.eviction_manager.note_hit(request.request_id, hit)
         if self._answers is not None:

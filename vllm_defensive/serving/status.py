@@ -1,8 +1,8 @@
 """`GET /kv_eviction`: what the server was told to evict, what it has evicted, and the last requests one by one.
 
 An ASGI middleware, added to vLLM's own `--middleware` list when eviction is on. `GET /kv_eviction/requests/{id}`
-reports one request, by the id that its response or its `X-Request-Id` header carries. vLLM guards only some paths by
-the API key, so this one checks it itself.
+reports one request, by the id that its response or its `X-Request-Id` header carries. `documents.py` has
+`/kv_eviction/documents`. vLLM guards only some paths by the API key, so this one checks it itself.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import os
 from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_defensive import learned
 from vllm_defensive.serving import recent
+from vllm_defensive.serving.documents import PATH as DOCUMENTS
+from vllm_defensive.serving.documents import Documents
 from vllm_defensive.serving.prometheus import read_totals, score_is_stale
 from vllm_defensive.settings.engine import KEY, NONE
 
@@ -60,14 +63,20 @@ class StatusMiddleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        self._documents = Documents(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        ours = path == PATH or path.startswith(_OF_REQUEST)
+        documents = path == DOCUMENTS or path.startswith(f"{DOCUMENTS}/")
+        ours = documents or path == PATH or path.startswith(_OF_REQUEST)
         if scope["type"] != "http" or not ours or not _config:
             await self.app(scope, receive, send)
             return
-        await self._answer(scope, path)(scope, receive, send)
+        if documents and _authorized(scope):
+            answer = await self._documents.answer(scope, path, await Request(scope, receive).body())
+        else:
+            answer = self._answer(scope, path)
+        await answer(scope, receive, send)
 
     def _answer(self, scope: Scope, path: str) -> JSONResponse:
         if not _authorized(scope):

@@ -2,65 +2,35 @@
 
     python -m vllm_defensive.planner --model DIR --memory 60GiB --context 32768 --output 1024 --keep 0.2
 
+With `--documents 1000 --zipf 1.0`, where packings outlive their request: how many documents stay, and how many
+questions find theirs.
+
 Arithmetic only: it uses the blocks that the scheduler would allocate (`packing.Region`) and knows nothing of speed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 
 from vllm_defensive.packing import OFFERED, Format, Packing
 from vllm_defensive.settings.engine import AUTO, EvictionConfig, listed
+from vllm_defensive.tools.cache_size import Model, load_config, read_model
+from vllm_defensive.tools.lru import hit_rate, zipf
 from vllm_defensive_kernels.widths import PageShape
 
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1}
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40} | {
     "KB": 10**3,
     "MB": 10**6,
     "GB": 10**9,
     "TB": 10**12,
 }
-_FULL, _SLIDING = "full_attention", ("sliding_attention", "chunked_attention")
-
-
-@dataclass(frozen=True)
-class Model:
-    """What decides the size of a model's KV cache. Only layers of full attention are evicted.
-
-    full_layers, windowed_layers: attention layers that see the whole prefix, and those that see `window` tokens.
-    token_bytes: keys and values of one token in one layer, on one GPU. positions: longest sequence, None if unknown.
-    head_size, number_bytes: of a KV head, and of one of its numbers.
-    """
-
-    full_layers: int
-    windowed_layers: int
-    window: int
-    token_bytes: int
-    positions: int | None = None
-    head_size: int = 128
-    number_bytes: int = 2
-
-    def bytes(self, full_tokens: int, seen_tokens: int) -> int:
-        """KV cache of a request that holds `full_tokens` slots in full layers and has seen `seen_tokens` tokens."""
-        windowed = min(self.window, seen_tokens) if self.windowed_layers else 0
-        return self.token_bytes * (self.full_layers * full_tokens + self.windowed_layers * windowed)
-
-    def served(self, max_tokens: int) -> Model:
-        """The model on a server that takes no longer requests: if all layers have a window that these cannot outgrow,
-        they are full attention there (`engine.spec`)."""
-        if self.full_layers or self.window < max_tokens:
-            return self
-        return replace(self, full_layers=self.windowed_layers, windowed_layers=0)
 
 
 @dataclass(frozen=True)
@@ -99,14 +69,8 @@ def plan(
 
     eviction None: stock vLLM. Slots are counted in whole blocks; prefixes that requests share are not considered.
     """
-    packed, kept = 0, context
-    if eviction:
-        region = eviction.region(context, 0, block_size)
-        format = Format.of(
-            eviction.meant_widths(eviction.policy), PageShape(block_size, model.head_size, model.number_bytes)
-        )
-        packed = eviction.budget_blocks(region, format=format)
-        kept = Packing(region, (0,) * packed, format).kept_tokens if packed else context
+    packing = _packing(model, context, eviction, block_size)
+    packed, kept = (len(packing.blocks), packing.kept_tokens) if packing else (0, context)
 
     def slots(tokens: int, first: int) -> int:
         return (math.ceil(tokens / block_size) - first) * block_size
@@ -119,57 +83,53 @@ def plan(
     return Plan(prefill, held(context + math.ceil(output / 2)), held(context + output), memory, kept)
 
 
-def read_model(config: Mapping[str, Any], tp: int = 1, kv_dtype: str = "auto") -> Model:
-    """The KV cache of a Hugging Face configuration. ValueError names what is missing or not supported."""
-    text = config.get("text_config") or config
-    if text.get("kv_lora_rank"):
-        raise ValueError("--model: multi-head latent attention is not evicted")
-    layers, heads = _number(text, "num_hidden_layers"), _number(text, "num_attention_heads")
-    kv_heads = text.get("num_key_value_heads") or heads
-    head_dim = text.get("head_dim") or _number(text, "hidden_size") // heads
-    if tp < 1 or kv_heads % tp:
-        raise ValueError(f"--tp {tp}: choose a divisor of the model's {kv_heads} KV heads, as `vllm serve` wants it")
-    dtype = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
-    name = str(dtype or "bfloat16").removeprefix("torch.") if kv_dtype == "auto" else kv_dtype
-    if name not in _DTYPE_BYTES:
-        raise ValueError(f"--kv-dtype {name}: choose one of {', '.join(_DTYPE_BYTES)}")
-    window = text.get("sliding_window") or text.get("attention_chunk_size") or 0
-    kinds = text.get("layer_types")
-    if kinds is None:  # one kind for all layers: Mistral's old form, or Qwen2's with its switch
-        windowed = bool(window) and text.get("use_sliding_window", True)
-        kinds = [_SLIDING[0] if windowed else _FULL] * layers
-    if any(kind in _SLIDING for kind in kinds) and not window:
-        raise ValueError("--model: its configuration has layers with a window, but not the window's size")
-    positions = text.get("max_position_embeddings")
-    number_bytes = _DTYPE_BYTES[name]
-    token_bytes = 2 * kv_heads // tp * head_dim * number_bytes
-    windowed = sum(kind in _SLIDING for kind in kinds)
-    return Model(kinds.count(_FULL), windowed, window, token_bytes, positions, head_dim, number_bytes)
+def _packing(model: Model, stop: int, eviction: EvictionConfig | None, block_size: int) -> Packing | None:
+    """What an eviction after so many tokens makes; None if nothing is gained by one."""
+    if eviction is None:
+        return None
+    region = eviction.region(stop, 0, block_size)
+    shape = PageShape(block_size, model.head_size, model.number_bytes)
+    format = Format.of(eviction.meant_widths(eviction.policy), shape)
+    packed = eviction.budget_blocks(region, format=format)
+    return Packing(region, (0,) * packed, format) if packed else None
 
 
-def _number(config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"--model: its configuration has no usable {name}")
-    return value
+@dataclass(frozen=True)
+class Documents:
+    """Documents that stay ready to be asked about. each: bytes that one takes. held: how many find room."""
+
+    each: int
+    held: float
 
 
-def load_config(model: str) -> dict[str, Any]:
-    """A folder's `config.json`, such a file, or the configuration of a model on the hub. ValueError: none there."""
-    path = Path(model)
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        if file.exists():
-            config = json.loads(file.read_text(encoding="utf-8"))
-        else:
-            from transformers import AutoConfig
+def documents(
+    model: Model,
+    memory: int,
+    context: int,
+    output: int,
+    running: int,
+    eviction: EvictionConfig | None,
+    block_size: int = 32,
+) -> Documents:
+    """Documents of `context` tokens that `memory` bytes hold beside so many running requests, each with `output` tokens
+    behind its document.
 
-            config = AutoConfig.from_pretrained(model).to_dict()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {model}: no configuration there ({str(error).splitlines()[0]})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"--model {model}: its configuration is not a JSON object")
-    return config
+    eviction None: stock vLLM, whose prefix cache keeps them whole, or their beginnings. Packings are there as a whole
+    or not at all, and leave room for one document that is being read, by the last of these requests. ValueError names
+    what is wrong.
+    """
+    if model.windowed_layers:
+        raise ValueError("--documents: packings outlive their request on models without sliding windows only")
+    blocks, block_bytes = context // block_size, model.bytes(block_size, 0)
+    if not blocks:
+        raise ValueError(f"--context {context}: documents are shared in whole blocks; choose {block_size} or more")
+    growth = math.ceil((context + output) / block_size) - blocks
+    whole, end = blocks * block_bytes, growth * block_bytes
+    packing = _packing(model, blocks * block_size, eviction, block_size)
+    if packing is None:
+        return Documents(whole, max(0.0, (memory - running * end) / whole))
+    each = len(packing.blocks) * block_bytes
+    return Documents(each, max(0, (memory - (running - 1) * end - max(whole, end)) // each))
 
 
 def parse_bytes(text: str) -> int:
@@ -203,13 +163,29 @@ def report(before: Plan, after: Plan) -> str:
     return "\n".join(lines)
 
 
+def report_documents(before: Documents, after: Documents, count: int, exponent: float, running: int) -> str:
+    """How many of so many documents stay, and how many questions find theirs, as a table."""
+    shares = zipf(count, exponent)
+    sides = (before, after)
+    beside = "a running request" if running == 1 else f"{running} running requests"
+    rows = [
+        (f"{count} documents, Zipf {exponent:g}", ("stock", "evicted")),
+        ("a document, GiB", [f"{side.each / 2**30:.3f}" for side in sides]),
+        (f"that stay beside {beside}", [f"{min(side.held, count):.1f}".removesuffix(".0") for side in sides]),
+        ("questions that find theirs", [f"{hit_rate(shares, side.held):.1%}" for side in sides]),
+    ]
+    return "\n".join(f"{label:<36}{left:>10}{right:>10}" for label, (left, right) in rows)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vllm_defensive.planner", description=__doc__.splitlines()[0])
     default = EvictionConfig.model_fields
     parser.add_argument("--model", required=True, help="a model's folder, its config.json, or a name on the hub")
     parser.add_argument("--memory", required=True, help="for the KV cache, of one GPU: what the weights leave; 60GiB")
-    parser.add_argument("--context", type=int, required=True, help="prompt tokens of a request")
-    parser.add_argument("--output", type=int, required=True, help="new tokens of a request")
+    parser.add_argument("--context", type=int, required=True, help="prompt tokens of a request, or of a document")
+    parser.add_argument(
+        "--output", type=int, required=True, help="new tokens of a request; with --documents, of question and answer"
+    )
     parser.add_argument("--keep", type=float, default=default["keep"].default, help="as --kv-eviction-keep")
     parser.add_argument(
         "--widths",
@@ -221,13 +197,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--block-size", type=int, default=32, help="tokens a block")
     parser.add_argument("--kv-dtype", default="auto", help="of the KV cache; auto: the model's")
     parser.add_argument("--tp", type=int, default=1, help="GPUs that share each layer")
+    parser.add_argument(
+        "--documents", type=int, help="so many are asked about, again and again: how many questions find theirs"
+    )
+    parser.add_argument(
+        "--zipf", type=float, default=1.0, help="the i-th is as popular as 1/i to this power; 0: all alike; default: 1"
+    )
+    parser.add_argument("--running", type=int, default=1, help="requests that run beside what waits; default: 1")
     args = parser.parse_args(argv)
+    kept = None
     try:
-        for name in ("context", "output", "block_size"):
-            if getattr(args, name) < 1:
+        for name in ("context", "output", "block_size", "documents", "running"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 1 or more")
         if args.widths not in (AUTO, *OFFERED):
             raise ValueError(f"--widths {args.widths}: choose one of {listed((AUTO, *OFFERED))}")
+        if not 0 <= args.zipf < math.inf:
+            raise ValueError(f"--zipf {args.zipf}: choose 0 or more")
         memory = parse_bytes(args.memory)
         whole = read_model(load_config(args.model), args.tp, args.kv_dtype)
         model = whole.served(args.context + args.output)
@@ -235,6 +221,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = {"keep": args.keep, "widths": args.widths, "window": args.window}
         settings = {"policy": AUTO, "auto_widths": True, **given}
         eviction = EvictionConfig.model_validate(settings)
+        sizes = args.context, args.output
+        before, after = (plan(model, memory, *sizes, e, args.block_size) for e in (None, eviction))
+        if args.documents is not None:
+            kept = [documents(model, memory, *sizes, args.running, e, args.block_size) for e in (None, eviction)]
     except ValidationError as error:
         problem = error.errors()[0]
         print(f"--{problem['loc'][0]} {problem['input']}: {problem['msg']}", file=sys.stderr)
@@ -242,8 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    before, after = (plan(model, memory, args.context, args.output, e, args.block_size) for e in (None, eviction))
     print(report(before, after))
+    if kept is not None:
+        print(report_documents(*kept, args.documents, args.zipf, args.running))
     if model.positions is not None and args.context + args.output > model.positions:
         print(f"note: prompt and output are longer than this model's {model.positions} positions")
     if model != whole:
