@@ -25,6 +25,7 @@ def main() -> None:
     part.add_argument("--repeats", type=int, default=3)
     part.add_argument("--asynchronous", action="store_true", help="compare the asynchronous schedulers")
     part.add_argument("--queue", type=int, default=0, help="this many requests wait for memory all the time")
+    part.add_argument("--packings", type=int, default=0, help="this many packings of other documents are held")
     part = parts.add_parser("overhead", help="our Python in a decode step, by number of evicted rows")
     part.add_argument("--evicted", type=int, nargs="+", default=[0, 1, 16, 64])
     part.add_argument("--steps", type=int, default=100)
@@ -45,8 +46,9 @@ def main() -> None:
             from benchmarks.tiny_model import write_tiny_llama
 
             model = write_tiny_llama(Path(scratch))
-            result = simulate(model, arguments.steps, arguments.repeats, arguments.asynchronous, arguments.queue)
-            name += f"_queue_{arguments.queue}" * bool(arguments.queue)
+            queue, packings = arguments.queue, arguments.packings
+            result = simulate(model, arguments.steps, arguments.repeats, arguments.asynchronous, queue, packings)
+            name += f"_queue_{queue}" * bool(queue) + f"_packings_{packings}" * bool(packings)
             name += "_async" * arguments.asynchronous
         elif name == "overhead":
             from benchmarks.steps.overhead import overhead

@@ -42,6 +42,14 @@ QUEUE_ROWS: dict[str, dict[str, Any]] = {
 }
 """The rows where a queue waits for memory, of requests that share nothing."""
 
+PACKINGS_ROWS: dict[str, dict[str, Any]] = {
+    "stock": {},
+    "stock again": {},
+    "ours, all evicted": {"policy": "snapkv", "keep": 0.2},
+    "ours, packings held": {"policy": "snapkv", "keep": 0.2, "reuse": "prefix"},
+}
+"""The rows where each request looks for a packing to begin with, among those of other documents."""
+
 
 def make_scheduler(model: Path, asynchronous: bool, blocks: int = POOL_BLOCKS, **settings: Any) -> Any:
     """A scheduler of vLLM's, or with settings one of ours, over a pool of so many blocks; nothing runs its steps."""
@@ -127,6 +135,24 @@ class Row:
         )
         self._added += 1
 
+    def pack(self, documents: int) -> None:
+        """Leave packings of so many short documents, of many lengths, behind."""
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        manager = getattr(self.scheduler, "eviction_manager", None)
+        if manager is None or manager.eviction.reuse == "off":
+            return
+        for i in range(documents):
+            length = (9 + i % 64) * BLOCK_SIZE
+            prompt = [self._random.randrange(2, 30000) for _ in range(length + 1)]
+            parameters = SamplingParams(max_tokens=1, extra_args={"kv_eviction_boundary": length})
+            self.scheduler.add_request(Request(f"document-{i}", prompt, parameters, None, block_hasher=self._hasher))
+        while self.scheduler.has_requests():
+            output = self.scheduler.schedule()
+            self.scheduler.update_from_output(output, self._answer(output))
+        assert len(manager.lifecycle.library) == documents, "the pool is too small for them"
+
     def run(self, steps: int) -> Block:
         """Schedule and process `steps` steps; what a model would answer is made up in between, untimed."""
         block = Block(steps=steps)
@@ -157,12 +183,14 @@ class Row:
         return ModelRunnerOutput(ids, {r: i for i, r in enumerate(ids)}, sampled_token_ids=tokens)
 
 
-def simulate(model: Path, steps: int, repeats: int, asynchronous: bool, queue: int = 0) -> dict[str, Any]:
+def simulate(
+    model: Path, steps: int, repeats: int, asynchronous: bool, queue: int = 0, packings: int = 0
+) -> dict[str, Any]:
     """Run `steps` steps of every row, `repeats` times over with other requests, and compare with the first row.
 
-    queue: this many requests wait for memory all the time.
+    queue: this many requests wait for memory all the time. packings: so many outlive their requests in the last row.
     """
-    kinds, blocks = (QUEUE_ROWS, QUEUE_BLOCKS) if queue else (ROWS, POOL_BLOCKS)
+    kinds, blocks = (QUEUE_ROWS, QUEUE_BLOCKS) if queue else (PACKINGS_ROWS if packings else ROWS, POOL_BLOCKS)
     hasher = block_hasher()
     rounds: list[dict[str, Block]] = []
     evicted = 0
@@ -172,6 +200,7 @@ def simulate(model: Path, steps: int, repeats: int, asynchronous: bool, queue: i
             for name, settings in kinds.items()
         }
         for row in rows.values():
+            row.pack(packings)
             row.run(BLOCK_STEPS)  # warms up, and fills the batch
         gc.collect()
         total = {name: Block() for name in rows}
@@ -186,6 +215,7 @@ def simulate(model: Path, steps: int, repeats: int, asynchronous: bool, queue: i
         evicted += list(rows.values())[-1].scheduler.eviction_manager.lifecycle.totals.requests
         print(f"  round {seed + 1} of {repeats}", flush=True)
     about = {"steps": steps, "repeats": repeats, "asynchronous": asynchronous, "queue": queue, "evicted": evicted}
+    about |= {"packings": packings} if packings else {}
     return {**about, **compare(rounds)}
 
 

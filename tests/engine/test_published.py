@@ -73,6 +73,27 @@ def test_of_many_at_once_one_packs_and_nobody_behind_them_waits(tiny_model: Path
     h.assert_all_returned()
 
 
+def test_who_waits_is_not_looked_at_in_every_step(tiny_model: Path) -> None:
+    """They stand beside vLLM's queue, in their order, and are not forgotten: neither by who ends them, nor if the packer
+    ends while nobody else runs."""
+    h = Harness(tiny_model, num_blocks=400, keep=0.3, reuse="boundary", chunk=64, long_prefill=32, max_num_seqs=4)
+    packer = h.add(DOCUMENT, max_tokens=1, extra_args={"kv_eviction_boundary": 320})
+    waiting = [ask(h, i) for i in range(3, 43)]
+    for _ in range(4):
+        h.step()
+        h.check()
+    assert not h.scheduler.waiting and h.scheduler.get_request_counts() == (1, 40)
+    h.abort(waiting[0], waiting[20])
+    while packer in h.live:
+        h.step()
+    assert h.scheduler.has_requests() and h.scheduler.get_request_counts() == (0, 38)
+    h.run()
+    begun = [e.request_id for e in h.ghost.adoptions]
+    assert begun == [r for r in waiting if r not in (waiting[0], waiting[20])]
+    assert not len(h.scheduler._parking) and not h.scheduler.deferred_waiting
+    h.assert_all_returned()
+
+
 @pytest.mark.parametrize("fate", ["abort", "decline", "preempt"])
 def test_if_the_packer_cannot_the_next_one_does(tiny_model: Path, fate: str) -> None:
     h = Harness(tiny_model, num_blocks=400, keep=0.3, reuse="boundary", chunk=64)

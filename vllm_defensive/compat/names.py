@@ -193,15 +193,20 @@ ENGINE: dict[str, dict[str, str | None]] = {
         "Scheduler._free_request": "request, ...",
         "Scheduler._preempt_request": "request, timestamp, ...",
         "Scheduler.reset_prefix_cache": "reset_running_requests, ...",
+        "Scheduler.get_request_counts": "",
         "Scheduler.finish_requests": "request_ids, finished_status",
         "Scheduler.make_stats": "...",
         **_has(
             "Scheduler",
             "block_size kv_cache_manager max_model_len max_num_active_reqs max_num_scheduled_tokens num_spec_tokens "
-            "pause_state requests running structured_output_manager vllm_config",
+            "pause_state requests running structured_output_manager vllm_config waiting",
         ),
     },
     "vllm.v1.core.sched.async_scheduler": {"AsyncScheduler": None},
+    "vllm.v1.core.sched.request_queue": {
+        "RequestQueue.prepend_requests": "requests",
+        "RequestQueue.remove_requests": "requests",
+    },
     "vllm.v1.core.sched.interface": _has("PauseState", "PAUSED_ALL"),
     "vllm.v1.core.sched.output": _has("SchedulerOutput", "num_scheduled_tokens"),
     "vllm.v1.metrics.stats": {

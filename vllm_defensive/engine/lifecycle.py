@@ -67,7 +67,11 @@ class Lifecycle:
 
     def waits(self, life: Life) -> bool:
         """Whether another request is making what this one, which has not begun, would begin with."""
-        return life.ahead and life.key in self._packers
+        return life.ahead and life.key is not None and self.is_being_packed(life.key)
+
+    def is_being_packed(self, key: Key) -> bool:
+        """Whether a request is on its way to the packing of this key."""
+        return key in self._packers
 
     def adopt(self, request_id: str) -> list[KVCacheBlock] | None:
         """The request is about to get its first blocks: if it was found to begin with a packing, it holds that now.

@@ -19,6 +19,7 @@ from vllm_defensive.engine.amendments import Amendments
 from vllm_defensive.engine.echo import Echoes, instruction_ids
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
 from vllm_defensive.engine.life import ECHOING, PREFILL
+from vllm_defensive.engine.parking import Parking
 from vllm_defensive.engine.stats import Ledger
 from vllm_defensive.settings.engine import KEY, from_vllm_config
 
@@ -43,6 +44,7 @@ class _EvictionMixin(Scheduler):
         self._refused: tuple[Any, ...] = ()  # who was not let in, and what was looked at
         self._longest_hit: int | None = None
         self._starved = False  # in this step there was no memory for somebody
+        self._parking = Parking(self, manager.lifecycle.is_being_packed)
         # A request must have a token left to compute; with one, vLLM would fill the row up with placeholders for
         # drafts and assert that they stay.
         self._least_left = 2 if self.num_spec_tokens else 1
@@ -85,8 +87,10 @@ class _EvictionMixin(Scheduler):
         library = self.eviction_manager.lifecycle.library
         library.settle()
         self._starved = False
+        self._parking.unpark()
         self._echoes.begin()
         output = super().schedule(*args, **kwargs)
+        self._parking.park()
         self._echoes.scheduled(output.num_scheduled_tokens)
         message = self.eviction_manager.lifecycle.take_message(output.num_scheduled_tokens)
         channels.attach_message(output, message)
@@ -126,8 +130,19 @@ class _EvictionMixin(Scheduler):
 
     def _ec_transfer_pending(self, request: Request, num_computed_tokens: int) -> bool:
         """vLLM's question whether a waiting request is passed over for now, while others behind it may come in."""
-        pending = super()._ec_transfer_pending(request, num_computed_tokens)
-        return pending or (not num_computed_tokens and self.eviction_manager.waits(request, self._least_left))
+        if super()._ec_transfer_pending(request, num_computed_tokens):
+            return True
+        if num_computed_tokens or not self.eviction_manager.waits(request, self._least_left):
+            return False
+        life = self.eviction_manager.life(request.request_id)
+        assert life is not None and life.key is not None
+        self._parking.pass_over(life.key, request)
+        return True
+
+    def get_request_counts(self) -> tuple[int, int]:
+        """vLLM's, of those that run and those that wait, wherever they do."""
+        running, waiting = super().get_request_counts()
+        return running, waiting + len(self._parking)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM's last word on the length of a chunk; ours is that it ends where the request is evicted."""
@@ -229,6 +244,7 @@ class _EvictionMixin(Scheduler):
         lifecycle.forget(request_id)
         self.eviction_manager.outlook.forget(request_id)
         self._amendments.forget(request_id)
+        self._parking.forget(request_id)
         self._echoes.freed(request)
         return (for_response if report is None else {KEY: report}), *others
 

@@ -119,7 +119,7 @@ def documents(
     what is wrong.
     """
     if model.windowed_layers:
-        raise ValueError("--documents: packings outlive their request on models without sliding windows only")
+        raise ValueError("--documents: not planned for models with sliding windows, whose windows have to stay as well")
     blocks, block_bytes = context // block_size, model.bytes(block_size, 0)
     if not blocks:
         raise ValueError(f"--context {context}: documents are shared in whole blocks; choose {block_size} or more")
@@ -224,7 +224,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sizes = args.context, args.output
         before, after = (plan(model, memory, *sizes, e, args.block_size) for e in (None, eviction))
         if args.documents is not None:
-            kept = [documents(model, memory, *sizes, args.running, e, args.block_size) for e in (None, eviction)]
+            whole_ones, packings = (
+                documents(model, memory, *sizes, args.running, e, args.block_size) for e in (None, eviction)
+            )
+            kept = report_documents(whole_ones, packings, args.documents, args.zipf, args.running)
     except ValidationError as error:
         problem = error.errors()[0]
         print(f"--{problem['loc'][0]} {problem['input']}: {problem['msg']}", file=sys.stderr)
@@ -234,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(report(before, after))
     if kept is not None:
-        print(report_documents(*kept, args.documents, args.zipf, args.running))
+        print(kept)
     if model.positions is not None and args.context + args.output > model.positions:
         print(f"note: prompt and output are longer than this model's {model.positions} positions")
     if model != whole:
