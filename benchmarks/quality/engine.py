@@ -22,16 +22,20 @@ FP8 = "fp8"  # not a policy: stock vLLM with its cache in fp8, half the memory a
 
 @dataclass(frozen=True)
 class Setting:
-    """What happens to a prompt's cache. boundary: evict there; None: at the end of the prompt."""
+    """What happens to a prompt's cache. boundary: evict there; None: at the end of the prompt. reuse: whether what is
+    kept is for later prompts, too."""
 
     policy: str = NONE
     keep: float = 1.0
     boundary: int | None = None
+    reuse: str = "off"
 
     def extra_args(self) -> dict[str, Any]:
         if self.policy == NONE:
             return {"kv_eviction": NONE}
         extra: dict[str, Any] = {"kv_eviction": self.policy, "kv_eviction_keep": self.keep}
+        if self.reuse != "off":
+            extra["kv_eviction_reuse"] = self.reuse
         return extra if self.boundary is None else {**extra, "kv_eviction_boundary": self.boundary}
 
 

@@ -73,7 +73,7 @@ class Echoes:
         the place of an adapter: whoever comes then could take that from it time and again."""
         if self.waiting:
             return False
-        if life is None or not life.echo_tokens:
+        if life is None or not life.echo_tokens or life.published is not None:
             return True
         lives = self._lifecycle.lives.values()
         return sum(other.echo_tokens > 0 and other.phase in (PREFILL, ECHOING) for other in lives) < ECHO_REQUESTS

@@ -156,6 +156,7 @@ class Lifecycle:
         """Nothing of the request is evicted."""
         life.turn(Phase.WHOLE)
         self._pass_on(life)
+        life.key = None
 
     def _pin(self, life: Life) -> None:
         if life.settings.pin is not None and life.published is not None:

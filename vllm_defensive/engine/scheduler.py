@@ -94,7 +94,7 @@ class _EvictionMixin(Scheduler):
         self._echoes.scheduled(output.num_scheduled_tokens)
         message = self.eviction_manager.lifecycle.take_message(output.num_scheduled_tokens)
         channels.attach_message(output, message)
-        if self._starved and not output.num_scheduled_tokens:
+        if self._starved and not output.num_scheduled_tokens and not any(r.num_in_flight_tokens for r in self.running):
             library.unpin(all_of_them=True)  # nobody could be scheduled, and somebody wants memory
         return output
 
