@@ -159,3 +159,14 @@ def test_layers_with_windows(tiny_gemma3: Path) -> None:
         assert [a.tokens for a in adopted] == [a.tokens for a in alone] and worst < 1e-4
         assert metrics_of(llm)["vllm:kv_eviction_adoptions"] == 2
         assert_all_returned(llm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("widths", ["16", "k8v4"])
+def test_on_two_ranks(tiny_model: Path, widths: str) -> None:
+    """Each rank keeps the table of its own heads; pages of fewer bits are packed by each for itself, too."""
+    settings = {"dtype": "float32", "keep": 0.3, "widths": widths, "tensor_parallel_size": 2}
+    with engine(tiny_model, "halokv", reuse="boundary", **settings) as llm:
+        adopted, alone = run(llm, ("halokv", widths))
+        assert_same(adopted, alone)
+        assert [answer.cached_tokens for answer in adopted] == [576, 576]

@@ -139,7 +139,7 @@ def resolve(
         if settings.boundary is not None and begin < settings.boundary < end:
             way_out = f"inside an image, video or audio; choose {' or '.join(str(b) for b in (begin, end) if b)}"
             raise _wrong("kv_eviction_boundary", settings.boundary, way_out)
-    asks_later = settings.boundary is not None and settings.boundary < num_prompt_tokens
+    asks_later = settings.boundary is not None and (settings.boundary < num_prompt_tokens or settings.outlives)
     asks_later = asks_later or settings.reuse in _LATER
     meant = engine.meant(settings.policy, boundary=asks_later, score=settings.score, keep=settings.keep)
     if not engine.is_there(meant):
