@@ -59,9 +59,10 @@ def check_library(manager: EvictionBlockManager, held: list[Published]) -> None:
     for packing in whole:
         assert all(not part.lost for part in packing.line) and all(packing is c.parent for c in packing.children)
     assert {(p.key.kind, p.end) for p in whole} == {(k, end) for k, ends in library._ends.items() for end in ends}
+    assert library.unheld_blocks == sum(len(packing.blocks) for packing in whole if not packing.holders)
     assert library.blocks == sum(len(packing.blocks) for packing in whole)
     assert library.published - library.lost >= len(library)
-    assert set(manager.lifecycle._packers.values()) <= set(manager.lifecycle.lives)
+    assert set(manager.lifecycle.packers.values()) <= set(manager.lifecycle.lives)
 
 
 def check_life(manager: EvictionBlockManager, life: Life) -> None:

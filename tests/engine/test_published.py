@@ -74,8 +74,8 @@ def test_of_many_at_once_one_packs_and_nobody_behind_them_waits(tiny_model: Path
 
 
 def test_who_waits_is_not_looked_at_in_every_step(tiny_model: Path) -> None:
-    """They stand beside vLLM's queue, in their order, and are not forgotten: neither by who ends them, nor if the packer
-    ends while nobody else runs."""
+    """They stand beside vLLM's queue, in their order, and are not forgotten: neither by who ends them, nor if the
+    packer ends while nobody else runs."""
     h = Harness(tiny_model, num_blocks=400, keep=0.3, reuse="boundary", chunk=64, long_prefill=32, max_num_seqs=4)
     packer = h.add(DOCUMENT, max_tokens=1, extra_args={"kv_eviction_boundary": 320})
     waiting = [ask(h, i) for i in range(3, 43)]
@@ -170,6 +170,22 @@ def test_originals_of_what_is_published_are_used_first(tiny_model: Path) -> None
             h.run()
     assert of(h) == (5, 10)
     assert h.manager.lifecycle.library.lost == 0
+
+
+def test_documents_that_do_not_fit_beside_the_packings_are_read_one_at_a_time(tiny_model: Path) -> None:
+    """Four of six at once: as many as there is room for, without those that were packed being given up."""
+    h = Harness(tiny_model, num_blocks=70, keep=0.3, reuse="boundary")
+    documents = [text(640, i) for i in range(1, 7)]
+    asked = [(50 + i, documents[i % 6]) for i in range(24)]
+    most = 0
+    while asked or h.live:
+        while asked and len(h.live) < 4:
+            ask(h, *asked.pop(0))
+        h.step()
+        h.check()
+        most = max(most, len(h.manager.lifecycle.packers))
+    assert of(h) == (6, 18) and most >= 2
+    h.assert_all_returned()
 
 
 def test_what_is_lost_is_packed_anew(tiny_model: Path) -> None:

@@ -18,7 +18,7 @@ from vllm.v1.request import Request
 from vllm_defensive.engine.life import Life, Phase
 from vllm_defensive.engine.lifecycle import Lifecycle
 from vllm_defensive.engine.outlook import Outlook
-from vllm_defensive.engine.published import Published, free_first
+from vllm_defensive.engine.published import Key, Published, free_first
 from vllm_defensive.packing import Region
 from vllm_defensive.plan import Eviction
 from vllm_defensive.settings.engine import EvictionConfig
@@ -226,12 +226,32 @@ class EvictionBlockManager(FullAttentionManager):
         life.published = found
         return found.end, {**others, self.kv_cache_group_id: [self._null_block] * (found.end // self.block_size)}
 
-    def waits(self, request: Request, at_least: int) -> bool:
-        """Whether another request is making what this one, which is about to be admitted, would begin with."""
+    def waits_for(self, request: Request, at_least: int) -> Key | None:
+        """What another request is packing, and this one, which is about to be admitted, would begin with. at_least: as
+        in `adoptable`."""
         life = self.life(request.request_id)
-        if life is None or not self.lifecycle.waits(life) or request.skip_reading_prefix_cache:
-            return False
-        return request.num_tokens - life.stop >= at_least
+        if life is None or not life.ahead or life.key is None or request.skip_reading_prefix_cache:
+            return None
+        waits = request.num_tokens - life.stop >= at_least and self.lifecycle.is_being_packed(life.key)
+        return life.key if waits else None
+
+    def makes_way_for(self, request: Request) -> Key | None:
+        """What another request is packing, if this one, which would pack as well, finds memory beside it only in place
+        of packings that are there. They are worth more than that two documents are read at once: each would take as
+        long, and with many at once nothing would be left that is asked for again."""
+        life = self.life(request.request_id)
+        if life is None or not life.ahead or life.key is None:
+            return None
+        if (first := next(iter(self.lifecycle.packers), None)) is None:
+            return None
+        needed = self.outlook.blocks_to_pack(life)
+        for request_id in self.lifecycle.packers.values():
+            packer = self.lifecycle.lives[request_id]
+            needed += max(
+                0, self.outlook.blocks_to_pack(packer) - len(self.req_to_blocks[request_id]) - len(packer.blocks)
+            )
+        there = self.block_pool.get_num_free_blocks() - self.lifecycle.library.unheld_blocks
+        return first if needed > there else None
 
     def note_hit(self, request_id: str, num_tokens: int) -> None:
         """The prefix cache serves so many tokens to a request that is still to be evicted, if it is admitted now."""

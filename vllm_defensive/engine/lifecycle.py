@@ -44,7 +44,7 @@ class Lifecycle:
         self._clear: list[int] = []  # blocks of quantised pages that have gone back
         self._reconstruct: dict[str, Reconstruction] = {}
         self._adopted: dict[str, Eviction] = {}
-        self._packers: dict[Key, str] = {}  # who is on its way to a packing that others wait for
+        self.packers: dict[Key, str] = {}  # who is on its way to a packing that others may wait for
         self._watched: set[str] = set()  # in `lives`, and their last tokens before the stop are still to be scheduled
         self._planned: dict[str, Eviction] = {}
         # Since somebody asked; bounded, because nobody does where statistics are off.
@@ -63,15 +63,11 @@ class Lifecycle:
             if life.ahead:
                 self._watched.add(request_id)
                 if life.key is not None:
-                    self._packers.setdefault(life.key, request_id)
-
-    def waits(self, life: Life) -> bool:
-        """Whether another request is making what this one, which has not begun, would begin with."""
-        return life.ahead and life.key is not None and self.is_being_packed(life.key)
+                    self.packers.setdefault(life.key, request_id)
 
     def is_being_packed(self, key: Key) -> bool:
         """Whether a request is on its way to the packing of this key."""
-        return key in self._packers
+        return key in self.packers
 
     def adopt(self, request_id: str) -> list[KVCacheBlock] | None:
         """The request is about to get its first blocks: if it was found to begin with a packing, it holds that now.
@@ -164,8 +160,8 @@ class Lifecycle:
 
     def _pass_on(self, life: Life) -> None:
         """Nobody has to wait any longer for what this request was making."""
-        if life.key is not None and self._packers.get(life.key) == life.request.request_id:
-            del self._packers[life.key]
+        if life.key is not None and self.packers.get(life.key) == life.request.request_id:
+            del self.packers[life.key]
 
     def _give_back(self, life: Life) -> list[KVCacheBlock]:
         """The request holds no packed blocks any more. Returns those that are to go back, and are nobody else's."""

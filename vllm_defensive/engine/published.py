@@ -107,6 +107,7 @@ class Library:
         self.generation = 0
         self.published = self.lost = 0
         self.blocks = 0  # of all that are whole, held or not
+        self.unheld_blocks = 0  # those of them that nobody holds
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -160,6 +161,8 @@ class Library:
         """One more request has it."""
         for part in packing.line:
             self._pool.touch(part.blocks)
+            if not part.holders and not part.lost:
+                self.unheld_blocks -= len(part.blocks)
             part.holders += 1
 
     def leave(self, packing: Published) -> None:
@@ -168,6 +171,8 @@ class Library:
             part.holders -= 1
             if not part.lost:
                 self._pool.unpin_blocks(part.blocks, self._reused)
+                if not part.holders:
+                    self.unheld_blocks += len(part.blocks)
                 continue
             self._pool.free_blocks(part.blocks)
             if not part.holders:
@@ -258,6 +263,7 @@ class Library:
         elif not packing.parent.lost:
             packing.parent.children.remove(packing)
         if not packing.holders:
+            self.unheld_blocks -= len(packing.blocks)
             self._broken.append(packing)
             return
         for block in packing.blocks:

@@ -20,6 +20,7 @@ from vllm_defensive.engine.echo import Echoes, instruction_ids
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
 from vllm_defensive.engine.life import ECHOING, PREFILL
 from vllm_defensive.engine.parking import Parking
+from vllm_defensive.engine.published import Key
 from vllm_defensive.engine.stats import Ledger
 from vllm_defensive.settings.engine import KEY, from_vllm_config
 
@@ -44,6 +45,7 @@ class _EvictionMixin(Scheduler):
         self._refused: tuple[Any, ...] = ()  # who was not let in, and what was looked at
         self._longest_hit: int | None = None
         self._starved = False  # in this step there was no memory for somebody
+        self._waits_for: Key | None = None  # whose packing the request that is looked at waits for
         self._parking = Parking(self, manager.lifecycle.is_being_packed)
         # A request must have a token left to compute; with one, vLLM would fill the row up with placeholders for
         # drafts and assert that they stay.
@@ -102,12 +104,16 @@ class _EvictionMixin(Scheduler):
         """vLLM's lookup for a request about to be admitted, no longer than the block manager allows; or what was packed
         for an earlier one. From vLLM 0.33 on it is given a limit of its own, which is handed on: P8 takes the lesser of
         the two."""
-        if self.eviction_manager.waits(request, self._least_left):
+        self._waits_for = self.eviction_manager.waits_for(request, self._least_left)
+        if self._waits_for is not None:
             return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
         if (found := self.eviction_manager.adoptable(request, self._least_left)) is not None:
             (adopted, blocks_of), self._last_hit = found, ()
             in_order = tuple(blocks_of[group] for group in range(len(blocks_of)))
             return self.kv_cache_manager.create_kv_cache_blocks(in_order), adopted, 0, False
+        self._waits_for = self.eviction_manager.makes_way_for(request)
+        if self._waits_for is not None:
+            return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
         self._longest_hit = self.eviction_manager.longest_hit(request.request_id)
         if self._longest_hit is not None and self.num_spec_tokens:
             # With one token left, vLLM would fill the row up with placeholders for drafts and assert that they stay;
@@ -132,11 +138,9 @@ class _EvictionMixin(Scheduler):
         """vLLM's question whether a waiting request is passed over for now, while others behind it may come in."""
         if super()._ec_transfer_pending(request, num_computed_tokens):
             return True
-        if num_computed_tokens or not self.eviction_manager.waits(request, self._least_left):
+        if num_computed_tokens or self._waits_for is None:
             return False
-        life = self.eviction_manager.life(request.request_id)
-        assert life is not None and life.key is not None
-        self._parking.pass_over(life.key, request)
+        self._parking.pass_over(self._waits_for, request)
         return True
 
     def get_request_counts(self) -> tuple[int, int]:
