@@ -23,6 +23,7 @@ from vllm_defensive import audit
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 FLAGS = ("--kv-eviction", "layer-defensivekv", "--kv-eviction-keep", "0.25", "--kv-eviction-min-tokens", "100")
+REUSE = ("--kv-eviction-reuse", "boundary")
 
 
 def vllm(*arguments: str) -> list[str]:
@@ -42,7 +43,15 @@ def server(tiny_model: Path, folder: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     log = (folder / "log").open("w")
     command = vllm("serve", str(tiny_model), "--port", str(port), "--host", "127.0.0.1", "--dtype", "bfloat16")
-    command += ["--enforce-eager", "--max-model-len", "2048", *FLAGS, "--kv-eviction-audit", str(folder / "audit")]
+    command += [
+        "--enforce-eager",
+        "--max-model-len",
+        "2048",
+        *FLAGS,
+        *REUSE,
+        "--kv-eviction-audit",
+        str(folder / "audit"),
+    ]
     process = subprocess.Popen(
         command, env=environment(VLLM_LOGGING_LEVEL="INFO"), stdout=log, stderr=subprocess.STDOUT, cwd=ROOT
     )

@@ -250,7 +250,7 @@ class Harness:
             assert set(self.manager.lifecycle._reports) <= set(self.scheduler.requests)
             for life in self.manager.lifecycle.lives.values():
                 owners.update(block.block_id for block in life.blocks)
-            for packing, _ in self.manager.lifecycle.library._pinned.values():
+            for packing in self.manager.lifecycle.library._pinned:
                 owners.update(block.block_id for part in packing.line for block in part.blocks)
         null = self.pool.null_block.block_id
         for block in self.pool.blocks:

@@ -357,6 +357,90 @@ def test_no_more_is_pinned_than_may_be(tiny_model: Path) -> None:
     h.assert_all_returned()
 
 
+def test_a_replaced_end_takes_those_that_stand_on_it_along(tiny_model: Path) -> None:
+    """Three answers to one turn stand on its end, which is then packed anew."""
+    h = Harness(tiny_model, num_blocks=200, keep=0.3, reuse="chat")
+    said = h.tokens(say(h, text(300, 1), 2, max_tokens=193))
+    h.run()
+    for seed in (3, 4, 5):
+        say(h, said, seed, max_tokens=50)
+        h.run()
+    library = h.manager.lifecycle.library
+    (end,) = [p for p in library._by_key.values() if p.end == 512]
+    assert len(end.children) == 3
+    again = h.add(said[:512] + text(188, 9), extra_args={"kv_eviction_boundary": 512})
+    h.run()
+    assert [e.request_id for e in h.evictions] == ["r0", again]
+    assert sorted(p.end for p in library._by_key.values())[:2] == [320, 512] and len(library) == 3
+    h.assert_all_returned()
+
+
+def test_a_pin_ends_with_what_it_holds(tiny_model: Path) -> None:
+    """A turn's end is not pinned, nor does a pin outlast its packing's place."""
+    h = Harness(tiny_model, num_blocks=200, keep=0.3, reuse="chat")
+    clock, library = Clock(h), h.manager.lifecycle.library
+    said = h.tokens(say(h, text(300, 1), 2, max_tokens=193))
+    h.run()
+    for tokens in (20, 188):
+        h.add(said[:512] + text(tokens, 9), extra_args={"kv_eviction_boundary": 512, "kv_eviction_pin": 10})
+        h.run()
+    assert library.pinned_blocks == len(h.evictions[1].packing.blocks)
+    clock.now = 11
+    h.add(text(40, 7))
+    h.run()
+    assert not library.pinned_blocks
+    h.assert_all_returned()
+
+
+@pytest.mark.parametrize("pool", [48, 60, 90])
+def test_originals_never_stand_behind_packings(tiny_model: Path, pool: int) -> None:
+    """One document after the other, more of them than fit: what is given up is as much as is needed."""
+    h = Harness(tiny_model, num_blocks=pool, keep=0.2, reuse="boundary")
+    room = (pool - 26) // 4
+    for turn in range(3):
+        for i in range(12):
+            ask(h, 50 + 12 * turn + i, text(640, 1 + i), max_tokens=4)
+            h.run()
+            if turn:
+                assert len(h.manager.lifecycle.library) >= min(room, 12) - 1
+    h.assert_all_returned()
+
+
+def test_a_first_chunk_before_the_stop_counts_what_it_holds(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=60, keep=0.3, reuse="chat", chunk=64)
+    h.scheduler.scheduler_reserve_full_isl = False
+    said = h.tokens(say(h, text(620, 1), 2, max_tokens=10))
+    h.run()
+    for seed in range(3, 9):
+        say(h, said + text(200, seed), seed, max_tokens=30)
+    h.run()
+    assert len(h.ghost.adoptions) >= 6
+    h.assert_all_returned()
+
+
+def test_who_cannot_adopt_is_not_waited_for(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=400, keep=0.3, reuse="boundary", chunk=64, long_prefill=32)
+    ask(h, 2)
+    h.run()
+    h.add(DOCUMENT, max_tokens=1, extra_args={"kv_eviction_boundary": 320}, cache_salt=None)
+    h.step()
+    question = ask(h, 3)
+    h.step()
+    assert h.hits[question] == 320
+    h.run()
+    h.assert_all_returned()
+
+
+def test_a_warm_up_pins_what_is_there(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=100, keep=0.3, reuse="boundary")
+    for _ in range(2):
+        h.add(DOCUMENT, max_tokens=1, extra_args={"kv_eviction_boundary": 320, "kv_eviction_pin": 60})
+        h.run()
+        assert h.manager.lifecycle.library.pinned_blocks == 3
+        h.manager.lifecycle.library.unpin(all_of_them=True)
+    h.assert_all_returned()
+
+
 def test_pins_make_way_where_nobody_could_go_on(tiny_model: Path) -> None:
     h = Harness(tiny_model, num_blocks=60, keep=0.3, reuse="boundary")
     ask(h, 2, kv_eviction_pin=60)

@@ -28,7 +28,15 @@ from vllm_defensive.settings.request import RequestFieldError, RequestSettings, 
 
 CASES = os.environ.get("FUZZ_CASES")
 NUM_TOKENS = 90
-FIELDS = ("kv_eviction", "kv_eviction_keep", "kv_eviction_boundary", "kv_eviction_protect", "kv_eviction_report")
+FIELDS = (
+    "kv_eviction",
+    "kv_eviction_keep",
+    "kv_eviction_boundary",
+    "kv_eviction_protect",
+    "kv_eviction_reuse",
+    "kv_eviction_pin",
+    "kv_eviction_report",
+)
 
 numbers = (
     st.integers(-3, NUM_TOKENS + 3)
@@ -51,6 +59,8 @@ right = {
     "kv_eviction_keep": st.floats(0, 1, exclude_min=True) | st.just(1),
     "kv_eviction_boundary": st.integers(1, NUM_TOKENS),
     "kv_eviction_protect": st.integers(0, NUM_TOKENS),
+    "kv_eviction_reuse": st.sampled_from(["off", "boundary", "prefix", "chat"]),
+    "kv_eviction_pin": st.integers(0, 100) | st.floats(0, 100),
     "kv_eviction_report": st.sampled_from([0, 1, False, True]),
 }
 fields = st.builds(

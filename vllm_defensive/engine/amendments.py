@@ -38,7 +38,7 @@ class Amendments:
         settings = settings_or_none(self._settings, request)
         if settings.report and params.stop:
             self._reporting.add(request.request_id)
-        if settings.boundary is not None and self._caching:
+        if (settings.boundary is not None or settings.outlives) and self._caching:
             self._silent.add(request.request_id)
 
     def forget(self, request_id: str) -> None:

@@ -18,7 +18,7 @@ from vllm.v1.request import Request
 from vllm_defensive.engine.life import Life, Phase
 from vllm_defensive.engine.lifecycle import Lifecycle
 from vllm_defensive.engine.outlook import Outlook
-from vllm_defensive.engine.published import Key, Published, free_first
+from vllm_defensive.engine.published import Key, Published
 from vllm_defensive.packing import Region
 from vllm_defensive.plan import Eviction
 from vllm_defensive.settings.engine import EvictionConfig
@@ -67,10 +67,12 @@ class EvictionBlockManager(FullAttentionManager):
             **kwargs,
         )
         life = self.life(request_id)
-        if life is None or not life.ahead or num_tokens_main_model < life.stop:
+        if life is None or not life.ahead:
             return positional
         if life.published is not None:
             return positional + life.published.unheld
+        if num_tokens_main_model < life.stop:
+            return positional
         return positional + self.plan(life)[1]
 
     def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
@@ -158,7 +160,7 @@ class EvictionBlockManager(FullAttentionManager):
             blocks = self.req_to_blocks[request_id]
             originals = blocks[region.full_blocks - 1 :: -1]
             blocks[: region.full_blocks] = [self._null_block] * region.full_blocks
-            free_first(self.block_pool, originals)
+            self.lifecycle.library.free_originals(originals)
 
     def cancel(self, eviction: Eviction) -> None:
         """The workers could not carry this eviction out: the request goes on over its originals."""
@@ -166,17 +168,22 @@ class EvictionBlockManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Everything the request holds: the one way out for finish, abort and preemption."""
-        life = self.lifecycle.packing.get(request_id)
-        if life is not None and life.key is not None:  # its packing is for others, even if it ends with this step
-            self._release(request_id, life.request.num_computed_tokens - life.request.num_in_flight_tokens)
+        self.publish_ended(request_id)
         life = self.lifecycle.lives.get(request_id)
-        if life is not None and life.published is not None and life.settings.reuse == "chat":
+        leaves_end = life is not None and life.settings.reuse == "chat" and not self.outlook.other_managers
+        if leaves_end and life is not None and life.published is not None:
             self._leave_end(life, life.published)
         packed = self.lifecycle.end(request_id)
         blocks = super().pop_blocks_for_free(request_id)
         if life is not None and life.published is not None:  # they are the library's
             del blocks[life.stop // self.block_size : life.published.end // self.block_size]
         return blocks + packed
+
+    def publish_ended(self, request_id: str) -> None:
+        """A request ends, perhaps with the very step that packed it: its packing is for others."""
+        life = self.lifecycle.packing.get(request_id)
+        if life is not None and life.key is not None:
+            self._release(request_id, life.request.num_computed_tokens - life.request.num_in_flight_tokens)
 
     def _leave_end(self, life: Life, held: Published) -> None:
         """A turn of a chat ends: what it computed behind what it holds is there for the next one, whole blocks."""
@@ -190,6 +197,10 @@ class EvictionBlockManager(FullAttentionManager):
 
     # -- for the scheduler --------------------------------------------------------------------------------------------
 
+    def look_anew(self, request_id: str) -> None:
+        """A request is about to be looked at that has no blocks: it may have grown since the last time."""
+        self.lifecycle.waiting.pop(request_id, None)
+
     def longest_hit(self, request_id: str) -> int | None:
         """Tokens that the prefix cache may serve to a request about to be admitted; None: as many as it has.
 
@@ -198,7 +209,6 @@ class EvictionBlockManager(FullAttentionManager):
         fixed here, because queries that were not computed cannot be had later. A policy that goes by a second pass
         alone, seen or foretold, leaves hits as they are, but for the last token, whose step is the one that evicts.
         """
-        self.lifecycle.waiting.pop(request_id, None)  # it may have grown since the last time
         life = self.life(request_id)
         if life is None or not life.ahead:
             return None
@@ -216,15 +226,17 @@ class EvictionBlockManager(FullAttentionManager):
         """Tokens that a packing of an earlier request stands for, to one about to be admitted, and by KV cache group
         the blocks that it begins with in vLLM's tables; None: there is none. at_least: so many tokens of a request must
         be left to compute."""
-        self.lifecycle.waiting.pop(request.request_id, None)
         life = self.life(request.request_id)
-        if life is None or not life.ahead:
+        if life is None or not life.ahead or (life.key is None and not life.settings.takes_any):
             return None
-        found = self.outlook.may_begin_with(life, at_least)
-        if found is None or (others := self.outlook.windows_before(request, found.end)) is None:
-            return None
-        life.published = found
-        return found.end, {**others, self.kv_cache_group_id: [self._null_block] * (found.end // self.block_size)}
+        for found in self.outlook.may_begin_with(life, at_least):
+            if (others := self.outlook.windows_before(request, found.end)) is not None:
+                life.published = found
+                return found.end, {
+                    **others,
+                    self.kv_cache_group_id: [self._null_block] * (found.end // self.block_size),
+                }
+        return None
 
     def waits_for(self, request: Request, at_least: int) -> Key | None:
         """What another request is packing, and this one, which is about to be admitted, would begin with. at_least: as
@@ -243,6 +255,8 @@ class EvictionBlockManager(FullAttentionManager):
         if life is None or not life.ahead or life.key is None:
             return None
         if (first := next(iter(self.lifecycle.packers), None)) is None:
+            return None
+        if request.priority < self.lifecycle.lives[self.lifecycle.packers[first]].request.priority:
             return None
         needed = self.outlook.blocks_to_pack(life)
         for request_id in self.lifecycle.packers.values():

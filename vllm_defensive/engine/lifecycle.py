@@ -13,7 +13,7 @@ from vllm.v1.request import Request
 
 from vllm_defensive.counts import REMEMBERED, Totals
 from vllm_defensive.engine.life import Life, Phase
-from vllm_defensive.engine.published import Key, Library
+from vllm_defensive.engine.published import Key, Library, Published
 from vllm_defensive.packing import Format, Packing, Region
 from vllm_defensive.plan import Eviction, Reconstruction, Score, StepMessage
 from vllm_defensive.settings.engine import NONE
@@ -62,7 +62,7 @@ class Lifecycle:
             self.lives[request_id] = life
             if life.ahead:
                 self._watched.add(request_id)
-                if life.key is not None:
+                if life.key is not None and self.library.find(life.key) is None:
                     self.packers.setdefault(life.key, request_id)
 
     def is_being_packed(self, key: Key) -> bool:
@@ -85,7 +85,9 @@ class Lifecycle:
         life.stop = made.region.stop
         self._pin(life)
         token_ids = tuple(life.request.all_token_ids[: life.stop]) if self._with_token_ids else None
-        life.eviction = replace(made, score=replace(made.score, request_id=request_id), token_ids=token_ids)
+        life.eviction = replace(
+            made, score=replace(made.score, request_id=request_id, source_blocks=()), token_ids=token_ids
+        )
         life.blocks, life.adopted, life.echo_tokens = list(packed), True, 0
         life.turn(Phase.PACKED)
         self._adopted[request_id] = life.eviction
@@ -154,9 +156,13 @@ class Lifecycle:
         self._pass_on(life)
         life.key = None
 
+    def _packing_of(self, life: Life) -> Published | None:
+        """What the request holds, or what was there before it, of which others know."""
+        return life.published or (None if life.key is None else self.library.find(life.key))
+
     def _pin(self, life: Life) -> None:
-        if life.settings.pin is not None and life.published is not None:
-            self.library.pin(life.published, life.settings.pin)
+        if life.settings.pin is not None and (packing := self._packing_of(life)) is not None:
+            self.library.pin(packing, life.settings.pin)
 
     def _pass_on(self, life: Life) -> None:
         """Nobody has to wait any longer for what this request was making."""
@@ -191,7 +197,8 @@ class Lifecycle:
         del self.packing[life.request.request_id]
         if life.key is not None:
             life.published = self.library.publish(life.key, life.eviction, life.blocks)
-            self._in_use[life.eviction.number] += life.published is not None
+            if life.published is not None:
+                self._in_use[life.eviction.number] += 1
             self._pin(life)
             self._pass_on(life)
         self._count(life)
@@ -310,5 +317,5 @@ class Lifecycle:
             "adopted": life.adopted,
         }
         if life.settings.pin is not None:
-            report["pinned"] = life.published is not None and self.library.is_pinned(life.published)
+            report["pinned"] = (found := self._packing_of(life)) is not None and self.library.is_pinned(found)
         return report if not life.echo_tokens else {**report, "echo_tokens": life.repeated}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
@@ -16,7 +16,7 @@ from vllm_defensive.engine.sharing import Relatives, worth_sharing
 from vllm_defensive.packing import WIDTHS, Format, Region, echo_blocks, echo_tokens
 from vllm_defensive.policy import PRESETS
 from vllm_defensive.settings.engine import EvictionConfig
-from vllm_defensive.settings.request import RequestSettings, settings_or_none
+from vllm_defensive.settings.request import RequestSettings, items_of, settings_or_none
 from vllm_defensive_kernels.widths import PageShape
 
 
@@ -48,6 +48,10 @@ class Outlook:
         if publishes:
             # What comes later sees the same state then, whoever computed it.
             stop = stop // self.block_tokens * self.block_tokens
+            while cut := [
+                b for b, e in items_of((f.modality, f.mm_position) for f in request.mm_features) if b < stop < e
+            ]:
+                stop = cut[0] // self.block_tokens * self.block_tokens  # no image is evicted in half
         policy = PRESETS.get(settings.policy)  # there is none called "none"
         repeats = self._echo_tokens(request, stop) if policy is not None and policy.reconstructs else 0
         if policy is not None and policy.fallback:
@@ -92,21 +96,27 @@ class Outlook:
     def _kind(self, settings: RequestSettings) -> Kind:
         return Kind(settings.policy, settings.keep, settings.widths, self.library.generation)
 
-    def may_begin_with(self, life: Life, at_least: int) -> Published | None:
-        """What was packed for an earlier request, and this one, whose stop lies ahead, begins with; None: it is not
-        there. at_least: so many tokens of a request must be left to compute."""
+    def may_begin_with(self, life: Life, at_least: int) -> Iterator[Published]:
+        """What was packed for earlier requests, and this one, whose stop lies ahead, may begin with; best first.
+        at_least: so many tokens of a request must be left to compute."""
         request, settings = life.request, life.settings
         if request.skip_reading_prefix_cache:
-            return None
-        most, found = request.num_tokens - at_least, None
-        if life.key is not None and life.stop <= most:
-            found = self.library.find(life.key)
-        if found is None and settings.takes_any and self._may_publish:
-            found = self.library.longest(self._kind(settings), request.block_hashes, self.block_tokens, most)
-        if found is None or (settings.boundary is not None and found.parent is None):
-            return found
-        # What is not packed stays as it is: a prompt that is more than half of that is packed anew, as a whole.
-        return found if 2 * (request.num_tokens - found.eviction.region.stop) <= request.num_tokens else None
+            return
+        most = request.num_tokens - at_least
+        own = self.library.find(life.key) if life.key is not None and life.stop <= most else None
+        as_named = own is not None and own.parent is None and settings.boundary is not None
+        if own is not None and (as_named or self._mostly_packed(request, own)):
+            yield own
+        if settings.takes_any and self._may_publish:
+            ends = request.num_tokens // 2, most
+            for found in self.library.of_prefix(self._kind(settings), request.block_hashes, self.block_tokens, ends):
+                if self._mostly_packed(request, found):
+                    yield found
+
+    @staticmethod
+    def _mostly_packed(request: Request, found: Published) -> bool:
+        """What is not packed stays as it is: a prompt that is more than half of that is packed anew, as a whole."""
+        return 2 * (request.num_tokens - found.eviction.region.stop) <= request.num_tokens
 
     def _echo_tokens(self, request: Request, stop: int) -> int:
         """How many tokens of its prompt one echo of this request repeats; 0: none, or there is no room, or its prompt

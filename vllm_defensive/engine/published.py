@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -65,7 +65,10 @@ class Published:
     @property
     def line(self) -> list[Published]:
         """It and what it stands on, the packing last."""
-        return [self] if self.parent is None else [self, *self.parent.line]
+        parts = [self]
+        while (parent := parts[-1].parent) is not None:
+            parts.append(parent)
+        return parts
 
     @property
     def packed(self) -> Sequence[KVCacheBlock]:
@@ -97,7 +100,7 @@ class Library:
         pool that may be. clock: seconds."""
         self._pool, self._codes_freed, self._clock = pool, codes_freed, clock
         self._most_pinned = int(most_pinned * (pool.num_gpu_blocks - 1))
-        self._pinned: dict[Key, tuple[Published, float]] = {}  # and until when
+        self._pinned: dict[Published, float] = {}  # until when
         self._by_key: dict[Key, Published] = {}
         self._ends: dict[Kind, Counter[int]] = {}  # how many there are that stand for so many tokens
         self._by_block: dict[int, Published] = {}  # those that may still be handed out
@@ -115,12 +118,15 @@ class Library:
     def find(self, key: Key) -> Published | None:
         return self._by_key.get(key)
 
-    def longest(self, kind: Kind, block_hashes: Sequence[Hashable], block_tokens: int, most: int) -> Published | None:
-        """Of those that stand for the first tokens of a prompt, `most` at most, the one that stands for most."""
-        for end in sorted((e for e in self._ends.get(kind, ()) if e <= most), reverse=True):
-            if (found := self._by_key.get(Key(block_hashes[end // block_tokens - 1], kind))) is not None:
-                return found
-        return None
+    def of_prefix(
+        self, kind: Kind, block_hashes: Sequence[Hashable], block_tokens: int, ends: tuple[int, int]
+    ) -> Iterator[Published]:
+        """Those that stand for the first tokens of a prompt, so many at least and at most; the longest first."""
+        there, (least, most) = self._ends.get(kind, Counter()), ends
+        for count in range(most // block_tokens, max(0, -(-least // block_tokens) - 1), -1) if there else ():
+            found = self._by_key.get(Key(block_hashes[count - 1], kind)) if count * block_tokens in there else None
+            if found is not None:
+                yield found
 
     def next_number(self) -> int:
         """Of an eviction whose packing is to be published."""
@@ -181,29 +187,55 @@ class Library:
     @property
     def pinned_blocks(self) -> int:
         """Blocks that are held though nobody may be using them."""
-        return sum(len(packing.blocks) for packing, _ in self._pinned.values())
+        return sum(len(packing.blocks) for packing in self._pinned)
+
+    @property
+    def idle_blocks(self) -> int:
+        """Those of them that nobody is using."""
+        return sum(len(packing.blocks) for packing in self._pinned if packing.holders == 1)
 
     def is_pinned(self, packing: Published) -> bool:
-        return packing.key in self._pinned
+        return packing in self._pinned
 
     def pin(self, packing: Published, seconds: float) -> None:
         """Hold a packing so long from now on, whether somebody uses it or not, if there is room; 0: not any longer.
-        It must be held by somebody now."""
-        there = self._pinned.pop(packing.key, None)
-        if seconds and not packing.lost and self.pinned_blocks + len(packing.blocks) <= self._most_pinned:
-            self._pinned[packing.key] = packing, self._clock() + seconds
-            if there is None:
+        Not a turn's end, which is short of use."""
+        if packing.lost or packing.parent is not None:
+            return
+        pinned = packing in self._pinned
+        if not seconds:
+            if pinned:
+                del self._pinned[packing]
+                self.leave(packing)
+        elif pinned or self.pinned_blocks + len(packing.blocks) <= self._most_pinned:
+            self._pinned[packing] = self._clock() + seconds
+            if not pinned:
                 self.hold(packing)
-        elif there is not None:
-            self.leave(packing)
 
     def unpin(self, all_of_them: bool = False) -> None:
         """Let go of what was pinned for long enough, or of everything."""
         now = self._clock()
-        for key, (packing, until) in list(self._pinned.items()):
-            if all_of_them or until <= now:
-                del self._pinned[key]
-                self.leave(packing)
+        for packing in [packing for packing, until in self._pinned.items() if all_of_them or until <= now]:
+            del self._pinned[packing]
+            self.leave(packing)
+
+    def free_originals(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """Give blocks back such that they are used again before all others of the prefix cache, and all packings, and
+        after those that hold nothing. They keep their hashes until then. What they are good for, a packing is: by last
+        use they would outlive the packings of all documents before, and nothing would ever be adopted."""
+        pool, queue = self._pool, self._pool.free_block_queue
+        pool.free_blocks(blocks)
+        unheld = [block for block in blocks if not block.ref_cnt and block.block_hash is not None]
+        for block in unheld:
+            queue.remove(block)
+        passed, found = 0, queue.fake_free_list_head.next_free_block
+        while passed < min(_MOST_PASSED, queue.num_free_blocks) and found is not None:
+            if found.block_hash is not None or found.block_id in self._by_block:
+                break
+            passed, found = passed + 1, found.next_free_block
+        empty = queue.popleft_n(passed)
+        queue.prepend_n(unheld)
+        queue.prepend_n(empty)
 
     def forget(self, number: int) -> None:
         """The workers need not know this packing any longer."""
@@ -246,10 +278,13 @@ class Library:
 
     def _lose(self, packing: Published) -> None:
         """Nobody will find it any more, nor what stands on it."""
+        if packing in self._pinned:
+            del self._pinned[packing]
+            self.leave(packing)
+        packing.lost = True
         for child in packing.children:
             if not child.lost:
                 self._lose(child)
-        packing.lost = True
         del self._by_key[packing.key]
         ends = self._ends[packing.key.kind]
         ends[packing.end] -= 1
@@ -272,20 +307,3 @@ class Library:
     def _note_codes(self, packing: Published, blocks: Sequence[int]) -> None:
         if packing.parent is None and packing.eviction.packing.format.quantised:
             self._codes_freed(blocks)
-
-
-def free_first(pool: BlockPool, blocks: Sequence[KVCacheBlock]) -> None:
-    """Give blocks back such that they are used again before all others of the prefix cache, and after those that hold
-    nothing. They keep their hashes until then. What they are good for, a packing is: by last use they would outlive
-    the packings of all documents before, and nothing would ever be adopted."""
-    pool.free_blocks(blocks)
-    unheld = [block for block in blocks if not block.ref_cnt and block.block_hash is not None]
-    queue = pool.free_block_queue
-    for block in unheld:
-        queue.remove(block)
-    passed, found = 0, queue.fake_free_list_head.next_free_block
-    while passed < min(_MOST_PASSED, queue.num_free_blocks) and found is not None and found.block_hash is None:
-        passed, found = passed + 1, found.next_free_block
-    empty = queue.popleft_n(passed)
-    queue.prepend_n(unheld)
-    queue.prepend_n(empty)

@@ -93,17 +93,20 @@ class _EvictionMixin(Scheduler):
         self._echoes.begin()
         output = super().schedule(*args, **kwargs)
         self._parking.park()
-        self._echoes.scheduled(output.num_scheduled_tokens)
+        stuck = not output.num_scheduled_tokens and not any(r.num_in_flight_tokens for r in self.running)
+        if self._starved and stuck and library.pinned_blocks:
+            library.unpin(all_of_them=True)  # nobody could be scheduled, and somebody wants memory
+        else:
+            self._echoes.scheduled(output.num_scheduled_tokens)
         message = self.eviction_manager.lifecycle.take_message(output.num_scheduled_tokens)
         channels.attach_message(output, message)
-        if self._starved and not output.num_scheduled_tokens and not any(r.num_in_flight_tokens for r in self.running):
-            library.unpin(all_of_them=True)  # nobody could be scheduled, and somebody wants memory
         return output
 
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """vLLM's lookup for a request about to be admitted, no longer than the block manager allows; or what was packed
         for an earlier one. From vLLM 0.33 on it is given a limit of its own, which is handed on: P8 takes the lesser of
         the two."""
+        self.eviction_manager.look_anew(request.request_id)
         self._waits_for = self.eviction_manager.waits_for(request, self._least_left)
         if self._waits_for is not None:
             return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
@@ -179,6 +182,7 @@ class _EvictionMixin(Scheduler):
         loads = [self._load(other, blocks_of.get(other.request_id, ())) for other in self.running]
         loads.append(self._load(request, self._last_hit))
         usable = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        usable -= self.eviction_manager.lifecycle.library.idle_blocks
         admitted = fits(loads, usable, self.eviction_manager.block_size)
         self._refused = () if admitted else question
         return admitted
@@ -241,6 +245,7 @@ class _EvictionMixin(Scheduler):
         """vLLM's end of a request. A report that it asked for leaves with its last output, in the place for what a KV
         connector has to say: that goes into the responses that are not streams, and connectors are refused."""
         request_id, lifecycle = request.request_id, self.eviction_manager.lifecycle
+        self.eviction_manager.publish_ended(request_id)
         report = lifecycle.report(request_id)
         if self._answers is not None and request.status in _ENDED and request.max_tokens > 1:
             self._answers.add(request.num_output_tokens)

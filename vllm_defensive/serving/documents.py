@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import time
+from array import array
 from collections import OrderedDict
 from typing import Any
 from uuid import uuid4
@@ -25,7 +26,7 @@ PATH = "/kv_eviction/documents"
 _REMEMBERED = 1000
 _PIN = 3600
 _FIELDS = ("policy", "score", "keep", "widths")
-_KNOWN = ("prompt", "messages", "model", "pin", *_FIELDS)
+_KNOWN = ("prompt", "messages", "model", "cache_salt", "pin", *_FIELDS)
 _NOT_EVICTED = (
     "nothing of it was evicted, and so nothing is there for others: it is too short (--kv-eviction-min-tokens, or a "
     "block of tokens), its ratio keeps all of it, or the cache cannot hold it and its packing at once"
@@ -83,8 +84,7 @@ class Documents:
         fields |= {"kv_eviction_boundary": len(tokens), "kv_eviction_reuse": "boundary", "kv_eviction_report": 1}
         # A token behind the document, so that there is one to be computed whatever is there of it.
         request = {"prompt": [*tokens, tokens[-1]], "max_tokens": 1, "vllm_xargs": {**fields, "kv_eviction_pin": pin}}
-        if "model" in asked:
-            request["model"] = asked["model"]
+        request |= {name: asked[name] for name in ("model", "cache_salt") if name in asked}
         status, answer = await self._call(scope, "/v1/completions", request)
         if status != 200:
             return JSONResponse(answer, status_code=status)
@@ -106,16 +106,18 @@ class Documents:
             "was_there": report["adopted"],
             "pinned_until": time.time() + pin if report.get("pinned") else None,
         }
-        self._requests[name] = request
+        if told["pinned_until"] is not None:  # of the others nothing needs to be asked again
+            self._requests[name] = {**request, "prompt": array("I", request["prompt"])}
         while len(self._posted) > _REMEMBERED:
-            self._requests.pop(self._posted.popitem(last=False)[0])
+            self._requests.pop(self._posted.popitem(last=False)[0], None)
         return JSONResponse(told, status_code=201)
 
     async def _delete(self, scope: Scope, name: str) -> JSONResponse:
-        told, request = self._posted[name], self._requests[name]
-        if (told["pinned_until"] or 0) > time.time():
+        told, request = self._posted[name], self._requests.get(name)
+        if request is not None and told["pinned_until"] > time.time():
             fields = {**request["vllm_xargs"], "kv_eviction_pin": 0}
-            status, answer = await self._call(scope, "/v1/completions", {**request, "vllm_xargs": fields})
+            unpin = {**request, "prompt": request["prompt"].tolist(), "vllm_xargs": fields}
+            status, answer = await self._call(scope, "/v1/completions", unpin)
             if status != 200:
                 return JSONResponse(answer, status_code=status)
         self._posted.pop(name, None)

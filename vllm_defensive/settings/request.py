@@ -132,6 +132,8 @@ def resolve(
     for field, tokens in (("boundary", settings.boundary), ("protect", settings.protect)):
         if tokens is not None and tokens > num_prompt_tokens:
             raise _wrong(_field_name(field), tokens, f"the prompt has {num_prompt_tokens} tokens")
+    if settings.pin is not None and engine.reuse == "off":
+        raise _wrong("kv_eviction_pin", settings.pin, "this server pins nothing; it takes --kv-eviction-reuse")
     if settings.pin is not None and (settings.boundary is None or not settings.outlives):
         needs = "goes with kv_eviction_boundary and kv_eviction_reuse, and without kv_eviction_protect"
         raise _wrong("kv_eviction_pin", settings.pin, needs)
