@@ -20,7 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Scope
+from starlette.types import ASGIApp, Message, Receive, Scope
 
 PATH = "/kv_eviction/documents"
 _REMEMBERED = 1000
@@ -42,7 +42,8 @@ class Documents:
         self._posted: OrderedDict[str, dict[str, Any]] = OrderedDict()  # what is told of each
         self._requests: dict[str, dict[str, Any]] = {}  # and what was asked of `/v1/completions`
 
-    async def answer(self, scope: Scope, path: str, body: bytes) -> JSONResponse:
+    async def answer(self, scope: Scope, receive: Receive, path: str, body: bytes) -> JSONResponse:
+        """The answer to a request with this body. receive: says when its client goes away."""
         name = path.removeprefix(PATH).strip("/")
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         allowed = ("GET", "DELETE") if name else ("GET", "POST")
@@ -50,15 +51,15 @@ class Documents:
             allow = ", ".join((*allowed, "HEAD"))
             return JSONResponse({"error": "Method Not Allowed"}, status_code=405, headers={"Allow": allow})
         if method == "POST":
-            return await self._post(scope, body)
+            return await self._post(scope, receive, body)
         if not name:
             return JSONResponse({"documents": list(self._posted.values())})
         if name not in self._posted:
             error = f"document {name!r}: not posted to this API server, or {_REMEMBERED} others since"
             return JSONResponse({"error": error}, status_code=404)
-        return JSONResponse(self._posted[name]) if method == "GET" else await self._delete(scope, name)
+        return JSONResponse(self._posted[name]) if method == "GET" else await self._delete(scope, receive, name)
 
-    async def _post(self, scope: Scope, body: bytes) -> JSONResponse:
+    async def _post(self, scope: Scope, receive: Receive, body: bytes) -> JSONResponse:
         try:
             asked = json.loads(body)
             _check(asked)
@@ -69,7 +70,7 @@ class Documents:
             spoken = {k: asked[k] for k in ("prompt", "messages", "model") if k in asked}
             if "messages" in asked:  # what comes behind is another message
                 spoken |= {"add_generation_prompt": False}
-            status, answer = await self._call(scope, "/tokenize", spoken)
+            status, answer = await self._call(scope, receive, "/tokenize", spoken)
             if status != 200:
                 return JSONResponse(answer, status_code=status)
             tokens = answer["tokens"]
@@ -85,7 +86,7 @@ class Documents:
         # A token behind the document, so that there is one to be computed whatever is there of it.
         request = {"prompt": [*tokens, tokens[-1]], "max_tokens": 1, "vllm_xargs": {**fields, "kv_eviction_pin": pin}}
         request |= {name: asked[name] for name in ("model", "cache_salt") if name in asked}
-        status, answer = await self._call(scope, "/v1/completions", request)
+        status, answer = await self._call(scope, receive, "/v1/completions", request)
         if status != 200:
             return JSONResponse(answer, status_code=status)
         report = (answer.get("kv_transfer_params") or {}).get("kv_eviction", {})
@@ -112,19 +113,19 @@ class Documents:
             self._requests.pop(self._posted.popitem(last=False)[0], None)
         return JSONResponse(told, status_code=201)
 
-    async def _delete(self, scope: Scope, name: str) -> JSONResponse:
+    async def _delete(self, scope: Scope, receive: Receive, name: str) -> JSONResponse:
         told, request = self._posted[name], self._requests.get(name)
         if request is not None and told["pinned_until"] > time.time():
             fields = {**request["vllm_xargs"], "kv_eviction_pin": 0}
             unpin = {**request, "prompt": request["prompt"].tolist(), "vllm_xargs": fields}
-            status, answer = await self._call(scope, "/v1/completions", unpin)
+            status, answer = await self._call(scope, receive, "/v1/completions", unpin)
             if status != 200:
                 return JSONResponse(answer, status_code=status)
         self._posted.pop(name, None)
         self._requests.pop(name, None)
         return JSONResponse({**told, "pinned_until": None})
 
-    async def _call(self, scope: Scope, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    async def _call(self, scope: Scope, gone: Receive, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """Status and JSON of what another path of this server answers, to the same caller."""
         data, status, parts = json.dumps(body).encode(), 500, list[bytes]()
         keep = [
@@ -144,8 +145,8 @@ class Documents:
 
         async def receive() -> Message:
             nonlocal sent
-            if sent:
-                return {"type": "http.disconnect"}
+            if sent:  # whoever asks on wants to know when the client has gone away
+                return await gone()
             sent = True
             return {"type": "http.request", "body": data, "more_body": False}
 

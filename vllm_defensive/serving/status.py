@@ -73,7 +73,7 @@ class StatusMiddleware:
             await self.app(scope, receive, send)
             return
         if documents and _authorized(scope):
-            answer = await self._documents.answer(scope, path, await Request(scope, receive).body())
+            answer = await self._documents.answer(scope, receive, path, await Request(scope, receive).body())
         else:
             answer = self._answer(scope, path)
         await answer(scope, receive, send)
