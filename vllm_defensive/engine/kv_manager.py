@@ -23,6 +23,8 @@ from vllm_defensive.packing import Region
 from vllm_defensive.plan import Eviction
 from vllm_defensive.settings.engine import EvictionConfig
 
+_GROWTH_BLOCKS = 4  # that a request is taken to need before a document has been read
+
 
 class EvictionBlockManager(FullAttentionManager):
     """vLLM's hooks, each handed on to the life cycle."""
@@ -264,6 +266,9 @@ class EvictionBlockManager(FullAttentionManager):
             needed += max(
                 0, self.outlook.blocks_to_pack(packer) - len(self.req_to_blocks[request_id]) - len(packer.blocks)
             )
+        # And those that run go on: a single packing that is lost may be the next to be asked for, whose document then
+        # takes the place of the one after it, and so on.
+        needed += _GROWTH_BLOCKS * len(self.lifecycle.lives)
         there = self.block_pool.get_num_free_blocks() - self.lifecycle.library.unheld_blocks
         return first if needed > there else None
 
