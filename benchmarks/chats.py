@@ -60,13 +60,20 @@ def measure(model: Path, policy: str, keeps: list[float], tokens: int, documents
         for keep in keeps:
             for mode in MODES:
                 for number, turn in enumerate(turns):
-                    forced = Forced(turn.gold, full_AV=full[number].reference())
+                    forced, before = Forced(turn.gold, full_AV=full[number].reference()), adoptions(engine)
                     (output,) = engine.forced([(turn.tokens, forced, Setting(policy, keep, reuse=mode))])
+                    adopted = adoptions(engine) > before
+                    assert adopted == (mode == "chat" and number > 0), "a turn begins with what the last one left"
                     row = {"document": seed, "turn": number + 1, "keep": keep, "mode": mode}
                     cached = output.num_cached_tokens
                     rows.append({**row, "tokens": len(turn.tokens), "cached": cached, **forced.counts(False)})
         print(f"  document {seed + 1} of {documents}", flush=True)
     return rows
+
+
+def adoptions(engine: Any) -> float:
+    """Requests so far that began with what an earlier one had left."""
+    return engine.totals()["vllm:kv_eviction_adoptions"]
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
