@@ -60,10 +60,10 @@ def run(llm: Any, case: tuple[str, str], **fields: Any) -> tuple[list[Answer], l
     "settings",
     [
         {},
-        pytest.param({"block_size": 64, "max_num_batched_tokens": 200}, marks=pytest.mark.slow),
-        pytest.param({"block_size": 128, "asynchronous": True}, marks=pytest.mark.slow),
+        pytest.param({"block_size": 64, "max_num_batched_tokens": 200, "asynchronous": True}, marks=pytest.mark.slow),
+        pytest.param({"block_size": 128}, marks=pytest.mark.nightly),
     ],
-    ids=["32", "64-chunks", "128-async"],
+    ids=["32", "64-chunks-async", "128"],
 )
 def test_an_adopter_answers_as_if_it_had_packed(tiny_model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     score = tmp_path / "score.safetensors"
@@ -162,7 +162,7 @@ def test_layers_with_windows(tiny_gemma3: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("widths", ["16", "k8v4"])
+@pytest.mark.parametrize("widths", [pytest.param("16", marks=pytest.mark.nightly), "k8v4"])
 def test_on_two_ranks(tiny_model: Path, widths: str) -> None:
     """Each rank keeps the table of its own heads; pages of fewer bits are packed by each for itself, too."""
     settings = {"dtype": "float32", "keep": 0.3, "widths": widths, "tensor_parallel_size": 2}
