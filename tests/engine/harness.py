@@ -250,7 +250,7 @@ class Harness:
             assert set(self.manager.lifecycle._reports) <= set(self.scheduler.requests)
             for life in self.manager.lifecycle.lives.values():
                 owners.update(block.block_id for block in life.blocks)
-            for packing in self.manager.lifecycle.library._pinned:
+            for packing in self.manager.lifecycle.library.pins:
                 owners.update(block.block_id for part in packing.line for block in part.blocks)
         null = self.pool.null_block.block_id
         for block in self.pool.blocks:
@@ -265,7 +265,7 @@ class Harness:
         self.check()
         assert not self.scheduler.requests
         if self.eviction is not None:
-            self.manager.lifecycle.library.unpin(all_of_them=True)
+            self.manager.lifecycle.library.pins.drop_all()
         assert self.free == self.num_blocks
         assert self.scheduler.reset_prefix_cache()
 

@@ -30,7 +30,7 @@ def check_integrity(manager: EvictionBlockManager) -> None:
             owner = life.published.line[-1] if life.published is not None else request_id
             assert owned.setdefault(block.block_id, owner) is owner, f"{request_id} packs into a block of another"
     held = [life.published for life in lifecycle.lives.values() if life.published is not None]
-    check_library(manager, held + list(lifecycle.library._pinned))
+    check_library(manager, held + list(lifecycle.library.pins))
     for request_id, blocks in manager.req_to_blocks.items():
         for block in blocks:
             assert block.is_null or block.block_id not in owned, f"{request_id} holds packed block {block.block_id}"
@@ -59,7 +59,7 @@ def check_library(manager: EvictionBlockManager, held: list[Published]) -> None:
     for packing in whole:
         assert all(not part.lost for part in packing.line) and all(packing is c.parent for c in packing.children)
     assert {(p.key.kind, p.end) for p in whole} == {(k, end) for k, ends in library._ends.items() for end in ends}
-    assert library.pinned_blocks <= library._most_pinned
+    assert library.pins.blocks == sum(len(packing.blocks) for packing in library.pins) <= library.pins.most_blocks
     assert library.unheld_blocks == sum(len(packing.blocks) for packing in whole if not packing.holders)
     assert library.blocks == sum(len(packing.blocks) for packing in whole)
     assert library.published - library.lost >= len(library)

@@ -97,7 +97,7 @@ def test_who_waits_is_not_looked_at_in_every_step(tiny_model: Path) -> None:
 @pytest.mark.parametrize("fate", ["abort", "decline", "preempt"])
 def test_if_the_packer_cannot_the_next_one_does(tiny_model: Path, fate: str) -> None:
     h = Harness(tiny_model, num_blocks=400, keep=0.3, reuse="boundary", chunk=64)
-    first, second, third = ask(h, 2), ask(h, 3), ask(h, 4)
+    first, second, _ = ask(h, 2), ask(h, 3), ask(h, 4)
     h.step()
     if fate == "abort":
         h.abort(first)
@@ -110,7 +110,6 @@ def test_if_the_packer_cannot_the_next_one_does(tiny_model: Path, fate: str) -> 
     h.run()
     assert of(h) == ((1, 2) if fate == "preempt" else (1, 1))
     assert h.evictions[0].request_id == (first if fate == "preempt" else second)
-    del third
     h.assert_all_returned()
 
 
@@ -300,7 +299,7 @@ def test_what_stands_on_a_lost_packing_is_lost(tiny_model: Path) -> None:
 class Clock:
     def __init__(self, h: Harness) -> None:
         self.now = 0.0
-        h.manager.lifecycle.library._clock = lambda: self.now
+        h.manager.lifecycle.library.pins.clock = lambda: self.now
 
 
 def test_what_is_pinned_stays(tiny_model: Path) -> None:
@@ -309,7 +308,7 @@ def test_what_is_pinned_stays(tiny_model: Path) -> None:
     ask(h, 2, kv_eviction_pin=60, max_tokens=1)
     h.run()
     packed = len(h.evictions[0].packing.blocks)
-    assert h.held == library.pinned_blocks == packed and h.manager.lifecycle.packed_blocks == 0
+    assert h.held == library.pins.blocks == packed and h.manager.lifecycle.packed_blocks == 0
     clock.now = 59
     for seed in (30, 31):
         h.add(text(1650, seed), extra_args={"kv_eviction": "none"})  # all but what is pinned
@@ -320,7 +319,7 @@ def test_what_is_pinned_stays(tiny_model: Path) -> None:
     clock.now = 60
     h.add(text(40, 7))
     h.step()
-    assert library.pinned_blocks == 0 and len(library) == 1, "it is like any other now"
+    assert library.pins.blocks == 0 and len(library) == 1, "it is like any other now"
     h.run()
     h.assert_all_returned()
 
@@ -336,10 +335,10 @@ def test_pins_are_renewed_and_taken_back(tiny_model: Path) -> None:
     clock.now = 19
     ask(h, 4)
     h.run()
-    assert library.pinned_blocks
+    assert library.pins.blocks
     ask(h, 5, kv_eviction_pin=0)
     h.run()
-    assert not library.pinned_blocks and of(h) == (1, 3)
+    assert not library.pins.blocks and of(h) == (1, 3)
     h.assert_all_returned()
 
 
@@ -353,7 +352,7 @@ def test_no_more_is_pinned_than_may_be(tiny_model: Path) -> None:
         reports.append(h.manager.lifecycle.report(request_id))
         h.run()
     assert [report["pinned"] for report in reports] == [True, True, False]
-    assert h.manager.lifecycle.library.pinned_blocks == 6
+    assert h.manager.lifecycle.library.pins.blocks == 6
     h.assert_all_returned()
 
 
@@ -384,11 +383,11 @@ def test_a_pin_ends_with_what_it_holds(tiny_model: Path) -> None:
     for tokens in (20, 188):
         h.add(said[:512] + text(tokens, 9), extra_args={"kv_eviction_boundary": 512, "kv_eviction_pin": 10})
         h.run()
-    assert library.pinned_blocks == len(h.evictions[1].packing.blocks)
+    assert library.pins.blocks == len(h.evictions[1].packing.blocks)
     clock.now = 11
     h.add(text(40, 7))
     h.run()
-    assert not library.pinned_blocks
+    assert not library.pins.blocks
     h.assert_all_returned()
 
 
@@ -422,7 +421,7 @@ def test_who_cannot_adopt_is_not_waited_for(tiny_model: Path) -> None:
     h = Harness(tiny_model, num_blocks=400, keep=0.3, reuse="boundary", chunk=64, long_prefill=32)
     ask(h, 2)
     h.run()
-    h.add(DOCUMENT, max_tokens=1, extra_args={"kv_eviction_boundary": 320}, cache_salt=None)
+    h.add(DOCUMENT, max_tokens=1, extra_args={"kv_eviction_boundary": 320})
     h.step()
     question = ask(h, 3)
     h.step()
@@ -436,8 +435,8 @@ def test_a_warm_up_pins_what_is_there(tiny_model: Path) -> None:
     for _ in range(2):
         h.add(DOCUMENT, max_tokens=1, extra_args={"kv_eviction_boundary": 320, "kv_eviction_pin": 60})
         h.run()
-        assert h.manager.lifecycle.library.pinned_blocks == 3
-        h.manager.lifecycle.library.unpin(all_of_them=True)
+        assert h.manager.lifecycle.library.pins.blocks == 3
+        h.manager.lifecycle.library.pins.drop_all()
     h.assert_all_returned()
 
 
@@ -445,10 +444,10 @@ def test_pins_make_way_where_nobody_could_go_on(tiny_model: Path) -> None:
     h = Harness(tiny_model, num_blocks=60, keep=0.3, reuse="boundary")
     ask(h, 2, kv_eviction_pin=60)
     h.run()
-    assert h.manager.lifecycle.library.pinned_blocks
+    assert h.manager.lifecycle.library.pins.blocks
     h.add(text(1850, 30), extra_args={"kv_eviction": "none"})
     h.run()
-    assert not h.manager.lifecycle.library.pinned_blocks
+    assert not h.manager.lifecycle.library.pins.blocks
     h.assert_all_returned()
 
 

@@ -172,8 +172,7 @@ class EvictionBlockManager(FullAttentionManager):
         """Everything the request holds: the one way out for finish, abort and preemption."""
         self.publish_ended(request_id)
         life = self.lifecycle.lives.get(request_id)
-        leaves_end = life is not None and life.settings.reuse == "chat" and not self.outlook.other_managers
-        if leaves_end and life is not None and life.published is not None:
+        if life is not None and life.published is not None and life.settings.reuse == "chat":
             self._leave_end(life, life.published)
         packed = self.lifecycle.end(request_id)
         blocks = super().pop_blocks_for_free(request_id)
@@ -188,8 +187,11 @@ class EvictionBlockManager(FullAttentionManager):
             self._release(request_id, life.request.num_computed_tokens - life.request.num_in_flight_tokens)
 
     def _leave_end(self, life: Life, held: Published) -> None:
-        """A turn of a chat ends: what it computed behind what it holds is there for the next one, whole blocks."""
+        """A turn of a chat ends: what it computed behind what it holds is there for the next one, whole blocks. Not
+        where other groups have windows: what is computed over a packing is not hashed, nor found, in theirs."""
         request = life.request
+        if self.outlook.other_managers:
+            return
         full = (request.num_computed_tokens - request.num_in_flight_tokens) // self.block_size
         full = min(full, len(request.block_hashes))
         blocks = self.req_to_blocks[request.request_id][held.end // self.block_size : full]
@@ -229,15 +231,13 @@ class EvictionBlockManager(FullAttentionManager):
         the blocks that it begins with in vLLM's tables; None: there is none. at_least: so many tokens of a request must
         be left to compute."""
         life = self.life(request.request_id)
-        if life is None or not life.ahead or (life.key is None and not life.settings.takes_any):
+        if life is None or not life.ahead:
             return None
         for found in self.outlook.may_begin_with(life, at_least):
             if (others := self.outlook.windows_before(request, found.end)) is not None:
                 life.published = found
-                return found.end, {
-                    **others,
-                    self.kv_cache_group_id: [self._null_block] * (found.end // self.block_size),
-                }
+                others[self.kv_cache_group_id] = [self._null_block] * (found.end // self.block_size)
+                return found.end, others
         return None
 
     def waits_for(self, request: Request, at_least: int) -> Key | None:

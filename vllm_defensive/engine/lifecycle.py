@@ -161,8 +161,9 @@ class Lifecycle:
         return life.published or (None if life.key is None else self.library.find(life.key))
 
     def _pin(self, life: Life) -> None:
-        if life.settings.pin is not None and (packing := self._packing_of(life)) is not None:
-            self.library.pin(packing, life.settings.pin)
+        packing = None if life.settings.pin is None else self._packing_of(life)
+        if packing is not None and packing.parent is None:  # a turn's end goes with its chat
+            self.library.pins.set(packing, life.settings.pin or 0)
 
     def _pass_on(self, life: Life) -> None:
         """Nobody has to wait any longer for what this request was making."""
@@ -317,5 +318,5 @@ class Lifecycle:
             "adopted": life.adopted,
         }
         if life.settings.pin is not None:
-            report["pinned"] = (found := self._packing_of(life)) is not None and self.library.is_pinned(found)
+            report["pinned"] = (found := self._packing_of(life)) is not None and found in self.library.pins
         return report if not life.echo_tokens else {**report, "echo_tokens": life.repeated}

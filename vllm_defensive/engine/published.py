@@ -14,7 +14,6 @@ those of the prefix cache are too, so that what was used last goes last; vLLM sa
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from typing import NamedTuple
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
+from vllm_defensive.engine.pins import Pins
 from vllm_defensive.plan import Eviction
 
 _MOST_PASSED = 500
@@ -89,18 +89,11 @@ class Published:
 class Library:
     """All published packings of one scheduler."""
 
-    def __init__(
-        self,
-        pool: BlockPool,
-        codes_freed: Callable[[Sequence[int]], None],
-        most_pinned: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, pool: BlockPool, codes_freed: Callable[[Sequence[int]], None], most_pinned: float) -> None:
         """codes_freed: is told of blocks that held quantised pages and are another's now. most_pinned: share of the
-        pool that may be. clock: seconds."""
-        self._pool, self._codes_freed, self._clock = pool, codes_freed, clock
-        self._most_pinned = int(most_pinned * (pool.num_gpu_blocks - 1))
-        self._pinned: dict[Published, float] = {}  # until when
+        pool that may be."""
+        self._pool, self._codes_freed = pool, codes_freed
+        self.pins: Pins[Published] = Pins(int(most_pinned * (pool.num_gpu_blocks - 1)), self.hold, self.leave)
         self._by_key: dict[Key, Published] = {}
         self._ends: dict[Kind, Counter[int]] = {}  # how many there are that stand for so many tokens
         self._by_block: dict[int, Published] = {}  # those that may still be handed out
@@ -184,41 +177,6 @@ class Library:
             if not part.holders:
                 self._note_codes(part, [block.block_id for block in part.blocks])
 
-    @property
-    def pinned_blocks(self) -> int:
-        """Blocks that are held though nobody may be using them."""
-        return sum(len(packing.blocks) for packing in self._pinned)
-
-    @property
-    def idle_blocks(self) -> int:
-        """Those of them that nobody is using."""
-        return sum(len(packing.blocks) for packing in self._pinned if packing.holders == 1)
-
-    def is_pinned(self, packing: Published) -> bool:
-        return packing in self._pinned
-
-    def pin(self, packing: Published, seconds: float) -> None:
-        """Hold a packing so long from now on, whether somebody uses it or not, if there is room; 0: not any longer.
-        Not a turn's end, which is short of use."""
-        if packing.lost or packing.parent is not None:
-            return
-        pinned = packing in self._pinned
-        if not seconds:
-            if pinned:
-                del self._pinned[packing]
-                self.leave(packing)
-        elif pinned or self.pinned_blocks + len(packing.blocks) <= self._most_pinned:
-            self._pinned[packing] = self._clock() + seconds
-            if not pinned:
-                self.hold(packing)
-
-    def unpin(self, all_of_them: bool = False) -> None:
-        """Let go of what was pinned for long enough, or of everything."""
-        now = self._clock()
-        for packing in [packing for packing, until in self._pinned.items() if all_of_them or until <= now]:
-            del self._pinned[packing]
-            self.leave(packing)
-
     def free_originals(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Give blocks back such that they are used again before all others of the prefix cache, and all packings, and
         after those that hold nothing. They keep their hashes until then. What they are good for, a packing is: by last
@@ -248,7 +206,7 @@ class Library:
     def forget_all(self) -> None:
         """Nothing that was packed so far may be adopted: the model has other weights, say. Who holds one keeps it."""
         self.generation += 1
-        self.unpin(all_of_them=True)
+        self.pins.drop_all()
         for packing in list(self._by_key.values()):
             if not packing.lost:
                 self._lose(packing)
@@ -256,8 +214,7 @@ class Library:
     def settle(self) -> None:
         """Before a step: what was pinned for long enough is free like others. What is left of lost packings is of no
         use to anybody, and goes before all that may be."""
-        if self._pinned:
-            self.unpin()
+        self.pins.end()
         for packing in self._broken:
             left = [block for block in packing.blocks if block.block_id not in packing.reused]
             for block in left:
@@ -278,9 +235,7 @@ class Library:
 
     def _lose(self, packing: Published) -> None:
         """Nobody will find it any more, nor what stands on it."""
-        if packing in self._pinned:
-            del self._pinned[packing]
-            self.leave(packing)
+        self.pins.drop(packing)
         packing.lost = True
         for child in packing.children:
             if not child.lost:

@@ -94,8 +94,8 @@ class _EvictionMixin(Scheduler):
         output = super().schedule(*args, **kwargs)
         self._parking.park()
         stuck = not output.num_scheduled_tokens and not any(r.num_in_flight_tokens for r in self.running)
-        if self._starved and stuck and library.pinned_blocks:
-            library.unpin(all_of_them=True)  # nobody could be scheduled, and somebody wants memory
+        if self._starved and stuck and library.pins.blocks:
+            library.pins.drop_all()  # nobody could be scheduled, and somebody wants memory
         else:
             self._echoes.scheduled(output.num_scheduled_tokens)
         message = self.eviction_manager.lifecycle.take_message(output.num_scheduled_tokens)
@@ -129,8 +129,8 @@ class _EvictionMixin(Scheduler):
         if limit is not None and not resume_at:
             # Sliding-window groups cache only the blocks before positions at which a later request may resume. Ours
             # resumes earlier than vLLM thinks, so we name that position, as vLLM itself does for shared prefixes.
-            resume_at = self.eviction_manager.resumes_at(request.request_id)
-            resume_at = resume_at or limit // self.block_size * self.block_size
+            published_at = self.eviction_manager.resumes_at(request.request_id)
+            resume_at = published_at or limit // self.block_size * self.block_size
         if limit is not None:
             self.eviction_manager.note_hit(request.request_id, hit)
         if self._answers is not None:
@@ -182,7 +182,7 @@ class _EvictionMixin(Scheduler):
         loads = [self._load(other, blocks_of.get(other.request_id, ())) for other in self.running]
         loads.append(self._load(request, self._last_hit))
         usable = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
-        usable -= self.eviction_manager.lifecycle.library.idle_blocks
+        usable -= self.eviction_manager.lifecycle.library.pins.idle_blocks
         admitted = fits(loads, usable, self.eviction_manager.block_size)
         self._refused = () if admitted else question
         return admitted
@@ -267,13 +267,13 @@ class _EvictionMixin(Scheduler):
             library, totals = lifecycle.library, lifecycle.totals
             totals.published, totals.lost = library.published, library.lost
             now = State(
-                used,
-                lifecycle.packed_blocks,
-                lifecycle.saved_blocks,
-                len(library),
-                library.blocks,
-                library.pinned_blocks,
-                self._ledger.stale_score,
+                used_blocks=used,
+                packed_blocks=lifecycle.packed_blocks,
+                saved_blocks=lifecycle.saved_blocks,
+                published=len(library),
+                published_blocks=library.blocks,
+                pinned_blocks=library.pins.blocks,
+                stale_score=self._ledger.stale_score,
             )
             if (increase := self._ledger.take(totals, now, lifecycle.take_done())) is not None:
                 channels.attach_counts(stats, increase)

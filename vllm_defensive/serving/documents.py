@@ -1,8 +1,8 @@
 """`/kv_eviction/documents`: pack a document ahead of the questions about it, and pin what was kept.
 
     POST    {"prompt": text or token ids} or {"messages": [...]}, and, all optional: "pin" (seconds, an hour unless
-            given), "policy", "score", "keep", "widths", "model". Answers what is held of it, and the boundary by which
-            requests find it.
+            given), "policy", "score", "keep", "widths", "model", "cache_salt". Answers what is held of it, and the
+            boundary by which requests find it.
     GET     all that were posted to this API server, or one (`/ID`)
     DELETE  /ID: it stays no longer than others
 
@@ -21,6 +21,8 @@ from uuid import uuid4
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope
+
+from vllm_defensive.settings.engine import option_name
 
 PATH = "/kv_eviction/documents"
 _REMEMBERED = 1000
@@ -77,11 +79,7 @@ class Documents:
         if not tokens:
             return _bad("prompt: it has no tokens")
         pin = asked.get("pin", _PIN)
-        fields = {
-            "kv_eviction" if name == "policy" else f"kv_eviction_{name}": asked[name]
-            for name in _FIELDS
-            if name in asked
-        }
+        fields = {option_name(name): asked[name] for name in _FIELDS if name in asked}
         fields |= {"kv_eviction_boundary": len(tokens), "kv_eviction_reuse": "boundary", "kv_eviction_report": 1}
         # A token behind the document, so that there is one to be computed whatever is there of it.
         request = {"prompt": [*tokens, tokens[-1]], "max_tokens": 1, "vllm_xargs": {**fields, "kv_eviction_pin": pin}}

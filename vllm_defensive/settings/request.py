@@ -33,13 +33,12 @@ from vllm_defensive.settings.engine import (
     known_policy,
     known_widths,
     listed,
+    option_name,
 )
 
 _PREFIX = "kv_eviction"
 _LATER = ("prefix", "chat")  # of such reuse, whatever a request packs or takes is asked about by others, later
-
-
-_LONGEST_PIN = 30 * 24 * 3600
+_LONGEST_PIN = 30 * 24 * 3600  # seconds: a month, which nobody remembers
 
 
 class RequestSettings(BaseModel):
@@ -69,7 +68,7 @@ class RequestSettings(BaseModel):
     @property
     def takes_any(self) -> bool:
         """Whether the request begins with whatever was packed of its prompt's first tokens."""
-        named = self.boundary is None and self.reuse in ("prefix", "chat")
+        named = self.boundary is None and self.reuse in _LATER
         return named and not self.protect and self.policy != NONE
 
     @field_validator("policy")
@@ -115,7 +114,7 @@ def resolve(
         settings = RequestSettings(**{"policy": engine.policy, "keep": engine.keep, "reuse": engine.reuse, **own})
     except ValidationError as error:
         first = error.errors()[0]
-        field = _field_name(str(first["loc"][0]))
+        field = option_name(str(first["loc"][0]))
         raise _wrong(field, first["input"], _allowed(field, engine)) from None
     if not engine.is_there(settings.policy):
         lacks = "learned score for its model"
@@ -131,7 +130,7 @@ def resolve(
         raise _wrong("kv_eviction_widths", widths, _allowed("kv_eviction_widths", engine))
     for field, tokens in (("boundary", settings.boundary), ("protect", settings.protect)):
         if tokens is not None and tokens > num_prompt_tokens:
-            raise _wrong(_field_name(field), tokens, f"the prompt has {num_prompt_tokens} tokens")
+            raise _wrong(option_name(field), tokens, f"the prompt has {num_prompt_tokens} tokens")
     if settings.pin is not None and engine.reuse == "off":
         raise _wrong("kv_eviction_pin", settings.pin, "this server pins nothing; it takes --kv-eviction-reuse")
     if settings.pin is not None and (settings.boundary is None or not settings.outlives):
@@ -199,10 +198,6 @@ def refuse_booleans(engine: EvictionConfig, fields: Any) -> None:
     for name, value in fields.items() if isinstance(fields, dict) else ():
         if isinstance(value, bool) and name in _ALLOWED and name not in _SWITCHES:
             raise _wrong(name, value, _allowed(name, engine))
-
-
-def _field_name(name: str) -> str:
-    return _PREFIX if name == "policy" else f"{_PREFIX}_{name}"
 
 
 _ALLOWED = {
