@@ -20,8 +20,9 @@ from typing import Any
 
 from benchmarks import lists
 from benchmarks.serving import report
+from benchmarks.serving.dummies import MODELS
 from benchmarks.serving.measure import Servers, compare
-from benchmarks.serving.scenarios import DOCUMENT_ROWS, MODELS, ORDERS, PRESETS, Sizes, scenarios
+from benchmarks.serving.scenarios import DOCUMENT_ROWS, ORDERS, PRESETS, Sizes, scenarios
 
 RESULTS = Path(__file__).parent.parent / "results" / "serving"
 

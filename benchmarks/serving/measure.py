@@ -20,7 +20,8 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.server import Server
-from benchmarks.serving.scenarios import BLOCK_SIZE, Row, Scenario, model_folder
+from benchmarks.serving.dummies import model_folder
+from benchmarks.serving.scenarios import BLOCK_SIZE, Row, Scenario
 
 # What is taken over from the result of `vllm bench serve`.
 _KEPT = (

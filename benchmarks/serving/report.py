@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving.scenarios import BLOCK_SIZE, model_folder
+from benchmarks.serving.dummies import model_folder
+from benchmarks.serving.scenarios import BLOCK_SIZE
 from vllm_defensive.settings.engine import EvictionConfig
 from vllm_defensive.tools.cache_size import load_config, read_model
 from vllm_defensive.tools.planner import plan

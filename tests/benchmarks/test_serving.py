@@ -15,19 +15,16 @@ import pytest
 
 from benchmarks.serving import __main__ as program
 from benchmarks.serving import measure, report
+from benchmarks.serving.dummies import BALANCED, HEAVY, SMOLLM2, _cut_vocabulary
 from benchmarks.serving.scenarios import (
-    BALANCED,
     BLOCK_SIZE,
     DOCUMENT_ROWS,
     FP8,
-    HEAVY,
     PRESETS,
-    SMOLLM2,
     STOCK,
     Row,
     Scenario,
     Sizes,
-    _cut_vocabulary,
     document_scenarios,
     evicting,
     reusing,
@@ -42,9 +39,9 @@ SCENARIO = Scenario("a pool", HEAVY, 2048, 256, 16, 4, (STOCK, OURS))
 @pytest.fixture(autouse=True)
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planner reads the shape only; the real folder needs a tokenizer."""
-    from benchmarks.serving.scenarios import _HEAVY_CONFIG
+    from benchmarks.serving.dummies import HEAVY_CONFIG
 
-    (tmp_path / "config.json").write_text(json.dumps(_HEAVY_CONFIG))
+    (tmp_path / "config.json").write_text(json.dumps(HEAVY_CONFIG))
     monkeypatch.setattr(report, "model_folder", lambda _: tmp_path)
 
 

@@ -25,6 +25,7 @@ from tests.tiny_model import write_tiny_gemma3, write_tiny_llama
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 PROMPTS = random_prompts(MIXED)
+FLOAT_NOISE = 1e-4  # a few hundred float32 roundings of logits up to 16
 
 
 def test_keep_all_equals_stock_and_the_prefix_cache_is_hit(tiny_gemma3: Path, tmp_path: Path) -> None:
@@ -35,7 +36,7 @@ def test_keep_all_equals_stock_and_the_prefix_cache_is_hit(tiny_gemma3: Path, tm
         assert len(scheduler_of(llm).kv_cache_config.kv_cache_groups) == 3
         for turn in range(2):
             answers = generate(llm, PROMPTS, 32)
-            assert largest_difference(answers, expected) <= 1e-4
+            assert largest_difference(answers, expected) <= FLOAT_NOISE
             hits = sum(a.cached_tokens for a in answers)
             assert hits > 0.9 * sum(MIXED) if turn else hits == 0
         assert audit_of(tmp_path, answers[0].request_id).kept_counts.shape == (2, 2)  # global layers, KV heads

@@ -15,6 +15,8 @@ from tests.reference_model import ReferenceLlama
 pytestmark = pytest.mark.e2e
 
 DOCUMENT = 601
+# Log-probabilities in float32 of other batches, or of another cut into chunks: a few roundings of logits up to 16.
+BATCHED = 1e-4
 HELD = "vllm:kv_eviction_published_packings"
 CASES = [
     ("snapkv", "16"),
@@ -97,11 +99,12 @@ def test_several_at_once_wait_for_one(tiny_model: Path) -> None:
         together = generate(llm, prompts, 24, own)
         assert sorted(answer.cached_tokens for answer in together) == [0, 576, 576]
         worst = max(float((a.logprobs - b.logprobs).abs().max()) for a, b in zip(together[1:], alone, strict=True))
-        assert [a.tokens for a in together[1:]] == [a.tokens for a in alone] and worst < 1e-4
+        assert [a.tokens for a in together[1:]] == [a.tokens for a in alone] and worst < BATCHED
         assert_same(adopted, alone)
 
 
 def test_other_weights_are_not_asked_of_an_old_packing(tiny_model: Path) -> None:
+    """From the step after the next one on, as its answer says that they are others."""
     with engine(tiny_model, "snapkv", dtype="float32", keep=0.3, reuse="boundary") as llm:
         prompts, own = requests(("snapkv", "16"), 3)
         generate(llm, prompts[:1], 4, own[:1])
@@ -119,7 +122,7 @@ def test_drafts(tiny_model: Path) -> None:
     with engine(tiny_model, "snapkv", dtype="float32", keep=0.3, reuse="boundary", speculative_config=drafts) as llm:
         adopted, alone = run(llm, ("snapkv", "16"))
         worst = max(float((a.logprobs - b.logprobs).abs().max()) for a, b in zip(adopted, alone, strict=True))
-        assert [a.tokens for a in adopted] == [a.tokens for a in alone] and worst < 1e-4
+        assert [a.tokens for a in adopted] == [a.tokens for a in alone] and worst < BATCHED
 
 
 @pytest.mark.slow
@@ -156,7 +159,7 @@ def test_layers_with_windows(tiny_gemma3: Path) -> None:
         adopted, alone = run(llm, ("snapkv", "16"))
         assert [answer.cached_tokens for answer in adopted] == [576, 576]
         worst = max(float((a.logprobs - b.logprobs).abs().max()) for a, b in zip(adopted, alone, strict=True))
-        assert [a.tokens for a in adopted] == [a.tokens for a in alone] and worst < 1e-4
+        assert [a.tokens for a in adopted] == [a.tokens for a in alone] and worst < BATCHED
         assert metrics_of(llm)["vllm:kv_eviction_adoptions"] == 2
         assert_all_returned(llm)
 

@@ -172,8 +172,9 @@ def test_originals_of_what_is_published_are_used_first(tiny_model: Path) -> None
 
 
 def test_documents_that_do_not_fit_beside_the_packings_are_read_one_at_a_time(tiny_model: Path) -> None:
-    """Four of six at once: as many as there is room for, without those that were packed being given up."""
-    h = Harness(tiny_model, num_blocks=70, keep=0.3, reuse="boundary")
+    """Four of six at once, in steps that have the tokens of three: as many as there is room for, without those that
+    were packed being given up."""
+    h = Harness(tiny_model, num_blocks=72, keep=0.3, reuse="boundary", chunk=2048)
     documents = [text(640, i) for i in range(1, 7)]
     asked = [(50 + i, documents[i % 6]) for i in range(24)]
     most = 0

@@ -23,8 +23,6 @@ from vllm_defensive.packing import Region
 from vllm_defensive.plan import Eviction
 from vllm_defensive.settings.engine import EvictionConfig
 
-_GROWTH_BLOCKS = 4  # that a request is taken to need before a document has been read
-
 
 class EvictionBlockManager(FullAttentionManager):
     """vLLM's hooks, each handed on to the life cycle."""
@@ -251,8 +249,7 @@ class EvictionBlockManager(FullAttentionManager):
 
     def makes_way_for(self, request: Request) -> Key | None:
         """What another request is packing, if this one, which would pack as well, finds memory beside it only in place
-        of packings that are there. They are worth more than that two documents are read at once: each would take as
-        long, and with many at once nothing would be left that is asked for again."""
+        of packings that are there: of documents that are read at once, all originals would have to be there at once."""
         life = self.life(request.request_id)
         if life is None or not life.ahead or life.key is None:
             return None
@@ -266,9 +263,6 @@ class EvictionBlockManager(FullAttentionManager):
             needed += max(
                 0, self.outlook.blocks_to_pack(packer) - len(self.req_to_blocks[request_id]) - len(packer.blocks)
             )
-        # And those that run go on: a single packing that is lost may be the next to be asked for, whose document then
-        # takes the place of the one after it, and so on.
-        needed += _GROWTH_BLOCKS * len(self.lifecycle.lives)
         there = self.block_pool.get_num_free_blocks() - self.lifecycle.library.unheld_blocks
         return first if needed > there else None
 
