@@ -56,11 +56,12 @@ def test_its_learned_score_is_part_of_the_package(smollm2: Path) -> None:
 
 
 def test_keep_all_equals_stock(smollm2: Path, prompts: list[list[int]]) -> None:
-    stock = run(smollm2, prompts, None, 24)
-    ours = run(smollm2, prompts, "keep-all", 24)
+    """In float32: in bf16 two tokens of equal logits may change places, which some processors show and others do not."""
+    stock = run(smollm2, prompts, None, 24, dtype="float32")
+    ours = run(smollm2, prompts, "keep-all", 24, dtype="float32")
     difference = largest_difference(ours, stock)
     print(f"largest difference {difference:.2e}")
-    assert difference <= 2**-3  # one bf16 step of a logit between 16 and 32
+    assert difference <= 2e-4
 
 
 @pytest.mark.timeout(600)
