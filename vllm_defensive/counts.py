@@ -42,7 +42,7 @@ class WorkerReport:
 class Totals:
     """What eviction has done so far: requests, tokens, blocks. held_tokens: those that would take, unpacked, the memory
     that kept ones take. adoptions: requests that began with another's packing; adopted_tokens: of their prompts, before
-    its stop. published, lost: packings that outlive their request, and that others were given the memory of."""
+    its stop. repeats: evictions of requests that had been evicted before. published, lost: packings that outlive their request, and that others were given the memory of."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -54,6 +54,7 @@ class Totals:
     held_tokens: int = 0
     adoptions: int = 0
     adopted_tokens: int = 0
+    repeats: int = 0
     published: int = 0
     lost: int = 0
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from vllm_defensive.audit import make_folder
 from vllm_defensive.platforms import CPU_ONLY, PLATFORMS, Row, only_on_cpus, refusal, refused_drafts, refused_on_cuda
-from vllm_defensive.settings.engine import TURN_OFF, EvictionConfig, option_name
+from vllm_defensive.policy import PRESETS
+from vllm_defensive.settings.engine import AUTO, NONE, TURN_OFF, EvictionConfig, option_name
 
 _FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -89,6 +90,8 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
             f"{option_name('widths')}={coded[0]}: not supported with kv_cache_dtype={cache.cache_dtype}; choose 16, or "
             "a 16-bit KV cache"
         )
+    if settings.answers == "evict":
+        _check_answers(settings, on_cuda)
     if settings.audit is not None:
         _check_writable(settings.audit)
     if settings.window > settings.min_tokens:
@@ -96,6 +99,21 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
             f"{option_name('window')}={settings.window}: choose at most "
             f"{option_name('min_tokens')}={settings.min_tokens}, or raise that one"
         )
+
+
+def _check_answers(settings: EvictionConfig, on_cuda: bool) -> None:
+    """Refuse what cannot be evicted while it generates."""
+    meant = settings.meant(settings.policy, boundary=True)
+    able = [name for name in settings.served if PRESETS[name].evicts_answers_by is not None]
+    way_out = None
+    if on_cuda:
+        way_out = CPU_ONLY
+    elif settings.policy != NONE and PRESETS[meant].evicts_answers_by is None:
+        way_out = f"{settings.described} scores a prompt once; choose a policy whose scores last: {', '.join(able)}"
+    elif settings.widths not in (AUTO, "16"):
+        way_out = f"goes with {option_name('widths')} 16"
+    if way_out is not None:
+        raise ValueError(f"{option_name('answers')}=evict: {way_out}")
 
 
 def _switch(variable: str, why: str) -> Row:

@@ -187,20 +187,28 @@ class Region:
         first, last = self.tokens
         return max(0, last - max(first, self.stop - self.window))
 
-    def budget_blocks(self, keep: float, format: Format) -> int:
+    def budget_blocks(
+        self, keep: float, format: Format, most_tokens: int | None = None, held_blocks: int | None = None
+    ) -> int:
         """`K` for a ratio, or 0 when nothing is to be gained by an eviction.
 
         The scheduler allocates exactly `K` blocks and the workers fill exactly their pages, so no message has to come
         back. `keep` counts bytes, those of the window and of the tail too, as the papers do; every head is granted at
         least as many pages as hold its forced tokens, and no more blocks are taken than hold all tokens.
+
+        most_tokens: whose bytes are not exceeded either, as they lie in the cache. held_blocks: that are chosen from,
+        where what came before is packed already.
         """
-        if self.stop <= self.window or self.blocks <= 0:
+        held_blocks = self.blocks if held_blocks is None else held_blocks
+        if self.stop <= self.window or held_blocks <= 0:
             return 0
-        wanted = math.ceil((keep * (self.stop - self.tokens[0]) - self.tail) / self.block_tokens)
+        tokens = keep * (self.stop - self.tokens[0])
+        tokens = tokens if most_tokens is None else min(tokens, most_tokens)
+        wanted = math.ceil((tokens - self.tail) / self.block_tokens)
         forced_pages = math.ceil(self.forced_tokens / format.parts[0].tokens)
         needed = max(wanted, math.ceil(forced_pages / self.pages_per_block), 1)
         needed = min(needed, self.blocks_for_all(format))
-        return needed if needed < self.blocks else 0
+        return needed if needed < held_blocks else 0
 
     def blocks_for_all(self, format: Format) -> int:
         """Blocks whose pages hold every token of the region, in the heads' even share."""

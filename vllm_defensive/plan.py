@@ -16,6 +16,9 @@ class Score:
 
     policy, keep: the request's own, or else the engine's.
     source_blocks: ids of the blocks that hold the tokens before the stop, in positional order, a partial tail last.
+    later: the policy by which what is kept will be chosen from again; None: it will not.
+    since: of a request that was evicted before, what it was evicted from last. Its packed tokens are chosen from again,
+        and those behind them, which are in `source_blocks`: whole ones, from block `since.full_blocks` on.
     """
 
     request_id: str
@@ -23,6 +26,8 @@ class Score:
     keep: float
     region: Region
     source_blocks: tuple[int, ...]
+    later: str | None = None
+    since: Region | None = None
 
 
 @dataclass(frozen=True)

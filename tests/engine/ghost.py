@@ -33,7 +33,12 @@ class _Row:
     repeated: dict[tuple[int, int], int] = field(default_factory=dict)
     """Part of it -> the position up to which an echo of that part has come; -1 once it was at its end."""
     eviction: Eviction | None = None
-    stamp: int = 0
+    stamps: list[tuple[int, int]] = field(default_factory=list)
+    """Of each eviction, the position from which tokens were computed under it, and the number that marks it."""
+
+    @property
+    def stamp(self) -> int:
+        return self.stamps[-1][1]
 
 
 class GhostWorker:
@@ -64,7 +69,8 @@ class GhostWorker:
             self._kept.pop(number, None)
         for eviction in message.adopted:
             row = self._rows[eviction.request_id]
-            made, row.stamp = self._kept[eviction.number]
+            made, stamp = self._kept[eviction.number]
+            row.stamps = [(eviction.region.stop, stamp)]
             assert made.packing == eviction.packing and computed[eviction.request_id] >= eviction.region.stop
             row.eviction = eviction
             self.adoptions.append(eviction)
@@ -88,7 +94,9 @@ class GhostWorker:
         self.cancelled = {e.request_id: "declined" for e in message.evictions if e.request_id in self.declines}
         for eviction in message.evictions:
             if eviction.request_id not in self.cancelled:
-                self._evict(eviction, set(written))
+                request_id = eviction.request_id
+                end = computed[request_id] + output.num_scheduled_tokens[request_id] - rejected.get(request_id, 0)
+                self._evict(eviction, set(written), end)
 
     def _repeat(self, echo: str, wanted: Reconstruction, start: int, count: int) -> None:
         """An echo's tokens pass, for the request that it serves, which must not move meanwhile."""
@@ -126,8 +134,9 @@ class GhostWorker:
             self._exact[request_id] = np.array(values, dtype=np.int64)
         expected = self._exact[request_id][:end].copy()
         row = self._rows[request_id]
-        if row.eviction is not None:
-            expected[row.eviction.region.stop :] ^= _EVICTED * row.stamp
+        ends = [first for first, _ in row.stamps[1:]] + [end]
+        for (first, stamp), last in zip(row.stamps, ends, strict=False):
+            expected[first:last] ^= _EVICTED * stamp
         return expected
 
     def _write(self, request_id: str, start: int, count: int, rejected: int, written: dict[int, str]) -> None:
@@ -146,7 +155,7 @@ class GhostWorker:
         first = 0
         if row.eviction is not None:
             shared, first = row.eviction.region.shared_blocks, row.eviction.region.stop // size
-            kept = self.memory[list(row.eviction.score.source_blocks[:shared])].ravel()
+            kept = self.memory[row.table[:shared]].ravel()
             assert (kept == expected[: shared * size]).all(), f"{request_id}: a shared block changed"
             packed = self.memory[list(row.eviction.packing.blocks)]
             assert (packed == -row.stamp).all(), f"{request_id}: somebody wrote its packed blocks"
@@ -160,10 +169,10 @@ class GhostWorker:
         full = row.eviction.region.stop // self._block_size
         return {*row.table[: row.eviction.region.shared_blocks], *row.table[full:]}
 
-    def _evict(self, eviction: Eviction, written: set[int]) -> None:
+    def _evict(self, eviction: Eviction, written: set[int], end: int) -> None:
         row, size = self._rows[eviction.request_id], self._block_size
-        assert row.eviction is None, f"{eviction.request_id} is evicted twice"
-        policy = PRESETS[eviction.policy]
+        policy, before = PRESETS[eviction.policy], row.eviction
+        assert eviction.score.since == (None if before is None else before.region), f"{eviction.request_id}: since when?"
         if policy.reconstructs:
             parts, region = sorted(row.repeated), eviction.region
             assert set(row.repeated.values()) == {-1}, f"{eviction.request_id}: a part was not repeated to its end"
@@ -171,15 +180,22 @@ class GhostWorker:
             assert parts[0][0] == region.tokens[0]
         if policy.accumulates:
             assert row.accumulated == eviction.region.stop, f"{eviction.request_id}: {row.accumulated} queries"
-        elif policy.needs_window:
+        elif policy.needs_window and not policy.lasting:
             assert len(row.seen_window) == self._window, f"{eviction.request_id}: {len(row.seen_window)} window queries"
         table = row.table[: -(-eviction.region.stop // size)]
+        if before is not None:
+            assert policy.lasting and before.score.later == eviction.policy, "nothing is known of what is packed"
+            assert before.region.shared_blocks == eviction.region.shared_blocks
+            table = row.table[before.region.full_blocks : eviction.region.full_blocks]
+            assert (self.memory[list(before.packing.blocks)] == -row.stamp).all(), "what was packed is gone"
+        assert eviction.region.stop <= end, "tokens are packed that were not computed"
         assert list(eviction.score.source_blocks) == table, "the plan's source blocks are not the request's"
         assert not written & set(eviction.packing.blocks), "a packed block was written in the same step"
         for other_id, other in self._rows.items():
             assert not self._visible(other) & set(eviction.packing.blocks), f"{other_id} can see a packed block"
         self._stamp += 1
-        row.eviction, row.stamp = eviction, self._stamp
+        row.eviction = eviction
+        row.stamps.append((end, self._stamp))
         if eviction.number:
             self._kept[eviction.number] = eviction, self._stamp
         self.memory[list(eviction.packing.blocks)] = -self._stamp

@@ -249,7 +249,7 @@ class Harness:
             assert amendments._silent | amendments._reporting <= set(self.scheduler.requests)
             assert set(self.manager.lifecycle._reports) <= set(self.scheduler.requests)
             for life in self.manager.lifecycle.lives.values():
-                owners.update(block.block_id for block in life.blocks)
+                owners.update(block.block_id for block in life.blocks + life.replaced)
             for packing in self.manager.lifecycle.library.pins:
                 owners.update(block.block_id for part in packing.line for block in part.blocks)
         null = self.pool.null_block.block_id

@@ -11,7 +11,7 @@ def held_blocks(manager: EvictionBlockManager, request_id: str) -> int:
     """Blocks of the pool that the request holds a reference to."""
     positional = sum(not block.is_null for block in manager.req_to_blocks.get(request_id, ()))
     life = manager.lifecycle.lives.get(request_id)
-    return positional + (len(life.blocks) if life is not None else 0)
+    return positional + (len(life.blocks) + len(life.replaced) if life is not None else 0)
 
 
 def released(manager: EvictionBlockManager, request_id: str) -> bool:
@@ -26,7 +26,7 @@ def check_integrity(manager: EvictionBlockManager) -> None:
     for request_id, life in lifecycle.lives.items():
         assert life.request.request_id == request_id and request_id in manager.req_to_blocks
         check_life(manager, life)
-        for block in life.blocks:
+        for block in life.blocks + life.replaced:
             owner = life.published.line[-1] if life.published is not None else request_id
             assert owned.setdefault(block.block_id, owner) is owner, f"{request_id} packs into a block of another"
     held = [life.published for life in lifecycle.lives.values() if life.published is not None]
@@ -41,8 +41,8 @@ def check_integrity(manager: EvictionBlockManager) -> None:
     assert not lifecycle._planned, "the message of the step has taken them"
     assert lifecycle._watched <= set(by_phase[Phase.PREFILL])
     assert set(lifecycle.waiting) <= set(manager.requests) - set(lifecycle.lives)
-    packed = [life.packing for life in lifecycle.lives.values() if life.phase is Phase.PACKED]
-    assert lifecycle.saved_blocks == sum(packing.saved_blocks for packing in packed)
+    released = [life.former or life.eviction for life in lifecycle.lives.values() if life.phase is Phase.PACKED or life.former]
+    assert lifecycle.saved_blocks == sum(eviction.packing.saved_blocks for eviction in released)
     assert lifecycle.packed_blocks == len(owned)
 
 
@@ -71,14 +71,17 @@ def check_life(manager: EvictionBlockManager, life: Life) -> None:
     blocks = manager.req_to_blocks[life.request.request_id]
     evicted = life.phase in (Phase.ECHOING, Phase.PACKING, Phase.PACKED)
     assert (life.packing is not None) == bool(life.blocks) == evicted
-    for block in life.blocks:
+    assert bool(life.replaced) == (life.former is not None) and (life.former is None or life.phase is Phase.PACKING)
+    for block in life.blocks + life.replaced:
         holders = life.published.line[-1].holders if life.published is not None else 1
         assert block.ref_cnt == holders and block.block_hash is None and not block.is_null, block
     if life.packing is not None:
         region = life.packing.region
         assert life.packing.blocks == tuple(block.block_id for block in life.blocks)
         assert region.stop == life.stop and len(life.blocks) > 0
-        originals = blocks[region.shared_blocks : region.full_blocks]
+        gone = region.shared_blocks if life.former is None else life.former.region.full_blocks
+        assert all(block.is_null for block in blocks[region.shared_blocks : gone])
+        originals = blocks[gone : region.full_blocks]
         assert all(block.is_null == (life.phase is Phase.PACKED) for block in originals)
     assert life.ready_tokens <= len(blocks) * manager.block_size
     assert not life.ready_tokens or life.phase in (Phase.PACKED, Phase.WHOLE)

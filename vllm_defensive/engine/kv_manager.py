@@ -15,6 +15,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
+from vllm_defensive.engine.again import Again
 from vllm_defensive.engine.life import Life, Phase
 from vllm_defensive.engine.lifecycle import Lifecycle
 from vllm_defensive.engine.outlook import Outlook
@@ -34,6 +35,7 @@ class EvictionBlockManager(FullAttentionManager):
         self.lifecycle = Lifecycle(settings.window, audited, self.block_pool, settings.pinned)
         can_share = self.enable_caching and self.block_size == self.block_pool.hash_block_size
         self.outlook = Outlook(self.eviction, kv_cache_spec.page, self.block_pool, self.lifecycle.library, can_share)
+        self.again = Again(self.lifecycle, self.outlook, self.block_pool, self.req_to_blocks)
         # The scheduler's own dict of live requests, set by it. Without it (a manager used on its own) nothing is ever
         # evicted.
         self.requests: Mapping[str, Request] = {}
@@ -90,6 +92,7 @@ class EvictionBlockManager(FullAttentionManager):
             return new_blocks
         self.lifecycle.admit(request_id)
         self.outlook.relatives.add(life.request)  # if its first block has filled up only now
+        self.again.note(life, num_tokens_main_model)
         if life.ahead and num_tokens_main_model >= life.stop:
             self._reach_stop(life, num_tokens_main_model)
         return new_blocks
@@ -115,6 +118,7 @@ class EvictionBlockManager(FullAttentionManager):
     def _foresee(self, request: Request) -> Life:
         blocks_of = self.req_to_blocks
         life = self.outlook.foresee(request, lambda request_id: blocks_of.get(request_id, ()))
+        self.again.expect(life)
         self.lifecycle.waiting[request.request_id] = life
         return life
 
@@ -133,7 +137,7 @@ class EvictionBlockManager(FullAttentionManager):
         tokens = len(self.req_to_blocks[request_id]) * self.block_size
         if self.enable_caching and not life.cached:
             tokens = min(tokens, (self.num_cached_block.get(request_id, 0) + 1) * self.block_size - 1)
-        life.ready_tokens = tokens
+        life.ready_tokens = min(tokens, life.again - 1) if life.again else tokens
 
     # -- release ------------------------------------------------------------------------------------------------------
 
@@ -153,9 +157,12 @@ class EvictionBlockManager(FullAttentionManager):
     def _release(self, request_id: str, processed_tokens: int) -> None:
         life = self.lifecycle.packing[request_id]
         if processed_tokens >= life.stop and self.lifecycle.processed >= life.fence:
-            region = self.lifecycle.release(life)
+            region, former = self.lifecycle.release(life), life.former
             if life.published is None:
-                self._remove_blocks_in_range(request_id, region.shared_blocks, region.full_blocks)
+                first = region.shared_blocks if former is None else former.region.full_blocks
+                self._remove_blocks_in_range(request_id, first, region.full_blocks)
+                if former is not None:
+                    self.block_pool.free_blocks(self.lifecycle.take_replaced(life))
                 return
             blocks = self.req_to_blocks[request_id]
             originals = blocks[region.full_blocks - 1 :: -1]
@@ -165,6 +172,8 @@ class EvictionBlockManager(FullAttentionManager):
     def cancel(self, eviction: Eviction) -> None:
         """The workers could not carry this eviction out: the request goes on over its originals."""
         self.block_pool.free_blocks(self.lifecycle.cancel(eviction))
+        if (life := self.lifecycle.lives.get(eviction.request_id)) is not None:
+            self.again.postpone(life)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Everything the request holds: the one way out for finish, abort and preemption."""

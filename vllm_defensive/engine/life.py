@@ -4,12 +4,14 @@
     PREFILL   the allocation that reaches its stop     all `ceil(tokens / N)`                none
     ECHOING   the step that ends its last echo         all, and its echo holds them too      `K` fresh ones, empty
     PACKING   the step that packs has been processed   all                                   `K` fresh ones
-    PACKED                                             `[0, s)` and from `g` on; null        `K`; others may hold
+    PACKED    an eviction of what was generated        `[0, s)` and from `g` on; null        `K`; others may hold
                                                        blocks keep the other positions       them, too
-    WHOLE                                              all                                   none
+    WHOLE     the same                                 all                                   none
 
 ECHOING are those whose policy looks at the document again (`echo.py`); all others go on to PACKING at once. A request
-is WHOLE if nothing is to be gained by its eviction, or if it could not be carried out. One that finds the packing of an
+is WHOLE if nothing is to be gained by its eviction, or if it could not be carried out. A request whose answers are
+evicted (`again.py`) is PACKING time and again: then it holds the blocks that it packs into beside those that it packed
+before. One that finds the packing of an
 earlier request (`published.py`) is PACKED with its first allocation. From every phase a request may
 be finished, aborted or preempted, which gives all its blocks back and ends its life; one that is resumed begins anew,
 and passes the same stop again.
@@ -48,14 +50,19 @@ _NEXT = {
     Phase.PREFILL: (Phase.ECHOING, Phase.PACKING, Phase.PACKED, Phase.WHOLE),
     Phase.ECHOING: (Phase.PACKING, Phase.WHOLE),
     Phase.PACKING: (Phase.PACKED, Phase.WHOLE),
-    Phase.PACKED: (),
-    Phase.WHOLE: (),
+    Phase.PACKED: (Phase.PACKING,),
+    Phase.WHOLE: (Phase.PACKING,),
 }
 
 
 @dataclass(eq=False)
 class Life:
-    """stop: `T`, where the request is evicted: its boundary, or the end of its prompt (again, if it was preempted).
+    """stop: `T`, where the request is evicted: its boundary, or the end of its prompt (again, if it was preempted); from
+    its second eviction on, that of the last one.
+    again: tokens at which it is looked at next while it generates; 0: never. repeats: evictions since its prompt.
+    former, replaced: while it is packed anew, what it was packed into before.
+    exact_tokens: before this one what it holds in place was computed over all that came before.
+    most_blocks: what it holds at most, and packs at most, while it generates; None: not asked for yet.
     brief: it ends with its prefill. is_echo: it is a request of our own, which repeats another's prompt.
     hit_tokens: what the prefix cache served.
     eviction, blocks: what it holds packed, from ECHOING or PACKING on.
@@ -79,8 +86,14 @@ class Life:
     is_echo: bool = False
     hit_tokens: int = 0
     echo_tokens: int = 0
+    again: int = 0
+    repeats: int = 0
     eviction: Eviction | None = None
     blocks: list[KVCacheBlock] = field(default_factory=list)
+    former: Eviction | None = None
+    replaced: list[KVCacheBlock] = field(default_factory=list)
+    exact_tokens: int = 0
+    most_blocks: tuple[int, int] | None = None
     key: Key | None = None
     published: Published | None = None
     adopted: bool = False

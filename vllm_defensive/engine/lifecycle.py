@@ -15,6 +15,7 @@ from vllm_defensive.counts import REMEMBERED, Totals
 from vllm_defensive.engine.life import Life, Phase
 from vllm_defensive.engine.published import Key, Library, Published
 from vllm_defensive.packing import Format, Packing, Region
+from vllm_defensive.policy import PRESETS
 from vllm_defensive.plan import Eviction, Reconstruction, Score, StepMessage
 from vllm_defensive.settings.engine import NONE
 from vllm_defensive.settings.request import RequestSettings
@@ -82,7 +83,7 @@ class Lifecycle:
         self._in_use[made.number] += 1
         if self._in_use[made.number] == 1:
             self.packed_blocks += len(packed)
-        life.stop = made.region.stop
+        life.stop, life.exact_tokens = made.region.stop, made.region.tokens[1]
         self._pin(life)
         token_ids = tuple(life.request.all_token_ids[: life.stop]) if self._with_token_ids else None
         life.eviction = replace(
@@ -103,10 +104,12 @@ class Lifecycle:
         """The request's stop is reached by what was allocated just now: it holds packed blocks beside its originals."""
         request_id, settings = life.request.request_id, life.settings
         token_ids = tuple(life.request.all_token_ids[: life.stop]) if self._with_token_ids else None
-        score = Score(request_id, settings.policy, settings.keep, region, tuple(source_blocks))
+        later = PRESETS[settings.policy].evicts_answers_by if life.again else None
+        score = Score(request_id, settings.policy, settings.keep, region, tuple(source_blocks), later)
         packing = Packing(region, tuple(block.block_id for block in blocks), format)
         number = self.library.next_number() if life.key is not None else 0
         life.eviction, life.blocks = Eviction(score, packing, token_ids, number), blocks
+        life.exact_tokens = region.tokens[1]
         self.packed_blocks += len(blocks)
         if not life.echo_tokens:
             self._plan(life)
@@ -114,6 +117,32 @@ class Lifecycle:
         life.turn(Phase.ECHOING)
         self.echoing[request_id] = life
         self._held.append(request_id)
+
+    def pack_again(
+        self,
+        life: Life,
+        policy: str,
+        region: Region,
+        blocks: list[KVCacheBlock],
+        source_blocks: Sequence[int],
+        format: Format,
+    ) -> None:
+        """A request has generated enough, by the step that was scheduled just now: what it holds packed, if anything,
+        and what lies in `source_blocks` is packed into these blocks."""
+        token_ids = tuple(life.request.all_token_ids[: region.stop]) if self._with_token_ids else None
+        life.former, life.replaced = life.eviction, life.blocks
+        since = None if life.former is None else life.former.region
+        score = Score(
+            life.request.request_id, policy, life.settings.keep, region, tuple(source_blocks), policy, since
+        )
+        packing = Packing(region, tuple(block.block_id for block in blocks), format)
+        life.eviction, life.blocks = Eviction(score, packing, token_ids), blocks
+        life.stop, life.fence, life.ready_tokens = region.stop, self.scheduled + 1, 0
+        life.repeats += 1
+        if life.former is None:
+            life.exact_tokens = region.tokens[1]
+        self.packed_blocks += len(blocks)
+        self._plan(life)
 
     def _plan(self, life: Life) -> None:
         """The step that was scheduled, or is being scheduled, packs this request."""
@@ -142,6 +171,16 @@ class Lifecycle:
         del self.echoing[life.request.request_id]
         self._released.append(life.request.request_id)
         return self._leave_whole(life)
+
+    def _leave_packed(self, life: Life) -> list[KVCacheBlock]:
+        """What it was packed into before is still there."""
+        assert life.former is not None
+        self.totals.cancelled += 1
+        life.turn(Phase.PACKED)
+        blocks, life.blocks, life.replaced = life.blocks, life.replaced, []
+        life.eviction, life.former = life.former, None
+        self.packed_blocks -= len(blocks)
+        return blocks
 
     def _leave_whole(self, life: Life) -> list[KVCacheBlock]:
         self.totals.cancelled += 1
@@ -179,12 +218,12 @@ class Lifecycle:
                 del self._in_use[life.eviction.number]
                 self.packed_blocks -= len(life.blocks)
             return []
-        self.packed_blocks -= len(life.blocks)
+        self.packed_blocks -= len(life.blocks) + len(life.replaced)
         if life.eviction is not None and life.eviction.packing.format.quantised:
             self._note_codes(life.eviction.packing.blocks)
         if life.eviction is not None and life.eviction.number:
             self.library.forget(life.eviction.number)
-        return life.blocks
+        return life.blocks + life.replaced
 
     def _note_codes(self, blocks: Sequence[int]) -> None:
         """What is in these blocks, which others may have now, is no number to them."""
@@ -203,9 +242,16 @@ class Lifecycle:
             self._pin(life)
             self._pass_on(life)
         self._count(life)
-        self.totals.freed_blocks += life.packing.saved_blocks
-        self.saved_blocks += life.packing.saved_blocks
+        saved = life.packing.saved_blocks - (0 if life.former is None else life.former.packing.saved_blocks)
+        self.totals.freed_blocks += saved
+        self.saved_blocks += saved
         return life.packing.region
+
+    def take_replaced(self, life: Life) -> list[KVCacheBlock]:
+        """A request that was packed anew has been released: what it was packed into before is to go back."""
+        blocks, life.replaced, life.former = life.replaced, [], None
+        self.packed_blocks -= len(blocks)
+        return blocks
 
     def cancel(self, eviction: Eviction) -> list[KVCacheBlock]:
         """The workers could not pack: the request goes on over its originals. Returns blocks that are to go back.
@@ -216,7 +262,7 @@ class Lifecycle:
         if life is None or life.eviction is not eviction:
             return []
         del self.packing[eviction.request_id]
-        return self._leave_whole(life)
+        return self._leave_whole(life) if life.former is None else self._leave_packed(life)
 
     def end(self, request_id: str) -> list[KVCacheBlock]:
         """Finish, abort or preemption. Returns the packed blocks, which are to go back like all others."""
@@ -234,8 +280,9 @@ class Lifecycle:
         self._pass_on(life)
         if life.phase is Phase.PACKING:
             self._count(life)
-        if life.phase is Phase.PACKED and life.packing is not None:
-            self.saved_blocks -= life.packing.saved_blocks
+        released = life.former if life.phase is Phase.PACKING else life.eviction
+        if life.phase in (Phase.PACKED, Phase.PACKING) and released is not None:
+            self.saved_blocks -= released.packing.saved_blocks
         return self._give_back(life)
 
     # -- what the workers and others are told -------------------------------------------------------------------------
@@ -270,6 +317,9 @@ class Lifecycle:
         """An eviction can be declined until its step has been processed; from then on it counts."""
         assert life.eviction is not None
         self._done.append((life.eviction, False))
+        if life.former is not None:
+            self.totals.repeats += 1
+            return
         self.totals.requests += 1
         self.totals.prefix_hit_tokens += life.hit_tokens
         self.totals.prompt_tokens += life.eviction.region.stop
@@ -287,7 +337,7 @@ class Lifecycle:
         life = self.lives.get(request_id)
         if life is None or life.packing is None:
             return num_tokens
-        limit = life.packing.region.tokens[1]
+        limit = life.exact_tokens
         life.cached = num_tokens >= limit
         return min(num_tokens, limit)
 
@@ -308,7 +358,7 @@ class Lifecycle:
         prompt, packing = life.request.num_prompt_tokens, life.packing
         if packing is None or life.phase is Phase.ECHOING:  # a request may end before its echoes do: nothing is packed
             return {"policy": NONE, "prompt_tokens": prompt, "kept_tokens": prompt, "held_tokens": prompt}
-        behind = prompt - packing.region.stop
+        behind = max(0, prompt - packing.region.stop)
         report = {
             "policy": life.settings.policy,
             "widths": packing.format.widths,
@@ -317,6 +367,8 @@ class Lifecycle:
             "held_tokens": behind + packing.held_tokens,
             "adopted": life.adopted,
         }
+        if life.repeats:
+            report["evictions"], report["tokens"] = 1 + life.repeats, packing.region.stop
         if life.settings.pin is not None:
             report["pinned"] = (found := self._packing_of(life)) is not None and found in self.library.pins
         return report if not life.echo_tokens else {**report, "echo_tokens": life.repeated}

@@ -175,7 +175,8 @@ class Outlook:
         protected = min(cdiv(life.settings.protect, self.block_tokens), life.stop // self.block_tokens)
         region = self.settings.region(life.stop, max(shared_blocks, protected), self.block_tokens)
         settings = life.settings
-        return region, self.settings.budget_blocks(region, settings.policy, settings.keep, self.format(settings))
+        format = self.format(settings)
+        return region, self.settings.budget_blocks(region, settings.policy, settings.keep, format, settings.budget)
 
     def format(self, settings: RequestSettings) -> Format:
         """How a request with these settings is packed."""

@@ -38,6 +38,9 @@ class _EvictionMixin(Scheduler):
         manager.beside([other for other in managers if other is not manager])
         manager.requests = self.requests
         self.eviction_manager, self._lives = manager, manager.lifecycle.lives
+        self._again = again = manager.again
+        again.drafts, again.step_tokens = self.num_spec_tokens, self.max_num_scheduled_tokens
+        again.ahead = isinstance(self, AsyncScheduler)
         # Set where admission is steady, and the blocks of the last hit in the prefix cache are then remembered.
         steady = manager.eviction.admission == "steady"
         self._answers = ExpectedLength(manager.block_size) if steady else None
@@ -98,6 +101,7 @@ class _EvictionMixin(Scheduler):
             library.pins.drop_all()  # nobody could be scheduled, and somebody wants memory
         else:
             self._echoes.scheduled(output.num_scheduled_tokens)
+        self._again.begin(output.num_scheduled_tokens, self.running)
         message = self.eviction_manager.lifecycle.take_message(output.num_scheduled_tokens)
         channels.attach_message(output, message)
         return output
@@ -158,7 +162,9 @@ class _EvictionMixin(Scheduler):
         if life is not None and life.phase is not PREFILL:  # nearly all, in every step
             if life.phase is ECHOING:
                 return 0
-            return num_new_tokens if not life.is_echo else min(num_new_tokens, self._echoes.most_tokens)
+            if life.is_echo:
+                return min(num_new_tokens, self._echoes.most_tokens)
+            return self._again.chunk(life, num_computed_tokens, num_new_tokens) if life.again else num_new_tokens
         stop = self.eviction_manager.next_stop(request.request_id)
         return min(num_new_tokens, stop - num_computed_tokens) if stop else num_new_tokens
 
@@ -171,8 +177,13 @@ class _EvictionMixin(Scheduler):
         blocks_of = self.eviction_manager.req_to_blocks
         if blocks_of.get(request.request_id):
             return True
-        if not self._echoes.lets_in(self.eviction_manager.life(request.request_id)):
+        life = self.eviction_manager.life(request.request_id)
+        if not self._echoes.lets_in(life):
             return False
+        if life is not None and life.again and self.running:
+            lasting = self.eviction_manager.lasting_blocks
+            if not self._again.lets_in(life, self.running, lambda other: lasting(other)[0]):
+                return False
         if not self._answers or not self.running:
             return True
         # As answers grow, less is left of them: who did not fit does not until one ends, or the expectation changes.
@@ -252,6 +263,7 @@ class _EvictionMixin(Scheduler):
         for_response, *others = super()._free_request(request, *args, **kwargs)
         lifecycle.forget(request_id)
         self.eviction_manager.outlook.forget(request_id)
+        self._again.forget(request_id)
         self._amendments.forget(request_id)
         self._parking.forget(request_id)
         self._echoes.freed(request)

@@ -71,6 +71,9 @@ class Policy:
     learned: bool = False
     """What a second look would see is foretold instead, from each token's own key and value, by weights that were
     learned for the model (`vllm_defensive_kernels.learned`)."""
+    later: str | None = None
+    """The policy that evicts what is generated, and what is left of the prompt, where this one's own scores would not
+    last: see `lasting`."""
     fallback: str | None = None
     """The policy that serves a request which cannot be repeated, or whose keys stand at positions of their own."""
     keeps_window: bool = True
@@ -111,6 +114,16 @@ class Policy:
         """Whether the window must have been seen: by all but those that go by the second pass alone, seen or
         foretold."""
         return self._function.reads != "echo"
+
+    @property
+    def lasting(self) -> bool:
+        """Whether a token's score is its own, the same at any time: kept tokens need not be scored again."""
+        return self._function.reads == "nothing" or (self.learned and not self.needs_window)
+
+    @property
+    def evicts_answers_by(self) -> str | None:
+        """The policy by which a request is evicted again while it generates; None: it cannot be."""
+        return self.name if self.lasting else self.later
 
     @property
     def needs_values(self) -> bool:

@@ -82,6 +82,7 @@ class Layer:
     reduce_heads: ReduceHeads | None
     mass_HS: Tensor | None
     echo_HS: Tensor | None
+    first_token: int = 0
 
     @property
     def heads(self) -> int:

@@ -256,6 +256,7 @@ _ROWS = (
         halo_tokens=8,
         halo_weight=0.2,
         learned=True,
+        later="learnedkv",
         fallback="halokv",
     ),
     Policy(

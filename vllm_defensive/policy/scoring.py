@@ -37,6 +37,7 @@ def score_layer(
     mass_HS: Tensor | None = None,
     echo_HS: Tensor | None = None,
     first_head: int = 0,
+    first_token: int = 0,
 ) -> LayerScores:
     """Score the tokens in `evictable` = [start, stop) of one layer, in float32.
 
@@ -53,6 +54,7 @@ def score_layer(
     echo_HS: fp32, of policies that reconstruct: the largest attention that a query of the second pass pays; of learned
         ones: the same, foretold.
     first_head: of the layer's heads, where other ranks have the ones before it.
+    first_token: position of the first of these tokens, of lasting policies, which may score some later ones alone.
     """
     tokens = key_HSD.shape[1]
     if window is None:
@@ -83,6 +85,7 @@ def score_layer(
         reduce_heads=reduce_heads,
         mass_HS=mass_HS,
         echo_HS=echo_HS,
+        first_token=first_token,
     )
     function = AGGREGATES[policy.aggregate]
     found = function.score(policy, whole)

@@ -43,6 +43,9 @@ def add_flags(parser: Any, supported: bool = True) -> None:
         "shared": "keep|evict",
         "reuse": "off|boundary|prefix|chat",
         "pinned": "RATIO",
+        "budget": "TOKENS",
+        "answers": "keep|evict",
+        "interval": "TOKENS",
         "admission": "eager|steady",
         "policies": "POLICY,...",
     }

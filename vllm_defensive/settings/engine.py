@@ -31,6 +31,7 @@ on; below, what keeps most answers as they were (docs/quality.md)."""
 
 ScoredBy = Literal["auto", "window", "reconstruct", "learned"]
 Reuse = Literal["off", "boundary", "prefix", "chat"]
+Answers = Literal["keep", "evict"]
 
 
 class EvictionConfig(BaseModel):
@@ -63,7 +64,21 @@ class EvictionConfig(BaseModel):
     window_keep: float | None = Field(
         None, description="set from the learned score: the least ratio at which auto goes by it without a boundary, too"
     )
-    keep: float = Field(0.2, gt=0, le=1, description="fraction of the bytes of each prompt's KV cache to keep")
+    keep: float = Field(
+        0.2, gt=0, le=1, description="fraction of the bytes of each prompt's KV cache to keep; 1 where only a budget is given"
+    )
+    budget: int | None = Field(
+        None,
+        ge=1,
+        description="keep no more bytes of a request than so many tokens take that nothing was evicted of, whatever "
+        "its length; beside a ratio, the smaller counts",
+    )
+    answers: Answers = Field(
+        "keep",
+        description="evict: what is generated is evicted like the prompt, again and again, by policies whose scores "
+        "last (learnedkv, with which learned-halokv goes on; streamingllm, random); keep: never",
+    )
+    interval: int = Field(256, ge=1, description="tokens that are generated between two evictions of a request")
     widths: str = Field(
         AUTO,
         description="bits in which what is kept is packed: 16, as the cache has it; or 8; or 4; or 8,4: the best "
@@ -226,17 +241,25 @@ class EvictionConfig(BaseModel):
         return Region(stop, shared_blocks, self.window, block_tokens, page_tokens=block_tokens)
 
     def budget_blocks(
-        self, region: Region, policy: str | None = None, keep: float | None = None, format: Format | None = None
+        self,
+        region: Region,
+        policy: str | None = None,
+        keep: float | None = None,
+        format: Format | None = None,
+        budget: int | None = None,
+        held_blocks: int | None = None,
     ) -> int:
-        """`K` of a request with these settings, or with a policy and a ratio of its own, packed in this format, or in
-        16 bits. 0 means: leave it alone."""
+        """`K` of a request with these settings, or with a policy, a ratio and a budget of its own, packed in this
+        format, or in 16 bits. 0 means: leave it alone. held_blocks: see `Region.budget_blocks`."""
         format = region.plain if format is None else format
         policy = self.meant(self.policy if policy is None else policy)
         if policy == NONE or region.stop < self.min_tokens:
             return 0
         if PRESETS[policy].keep_all:
-            return min(region.blocks, region.blocks_for_all(format)) if region.stop > region.window else 0
-        return region.budget_blocks(self.keep if keep is None else keep, format)
+            held_blocks = region.blocks if held_blocks is None else held_blocks
+            return min(held_blocks, region.blocks_for_all(format)) if region.stop > region.window else 0
+        keep, budget = self.keep if keep is None else keep, self.budget if budget is None else budget
+        return region.budget_blocks(keep, format, budget, held_blocks)
 
 
 _SET_AT_START = ("learning", "window_keep", "auto_widths", "classes")
@@ -283,6 +306,8 @@ def parse(raw: Any, name_of: Callable[[str], str] | None = None) -> EvictionConf
         return None
     if not isinstance(raw, dict):
         raise ValueError(f"{KEY}={raw!r}: give an object such as {{'policy': 'layer-defensivekv', 'keep': 0.2}}")
+    if raw.get("budget") is not None and "keep" not in raw:
+        raw = {**raw, "keep": 1.0}
     try:
         # Settings are checked even if they have no effect, so that a typing error does not wait for the day they have.
         settings = EvictionConfig(**{"policy": NONE, **raw})

@@ -4,6 +4,9 @@
     kv_eviction_score      of auto: "window"; "reconstruct" for a second look at the prompt; "learned" for the learned
                            score; else the server's choice
     kv_eviction_keep       fraction of its bytes that is kept, in (0, 1]
+    kv_eviction_budget     bytes that are kept at most, as tokens that nothing was evicted of
+    kv_eviction_answers    "evict": what is generated is evicted as well, again and again; or "keep"
+    kv_eviction_interval   tokens that are generated from one time to the next
     kv_eviction_widths     bits in which it is packed: "16", "k8v4", "8", "4", "8,4", or "auto"
     kv_eviction_boundary   evict when this many prompt tokens are computed; the rest of the prompt sees what was
                            kept, and is itself kept whole ("compress the document, then ask")
@@ -24,9 +27,11 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_defensive.packing import OFFERED
+from vllm_defensive.policy import PRESETS
 from vllm_defensive.settings.engine import (
     AUTO,
     NONE,
+    Answers,
     EvictionConfig,
     Reuse,
     ScoredBy,
@@ -37,6 +42,7 @@ from vllm_defensive.settings.engine import (
 )
 
 _PREFIX = "kv_eviction"
+_INHERITED = ("policy", "keep", "reuse", "budget", "answers", "interval")  # where a request does not say otherwise
 _LATER = ("prefix", "chat")  # of such reuse, whatever a request packs or takes is asked about by others, later
 _LONGEST_PIN = 30 * 24 * 3600  # seconds: a month, which nobody remembers
 
@@ -55,6 +61,9 @@ class RequestSettings(BaseModel):
     widths: str | None = None
     boundary: int | None = Field(None, ge=1)
     protect: int = Field(0, ge=0)
+    budget: int | None = Field(None, ge=1)
+    answers: Answers = "keep"
+    interval: int = Field(256, ge=1)
     reuse: Reuse = "off"
     pin: float | None = Field(None, ge=0, le=_LONGEST_PIN)
     report: bool | Literal[0, 1] = False
@@ -107,11 +116,17 @@ def resolve(
             own[name.removeprefix(f"{_PREFIX}_")] = value
         elif _means_us(name):
             raise _wrong(name, value, _spelling(name))
+    inherited = {name: getattr(engine, name) for name in _INHERITED}
     if not own:
+        settings = RequestSettings.model_construct(**inherited)
+        if (again := _evicted_again(engine, settings, own)) is not None:
+            return again
         widths, meant = engine.meant_widths(engine.policy), engine.meant(engine.policy, boundary=engine.reuse in _LATER)
-        return RequestSettings.model_construct(policy=meant, keep=engine.keep, widths=widths, reuse=engine.reuse)
+        return settings.model_copy(update={"policy": meant, "widths": widths, "answers": "keep"})
+    if "budget" in own and "keep" not in own:
+        inherited["keep"] = 1.0
     try:
-        settings = RequestSettings(**{"policy": engine.policy, "keep": engine.keep, "reuse": engine.reuse, **own})
+        settings = RequestSettings(**{**inherited, **own})
     except ValidationError as error:
         first = error.errors()[0]
         field = option_name(str(first["loc"][0]))
@@ -125,6 +140,8 @@ def resolve(
         raise _wrong(_PREFIX, settings.policy, _allowed(_PREFIX, engine))
     if settings.score is not None and settings.policy != AUTO:
         raise _wrong("kv_eviction_score", settings.score, f"goes with kv_eviction={AUTO!r}; leave it out")
+    again = _evicted_again(engine, settings, own)
+    settings = settings.model_copy(update={"reuse": "off"} if again is not None else {"answers": "keep"})
     widths = engine.meant_widths(settings.policy, settings.widths, settings.keep)
     if not engine.allows_widths(widths):
         raise _wrong("kv_eviction_widths", widths, _allowed("kv_eviction_widths", engine))
@@ -145,7 +162,34 @@ def resolve(
     meant = engine.meant(settings.policy, boundary=asks_later, score=settings.score, keep=settings.keep)
     if not engine.is_there(meant):
         raise _wrong("kv_eviction_score", settings.score, "this server has no learned score for its model")
+    if again is not None:
+        return settings.model_copy(update={"policy": again.policy, "widths": again.widths})
     return settings.model_copy(update={"policy": meant, "widths": widths})
+
+
+def _evicted_again(
+    engine: EvictionConfig, settings: RequestSettings, own: Mapping[str, Any]
+) -> RequestSettings | None:
+    """What becomes of the settings of a request that is evicted again while it generates; None: it is not. own: fields
+    that it named. Raises RequestFieldError if it asks for that and cannot have it."""
+    if settings.answers == "keep" or settings.policy == NONE:
+        return None
+    named, wants = "kv_eviction_answers", "answers" in own
+    # Whatever will be read is asked for later.
+    meant = engine.meant(settings.policy, boundary=True, score=settings.score, keep=settings.keep)
+    if not engine.is_there(meant) or PRESETS[meant].evicts_answers_by is None:
+        if wants:
+            able = [name for name in engine.choices if name in PRESETS and PRESETS[name].evicts_answers_by is not None]
+            raise _wrong(named, "evict", f"{settings.policy} scores once; choose from {', '.join(able)}")
+        return None
+    widths = settings.widths or engine.widths
+    if widths not in (AUTO, "16"):
+        if wants or "widths" in own:
+            raise _wrong(named, "evict", f'goes with pages of 16 bits, not {widths}; choose kv_eviction_widths "16"')
+        return None
+    if wants and own.get("reuse", "off") != "off":
+        raise _wrong(named, "evict", "such a request leaves nothing to others; leave kv_eviction_reuse out")
+    return settings.model_copy(update={"policy": meant, "widths": "16", "reuse": "off"})
 
 
 def refuse_items_behind(boundary: int | None, items: Iterable[tuple[int, int]]) -> None:
@@ -204,6 +248,9 @@ _ALLOWED = {
     "kv_eviction": "choose one of {choices}",
     "kv_eviction_score": "choose one of auto, window, reconstruct, learned",
     "kv_eviction_keep": "choose a number in (0, 1]",
+    "kv_eviction_budget": "choose a whole number of tokens, 1 or more",
+    "kv_eviction_answers": f"choose one of {', '.join(get_args(Answers))}",
+    "kv_eviction_interval": "choose a whole number of tokens, 1 or more",
     "kv_eviction_widths": "choose one of {widths}",
     "kv_eviction_boundary": "choose a whole number of prompt tokens, 1 or more",
     "kv_eviction_protect": "choose a whole number of prompt tokens, 0 or more",

@@ -11,7 +11,7 @@ from vllm_defensive.policy.layer import Layer
 @aggregate("recency", reads="nothing")
 def recency(policy: Policy, layer: Layer) -> Tensor:
     """The later, the better (StreamingLLM, arXiv 2309.17453, whose first tokens are `policy.sinks`)."""
-    return torch.arange(layer.scored, device=layer.device).float().expand(layer.heads, -1)
+    return _positions(layer).float().expand(layer.heads, -1)
 
 
 @aggregate("uniform", reads="nothing")
@@ -23,14 +23,14 @@ def uniform(policy: Policy, layer: Layer) -> Tensor:
 @aggregate("random", reads="nothing")
 def random(policy: Policy, layer: Layer) -> Tensor:
     """Hashed from (layer, head of the model, position): the same on every device, in every run, on any ranks."""
-    return _hashed(_head_keys(layer, layer.first_head), layer.scored)
+    return _hashed(_head_keys(layer, layer.first_head), _positions(layer))
 
 
 @aggregate("random-uneven", reads="nothing")
 def random_uneven(policy: Policy, layer: Layer) -> Tensor:
     """The same, and the heads' scores lie factors of up to e^6 apart."""
     head_H1 = _head_keys(layer, 0)
-    return torch.exp(6 * _hash_to_unit(head_H1)) * _hashed(head_H1, layer.scored)
+    return torch.exp(6 * _hash_to_unit(head_H1)) * _hashed(head_H1, _positions(layer))
 
 
 @aggregate("custom", values="all")
@@ -53,8 +53,13 @@ def _head_keys(layer: Layer, first: int) -> Tensor:
     return layer.index * 1000 + first + torch.arange(layer.heads, device=layer.device).unsqueeze(-1)
 
 
-def _hashed(head_H1: Tensor, tokens: int) -> Tensor:
-    return _hash_to_unit(head_H1 * 1_000_003 + torch.arange(tokens, device=head_H1.device))
+def _positions(layer: Layer) -> Tensor:
+    """Of the scored tokens, int64 [T]."""
+    return torch.arange(layer.first_token, layer.first_token + layer.scored, device=layer.device)
+
+
+def _hashed(head_H1: Tensor, position_T: Tensor) -> Tensor:
+    return _hash_to_unit(head_H1 * 1_000_003 + position_T)
 
 
 def _hash_to_unit(key: Tensor) -> Tensor:

@@ -1,0 +1,23 @@
+import random
+from tests.engine.harness import Harness, text
+def test_walk(tiny_model):
+  for policy in ("streamingllm","keep-all","random"):
+   for asynchronous, drafts in ((False,0),(True,0),(False,4)):
+    for seed in range(2):
+      rng = random.Random(seed)
+      h = Harness(tiny_model, num_blocks=30, policy=policy, asynchronous=asynchronous, drafts=drafts, chunk=96, max_model_len=1024, keep=0.5, answers="evict", interval=64, budget=160)
+      pre=0
+      for _ in range(600):
+        if len(h.live)<6 and rng.random()<.3:
+            h.add(text(rng.randrange(1,200), rng.randrange(300)), max_tokens=rng.choice([1,20,300,600]))
+        if h.live and rng.random()<.02: h.abort(rng.choice(h.live))
+        pre+=len(h.step().preempted_req_ids or ())
+        h.check()
+      try: h.run(9000)
+      except AssertionError:
+        for r in h.scheduler.running:
+          l=h.manager.lifecycle.get(r.request_id); print(policy, r.request_id, l.phase, r.num_computed_tokens, r.num_tokens, r.num_in_flight_tokens, 'again', l.again, 'stop', l.stop, l.ready_tokens, l.repeats, 'free', h.free, r.num_prompt_tokens, r.max_tokens, h.manager.again._past)
+        raise
+      h.assert_all_returned()
+      rep=sum(e.score.since is not None for e in h.evictions)
+      print(policy, asynchronous, drafts, seed, "evictions", len(h.evictions), "repeats", rep, "preempted", pre, h.manager.lifecycle.totals)

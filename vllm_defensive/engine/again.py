@@ -1,0 +1,170 @@
+"""Evictions of requests that generate: when, how many blocks they take, and that none of them is in anybody's way.
+
+A request whose answers are evicted is looked at each time that it has generated `interval` more tokens. What it holds
+packed and the whole blocks behind that are then chosen from together, by scores that last, and packed anew. The blocks
+that this takes are free ones, left when everybody has been scheduled: an eviction that finds none waits for the next
+step, in which the request goes on as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request
+
+from vllm_defensive.engine.life import Life, Phase
+from vllm_defensive.engine.lifecycle import Lifecycle
+from vllm_defensive.engine.outlook import Outlook
+from vllm_defensive.packing import Region
+from vllm_defensive.policy import PRESETS
+
+_SETTLED = (Phase.PACKED, Phase.WHOLE)
+
+
+class Again:
+    """The requests of one scheduler that are evicted while they generate."""
+
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        outlook: Outlook,
+        pool: BlockPool,
+        blocks_of: Mapping[str, Sequence[KVCacheBlock]],
+    ) -> None:
+        """blocks_of: the positional blocks of each request."""
+        self._lifecycle, self._outlook, self._pool, self._blocks_of = lifecycle, outlook, pool, blocks_of
+        self._due: dict[str, Life] = {}  # that have generated enough, or did when they were scheduled
+        # The scheduler's, set by it: draft tokens of a request in a step, at most; tokens of a step, at most; and whether
+        # a step is scheduled before the one before it has been processed.
+        self.drafts, self.step_tokens, self.ahead = 0, 0, False
+        self._past: dict[str, list[int]] = {}  # stops of each request: one that was preempted passes them again
+
+    def expect(self, life: Life) -> None:
+        """A request is about to begin, perhaps anew."""
+        request, settings = life.request, life.settings
+        if settings.answers == "evict" and request.max_tokens > 1:
+            life.again = self._stop_behind(life, request.num_prompt_tokens, 0)
+
+    def _stop_behind(self, life: Life, stop: int, done: int) -> int:
+        """Where a request is looked at next. done: evictions since its prompt."""
+        past = self._past.get(life.request.request_id, ())
+        return past[done] if done < len(past) else stop + life.settings.interval
+
+    def note(self, life: Life, num_tokens: int) -> None:
+        """A request was given slots for so many tokens."""
+        if life.again and num_tokens >= life.again:
+            self._due[life.request.request_id] = life
+
+    def chunk(self, life: Life, computed: int, num_new: int) -> int:
+        """How many of these tokens a request may compute in a step: one that was preempted passes its stops again, each
+        at the end of a step."""
+        if not life.again or num_new == 1:
+            return num_new
+        if computed >= life.again:
+            return 0 if life.phase is Phase.PACKING else num_new
+        return min(num_new, life.again - computed)
+
+    def begin(self, scheduled: Mapping[str, int], running: Sequence[Request]) -> None:
+        """A step was scheduled: plan the evictions that are due with it, as far as there is room. scheduled: tokens of
+        each request in the step."""
+        if not self._due:
+            return
+        room = self._pool.get_num_free_blocks()
+        if self.ahead:
+            room -= sum(self._next_blocks(request) for request in running)
+        for request_id, life in list(self._due.items()):
+            if self._lifecycle.lives.get(request_id) is not life:
+                del self._due[request_id]
+            elif request_id in scheduled and life.phase in _SETTLED:
+                request = life.request
+                # What is computed for sure: drafts may turn out wrong.
+                stop = request.num_computed_tokens - (request.num_in_flight_tokens if self.drafts else 0)
+                if stop >= life.again and (taken := self._evict(life, stop, room)) is not None:
+                    del self._due[request_id]
+                    room -= taken
+
+    def _next_blocks(self, request: Request) -> int:
+        """Blocks that a request may take in the next step, beside those that it has."""
+        left = request.num_tokens - request.num_computed_tokens
+        tokens = request.num_computed_tokens + max(1, min(self.step_tokens, left)) + self.drafts
+        return max(0, cdiv(tokens, self._outlook.block_tokens) - len(self._blocks_of.get(request.request_id, ())))
+
+    def _evict(self, life: Life, stop: int, room: int) -> int | None:
+        """Plan one eviction. Returns the blocks that it takes, 0 if nothing is to be gained; None: there is no room."""
+        request_id, settings = life.request.request_id, life.settings
+        region, held = self._region(life, stop)
+        policy = PRESETS[settings.policy].evicts_answers_by
+        format = self._outlook.format(settings)
+        count = self._outlook.settings.budget_blocks(region, policy, settings.keep, format, settings.budget, held)
+        if not count or (life.packing is not None and region.full_blocks == life.packing.region.full_blocks):
+            life.again += settings.interval
+            return 0
+        if count > room:
+            return None
+        assert policy is not None
+        self._past.setdefault(request_id, [])[life.repeats : life.repeats + 1] = [stop]
+        first = 0 if life.packing is None else life.packing.region.full_blocks
+        last = cdiv(stop, region.block_tokens) if life.packing is None else region.full_blocks
+        source = [block.block_id for block in self._blocks_of[request_id][first:last]]
+        self._lifecycle.pack_again(life, policy, region, self._pool.get_new_blocks(count), source, format)
+        life.again = self._stop_behind(life, stop, life.repeats)
+        return count
+
+    def _region(self, life: Life, stop: int) -> tuple[Region, int]:
+        """What an eviction at this stop chooses from, and in how many blocks it lies."""
+        tokens = self._outlook.block_tokens
+        if life.packing is not None:
+            before = life.packing.region
+            region = self._outlook.settings.region(stop, before.shared_blocks, tokens)
+            return region, len(life.blocks) + region.full_blocks - before.full_blocks
+        protected = min(cdiv(life.settings.protect, tokens), stop // tokens)
+        region = self._outlook.settings.region(stop, protected, tokens)
+        return region, region.blocks
+
+    def postpone(self, life: Life) -> None:
+        """An eviction could not be carried out."""
+        if life.again:
+            life.again = max(life.again, life.request.num_computed_tokens + life.settings.interval)
+
+    # -- who is let in ------------------------------------------------------------------------------------------------
+
+    def lets_in(self, life: Life, running: Iterable[Request], lasting: Any) -> bool:
+        """Whether those that run never take more than there is, with this one: what each takes at most before one of
+        its evictions, and what one of these takes beside. lasting: blocks of a request that is not evicted again."""
+        own, packed = self._most_blocks(life)
+        total = own
+        for request in running:
+            other = self._lifecycle.get(request.request_id)
+            if other is None or not other.again:
+                total += lasting(request)
+                continue
+            blocks, beside = self._most_blocks(other)
+            total, packed = total + blocks, max(packed, beside)
+        return total + packed <= self._pool.num_gpu_blocks - 1
+
+    def _most_blocks(self, life: Life) -> tuple[int, int]:
+        """(Blocks that a request holds at most while it generates, blocks that one of its evictions packs at most.)"""
+        if life.most_blocks is None:
+            request, settings, tokens = life.request, life.settings, self._outlook.block_tokens
+            longest = min(request.num_prompt_tokens + request.max_tokens, self._outlook.max_model_len)
+            protected = min(cdiv(settings.protect, tokens), longest // tokens)
+            region = self._outlook.settings.region(longest, protected, tokens)
+            policy = PRESETS[settings.policy].evicts_answers_by
+            packed = self._outlook.settings.budget_blocks(
+                region, policy, settings.keep, self._outlook.format(settings), settings.budget, region.blocks
+            )
+            most = cdiv(longest, tokens)
+            if packed:
+                before = max(packed + region.shared_blocks, cdiv(request.num_prompt_tokens, tokens))
+                most = min(before + cdiv(settings.interval, tokens) + 1, most)
+            life.most_blocks = most, packed
+        return life.most_blocks
+
+    def forget(self, request_id: str) -> None:
+        """The request will not come again."""
+        self._past.pop(request_id, None)
+        self._due.pop(request_id, None)
