@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,26 +56,28 @@ class ReferenceLlama:
         kept_LHT: Tensor | None = None,
         attention: list[Layer] | None = None,
         packed: Packed | None = None,
+        again: Sequence[Tensor] = (),
     ) -> Tensor:
         """Log-probabilities fp32 `[S, vocabulary]` of what follows each token.
 
         kept_LHT: bool, for the first T tokens: they see each other; later tokens see, of them, only what is True.
+        again: more of the same, for more tokens each: tokens behind the first of them, but before the next, see that.
         attention: a list to which what each layer's attention computed with is appended.
         packed: makes of keys and values what later tokens read of the first T, of which the rest may be anything.
         """
         hidden_SM = self._weights["model.embed_tokens.weight"][torch.tensor(token_ids)]
         for index in range(self.layers):
-            mask_HSS = self._mask(len(token_ids), None if kept_LHT is None else kept_LHT[index])
+            kept = [] if kept_LHT is None else [kept_LHT[index]]
+            mask_HSS = self._mask(len(token_ids), [*kept, *(later_LHT[index] for later_LHT in again)])
             hidden_SM = self._layer(index, hidden_SM, mask_HSS, attention, kept_LHT, packed)
         hidden_SM = self._norm("model.norm.weight", hidden_SM)
         return (hidden_SM @ self._weights["lm_head.weight"].T).float().log_softmax(dim=-1)
 
-    def _mask(self, length: int, kept_HT: Tensor | None) -> Tensor:
-        mask_HSS = torch.ones(length, length, dtype=torch.bool).tril().expand(self.heads, -1, -1)
-        if kept_HT is not None:
-            prompt = kept_HT.shape[1]
-            mask_HSS = mask_HSS.clone()
-            mask_HSS[:, prompt:, :prompt] = kept_HT[:, None, :]
+    def _mask(self, length: int, kept: Sequence[Tensor]) -> Tensor:
+        mask_HSS = torch.ones(length, length, dtype=torch.bool).tril().repeat(self.heads, 1, 1)
+        for kept_HT in kept:
+            stop = kept_HT.shape[1]
+            mask_HSS[:, stop:, :stop] = kept_HT[:, None, :]
         return mask_HSS
 
     def _layer(

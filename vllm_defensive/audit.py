@@ -1,6 +1,7 @@
 """What was kept of each evicted request, written by the worker that did it and read by whoever wants to know.
 
-One `<request id>.safetensors` per evicted request, or with tensor parallelism one `<request id>.rank0of2.safetensors`
+One `<request id>.safetensors` per evicted request, for its prompt; one `<request id>.again<number>.safetensors` for each
+time that it was evicted again while it generated (`events` finds all of a request); or with tensor parallelism one `<request id>.rank0of2.safetensors`
 per worker, with the heads of that worker; `load` reads any of them together with the others:
 
     kept_counts   int32 [L, H]     tokens kept by each head, shared blocks, window and tail included
@@ -8,10 +9,10 @@ per worker, with the heads of that worker; `load` reads any of them together wit
     kept_classes  uint8 [sum]      the kind of page that each of them is in, by its place in page_classes; tokens of one
                                    head and kind fill its pages in ascending order, page_tokens each. Where there is
                                    none, all are in pages as the cache has them
-    token_ids     int32 [T]        the prompt, up to where it was evicted
+    token_ids     int32 [T]        the tokens up to where it was evicted; of what is being generated the last may be missing
 
 and the metadata format_version, policy, keep_ratio, stop, block_size, packed_blocks, shared_blocks, window, widths,
-page_classes, page_tokens.
+page_classes, page_tokens, repeat.
 
 `FORMAT_VERSION` grows when a reader of today would misread a file of tomorrow; added fields do not count.
 
@@ -55,6 +56,7 @@ class Audit:
     widths: str = "16"
     page_classes: tuple[str, ...] = ("16",)
     page_tokens: tuple[int, ...] = ()
+    repeat: int = 0
     kept_classes: Tensor | None = None
 
     def positions(self, layer: int, head: int) -> Tensor:
@@ -86,19 +88,31 @@ class Audit:
         return kept.view(*self.kept_counts.shape, self.stop)
 
 
-def path_of(folder: str | os.PathLike[str], request_id: str, rank: tuple[int, int] = (0, 1)) -> Path:
+def path_of(
+    folder: str | os.PathLike[str], request_id: str, rank: tuple[int, int] = (0, 1), repeat: int = 0
+) -> Path:
     """Where the audit of a request goes: under vLLM's internal id, the client's followed by a random part.
 
-    rank: (tensor-parallel rank, their number) of the worker that writes it.
+    rank: (tensor-parallel rank, their number) of the worker that writes it. repeat: evictions of the request before.
     Characters that are unsafe in a file name become underscores, and of a very long id the end is used.
     """
-    part = f".rank{rank[0]}of{rank[1]}" if rank[1] > 1 else ""
+    part = f".again{repeat}" if repeat else ""
+    part += f".rank{rank[0]}of{rank[1]}" if rank[1] > 1 else ""
     return Path(folder) / f"{re.sub(r'[^A-Za-z0-9._-]', '_', request_id)[-200:]}{part}.safetensors"
 
 
 def make_folder(folder: str | os.PathLike[str]) -> None:
     """Make the folder, for its owner alone, unless it is there. Raises OSError."""
     Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def events(folder: str | os.PathLike[str], request_id: str, rank: tuple[int, int] = (0, 1)) -> list[Audit]:
+    """The audits of one request, in the order of its evictions. A request that was whole at its prompt's end has none of
+    that. Raises ValueError as `load` does."""
+    paths = [path_of(folder, request_id, rank)]
+    while (path := path_of(folder, request_id, rank, len(paths))).exists():
+        paths.append(path)
+    return [load(path) for path in paths if path.exists()]
 
 
 def load(path: str | os.PathLike[str]) -> Audit:
@@ -151,6 +165,7 @@ def _load(path: Path) -> Audit:
             **{k: int(meta[k]) for k in ("block_size", "packed_blocks", "shared_blocks", "window")},
             widths=meta.get("widths", "16"),
             page_classes=tuple(meta.get("page_classes", "16").split(" ")),
+            repeat=int(meta.get("repeat", 0)),
             page_tokens=tuple(int(n) for n in meta.get("page_tokens", meta["block_size"]).split(" ")),
             kept_classes=file.get_tensor("kept_classes") if "widths" in meta and meta["widths"] != "16" else None,
         )
@@ -193,7 +208,7 @@ def write(
     counts = torch.tensor([len(kept) for kept in indices], dtype=torch.int32)
     tensors = {"kept_classes": torch.cat(classes).to(torch.uint8)} if format.quantised else {}
     assert eviction.token_ids is not None
-    target = path_of(folder, eviction.request_id, rank)
+    target = path_of(folder, eviction.request_id, rank, eviction.repeat)
     make_folder(target.parent)
     partial = target.with_suffix(f".{os.getpid()}.partial")
     content = save(
@@ -213,6 +228,7 @@ def write(
             "shared_blocks": str(region.shared_blocks),
             "window": str(region.window),
             "widths": format.widths,
+            "repeat": str(eviction.repeat),
             "page_classes": " ".join(names),
             "page_tokens": " ".join(str(tokens[name]) for name in names),
         },

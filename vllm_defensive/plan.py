@@ -58,12 +58,14 @@ class Eviction:
 
     token_ids: those before the stop when an audit was asked for, else None.
     number: by which later requests may begin with what is packed; 0: none will.
+    repeat: how many evictions of the request came before, of what it generated; 0: this is the one of its prompt.
     """
 
     score: Score
     packing: Packing
     token_ids: tuple[int, ...] | None = None
     number: int = 0
+    repeat: int = 0
 
     @property
     def request_id(self) -> str:

@@ -39,7 +39,9 @@ def make_llm(model: Path, policy: str | None = None, *, asynchronous: bool = Fal
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
-    names = ("keep", "window", "min_tokens", "audit", "shared", "per_request", "policies", "learned", "widths", "reuse")
+    from vllm_defensive.settings.engine import FLAGS
+
+    names = (*FLAGS, "auto_widths", "classes")
     settings = {name: arguments.pop(name) for name in names if name in arguments}
     extra = {} if policy is None else vllm_defensive.engine_kwargs(policy, **{"min_tokens": 33, **settings})
     arguments = {

@@ -136,9 +136,9 @@ class Lifecycle:
             life.request.request_id, policy, life.settings.keep, region, tuple(source_blocks), policy, since
         )
         packing = Packing(region, tuple(block.block_id for block in blocks), format)
-        life.eviction, life.blocks = Eviction(score, packing, token_ids), blocks
-        life.stop, life.fence, life.ready_tokens = region.stop, self.scheduled + 1, 0
         life.repeats += 1
+        life.eviction, life.blocks = Eviction(score, packing, token_ids, repeat=life.repeats), blocks
+        life.stop, life.fence, life.ready_tokens = region.stop, self.scheduled + 1, 0
         if life.former is None:
             life.exact_tokens = region.tokens[1]
         self.packed_blocks += len(blocks)

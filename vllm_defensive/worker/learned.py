@@ -29,11 +29,11 @@ class LearnedWeights:
         self.weight_LHX = score.weight_LHX[:, heads].to(device).contiguous()
         self.rotations, self.balance = rotations, score.facts.balance
 
-    def peaks(self, layer: int, key_HTD: Tensor, value_HTD: Tensor) -> Tensor:
-        """What a second look would see, on the window's scale: fp32 `[H, T]`, of the first T tokens of a request. The
-        values of the first of them may be missing: such tokens have zero."""
+    def peaks(self, layer: int, key_HTD: Tensor, value_HTD: Tensor, first: int = 0) -> Tensor:
+        """What a second look would see, on the window's scale: fp32 `[H, T]`, of T tokens of a request, the first of
+        them at position `first`. The values of the first of them may be missing: such tokens have zero."""
         tokens, there = key_HTD.shape[1], value_HTD.shape[1]
-        position_T = torch.arange(tokens - there, tokens, device=key_HTD.device)
+        position_T = torch.arange(first + tokens - there, first + tokens, device=key_HTD.device)
         found_HT = foretold_peaks(
             key_HTD[:, tokens - there :], value_HTD, position_T, self.weight_LHX[layer], self.rotations[layer]
         )

@@ -14,6 +14,7 @@ from vllm_defensive.worker.cpu.accumulation import Accumulations
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.cpu.reconstruction import CPUReconstructions
 from vllm_defensive.worker.cpu.runtime import CPURuntime
+from vllm_defensive.worker.cpu.tables import Placed
 from vllm_defensive.worker.window import WindowQueries
 
 
@@ -58,7 +59,7 @@ def test_a_step_asked_twice_answers_the_same() -> None:
     sums, echoes = Accumulations(view, codec, [1.0, 1.0]), CPUReconstructions(view, codec, [1.0, 1.0])
     ids = ("gone", "seen", "summed", "echo")
     runtime = CPURuntime(view, WindowQueries(2, 4, 6, 2, torch.float32), sums, echoes, lambda _: ids)
-    runtime.install(eviction(30, (50, 51), block_tokens=4, request_id="gone"), torch.full((1, 2, 3), 2))
+    runtime.install(eviction(30, (50, 51), block_tokens=4, request_id="gone"), Placed(torch.full((1, 2, 3), 2)))
     echo = Reconstruction("seen", 10, (0, 10), 24, "all")
     message = StepMessage(observe={"seen": (6, 10)}, accumulate={"summed": 12}, reconstruct={"echo": echo})
     runtime.begin(message, ())

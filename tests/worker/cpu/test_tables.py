@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.evictions import eviction
 from vllm_defensive.plan import Eviction
 from vllm_defensive.worker.cpu.pages import PageView
-from vllm_defensive.worker.cpu.tables import BatchTable, RequestTable
+from vllm_defensive.worker.cpu.tables import BatchTable, Placed, RequestTable
 from vllm_defensive_kernels.pages import PageAddresses
 
 L, BLOCKS, H, N, D = 2, 200, 2, 4, 2
@@ -26,7 +26,7 @@ def planned(stop: int, shared: int, packed: tuple[int, ...], first_block: int = 
 
 
 def table_of(view: PageAddresses, plan: Eviction, pages_LH: Tensor) -> RequestTable:
-    return RequestTable(view, plan.packing, plan.score.source_blocks[: plan.region.shared_blocks], pages_LH[None])
+    return RequestTable(view, plan.packing, plan.score.source_blocks[: plan.region.shared_blocks], Placed(pages_LH[None]))
 
 
 def expected_pages(

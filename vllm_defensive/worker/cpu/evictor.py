@@ -17,8 +17,10 @@ from torch import Tensor
 from vllm_defensive.plan import Eviction, Score
 from vllm_defensive.policy import PRESETS, LayerScores, Policy, ReduceHeads, Selection, score_layer, select_packed
 from vllm_defensive.settings.engine import EvictionConfig
+from vllm_defensive.worker.cpu.again import Candidates, Kept
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.cpu.runtime import CPURuntime
+from vllm_defensive.worker.cpu.tables import Placed
 from vllm_defensive.worker.evictor import Evictor, Selections
 from vllm_defensive.worker.learned import Lessons
 from vllm_defensive.worker.projections import Projections
@@ -52,6 +54,17 @@ class Scored:
     read: list[Tokens] = field(default_factory=list)
 
 
+@dataclass(eq=False)
+class ScoredAgain:
+    """A request that was packed before, between `score` and `pack`. pages_LHB: int64, where the tokens behind are."""
+
+    score: Score
+    policy: Policy
+    kept: Kept
+    pages_LHB: Tensor
+    candidates: Candidates
+
+
 class CPUEvictor(Evictor):
     """Evictions on one worker."""
 
@@ -72,6 +85,7 @@ class CPUEvictor(Evictor):
         self._view = view
         self._codec = codec
         self._scales = scales
+        self._kept: dict[str, Kept] = {}  # of requests that are evicted again
         self._scratch = view.data.new_empty(0)
         self._in_scratch: Scored | None = None
 
@@ -81,10 +95,16 @@ class CPUEvictor(Evictor):
     def _finish(self, started: float, decile_pages: Tensor) -> None:
         self._report.add(int((time.perf_counter() - started) * 1e6), decile_pages.tolist())
 
-    def _score(self, score: Score) -> Scored:
+    def _forget_kept(self, request_id: str) -> None:
+        self._kept.pop(request_id, None)
+
+    def _score(self, score: Score) -> Scored | ScoredAgain:
         policy = PRESETS[score.policy]
+        if score.since is not None:
+            return self._score_again(score, policy)
         seen = self._runtime.accumulations if policy.accumulates else self._runtime.windows
-        seen_L = seen.pop(score.request_id) if policy.needs_window else None
+        # Of what is generated no window is kept, for what lasts reads none.
+        seen_L = seen.pop(score.request_id) if policy.needs_window and not policy.lasting else None
         echo_L = self._runtime.reconstructions.pop(score.request_id, score.region) if policy.reconstructs else None
         pages_LHB = self._view.of_blocks(torch.tensor(score.source_blocks))
         scored = Scored(score, policy, seen_L, pages_LHB, policy.first_value(score.region.shared_blocks), echo_L)
@@ -147,14 +167,102 @@ class CPUEvictor(Evictor):
             first_head=self._rank[0] * len(key_HTD),
         )
 
-    def _pack(self, scored: Scored, eviction: Eviction) -> Selections:
+    def _score_again(self, score: Score, policy: Policy) -> ScoredAgain:
+        """Weigh the tokens behind what is packed, which has its scores."""
+        assert score.since is not None
+        if (kept := self._kept.get(score.request_id)) is None:
+            raise IncompleteError("nothing is known of what it holds packed")
+        first = score.since.full_blocks * score.since.block_tokens
+        pages_LHB = self._view.of_blocks(torch.tensor(score.source_blocks))
+        growth = Scored(score, policy, None, pages_LHB, 0)
+        (room,) = self._room(pages_LHB[:1])
+        scores = [
+            self._lasting(policy, layer, self._read(growth, layer, room), first, score.keep)
+            for layer in range(len(pages_LHB))
+        ]
+        return ScoredAgain(score, policy, kept, pages_LHB, Candidates.of(kept, first, torch.stack(scores)))
+
+    def _lasting(self, policy: Policy, layer: int, tokens: Tokens, first: int, keep: float) -> Tensor:
+        """Scores of a layer's tokens, the first of them at position `first`, that say the same at any time. fp32
+        `[H, T]`."""
+        key_HTD, value_HTD = tokens
+        echo_HT = None
+        if policy.learned:
+            assert self.learned is not None, f"{policy.name} needs a learned score"
+            echo_HT = self.learned.peaks(layer, key_HTD, value_HTD, first)
+        return score_layer(
+            replace(policy, sinks=0),  # these are for who chooses
+            layer=layer,
+            query_WQD=None,
+            window=0,
+            echo_HS=echo_HT,
+            key_HSD=key_HTD,
+            value_HSD=value_HTD,
+            output_QDM=self._projections.slices(layer) if policy.needs_projection else None,
+            factor_QDC=self._projections.factor(layer) if policy.value_weight == "l2-gram" else None,
+            scale=self._scales[layer],
+            keep_ratio=keep,
+            evictable=(0, key_HTD.shape[1]),
+            reduce_heads=self._reduce_heads,
+            first_head=self._rank[0] * len(key_HTD),
+            first_token=first,
+        ).scores_HE
+
+    def _note_kept(self, scored: Scored, eviction: Eviction, parts: Selections) -> None:
+        """A request will be evicted again: keep positions and scores of what is packed."""
+        assert scored.score.later is not None
+        policy, (chosen,) = PRESETS[scored.score.later], parts
+        start, last = eviction.region.tokens
+        whole = replace(scored, first_value=eviction.region.shared_blocks)
+        (room,), scores = self._room(scored.pages_LHB[:1]), []
+        counts = chosen.pages_LH.sum(dim=1).tolist()
+        for layer, tokens_PN in enumerate(chosen.tokens_PN.split(counts)):
+            key_HTD, value_HTD = self._read(whole, layer, room)
+            found_HE = self._lasting(
+                policy, layer, (key_HTD[:, start:last], value_HTD[:, : last - start]), start, scored.score.keep
+            )
+            head_P = torch.arange(len(found_HE)).repeat_interleave(chosen.pages_LH[layer].long())
+            scores.append(found_HE[head_P[:, None], tokens_PN.long() - start])
+        self._kept[eviction.request_id] = Kept(
+            eviction.packing, chosen.pages_LH, chosen.tokens_PN, torch.cat(scores)
+        )
+
+    def _pack_again(self, scored: ScoredAgain, eviction: Eviction) -> Selections:
+        packing, region, candidates = eviction.packing, eviction.region, scored.candidates
+        layers, heads, behind = scored.pages_LHB.shape
+        behind *= self._view.page_tokens
+        chosen = candidates.select(scored.policy, packing.format, region, packing.head_pages, layers)
+        place_PN = candidates.places(chosen, scored.kept.pages_LH, self._view.page_tokens, behind)
+        source = self._view.of_packed(torch.tensor(scored.kept.packing.blocks))
+        sources = source.split(scored.kept.pages_LH.sum(dim=1).tolist())
+        counts = chosen.pages_LH.sum(dim=1).tolist()
+        targets = self._view.of_packed(torch.tensor(packing.blocks)).split(counts)
+        for layer, (places, target_P) in enumerate(zip(place_PN.split(counts), targets, strict=True)):
+            pages_X = torch.cat([sources[layer], scored.pages_LHB[layer].flatten()])
+            packed = []
+            for read in (self._codec.read_keys, self._codec.read_values):
+                tokens_YD = read(self._view.data, pages_X).flatten(0, 1)
+                packed.append(tokens_YD.index_select(0, places.flatten()).unflatten(0, places.shape))
+            self._view.data.index_copy_(0, target_P, self._codec.pack(*packed))
+        self._kept[eviction.request_id] = kept = candidates.kept(chosen, packing)
+        row_P = torch.arange(layers * heads).repeat_interleave(chosen.pages_LH.flatten().long())
+        tokens_R = torch.zeros(layers * heads, dtype=torch.int64)
+        tokens_R.index_add_(0, row_P, (kept.position_PN >= 0).sum(dim=1))
+        self._runtime.place(eviction, Placed(chosen.pages_LH[None], tokens_R.view(1, layers, heads)))
+        return (Selection(chosen.pages_LH, kept.position_PN),)
+
+    def _pack(self, scored: Scored | ScoredAgain, eviction: Eviction) -> Selections:
+        if isinstance(scored, ScoredAgain):
+            return self._pack_again(scored, eviction)
         if eviction.packing.format.quantised and self._runtime.quantised is None:
             raise IncompleteError("the functions for such widths could not be compiled, as was said at start")
         if scored.policy.layers_apart:
             parts = self._pack_layer_by_layer(scored, eviction)
         else:
             parts = self._pack_all(scored, eviction)
-        self._runtime.place(eviction, torch.stack([part.pages_LH for part in parts]))
+        if scored.score.later is not None:
+            self._note_kept(scored, eviction, parts)
+        self._runtime.place(eviction, Placed(torch.stack([part.pages_LH for part in parts])))
         return parts
 
     def _pack_all(self, scored: Scored, eviction: Eviction) -> Selections:

@@ -14,7 +14,7 @@ from vllm_defensive.worker.cpu.accumulation import Accumulation, Accumulations
 from vllm_defensive.worker.cpu.native import ClassRows, Quantised
 from vllm_defensive.worker.cpu.pages import PageView
 from vllm_defensive.worker.cpu.reconstruction import CPUReconstructions, EchoRow
-from vllm_defensive.worker.cpu.tables import BatchTable, RequestTable
+from vllm_defensive.worker.cpu.tables import BatchTable, Placed, RequestTable
 from vllm_defensive.worker.runtime import Runtime
 from vllm_defensive.worker.window import Capture, WindowQueries
 
@@ -50,7 +50,7 @@ class Step:
     evicted: tuple[EvictedRows, ...]
 
 
-class CPURuntime(Runtime[Tensor]):
+class CPURuntime(Runtime[Placed]):
     """The tables of evicted requests, and what each batch reads of them."""
 
     reconstructions: CPUReconstructions
@@ -78,9 +78,12 @@ class CPURuntime(Runtime[Tensor]):
         self.tables.pop(request_id, None)
         self.accumulations.drop(request_id)
 
-    def install(self, eviction: Eviction, placed: Tensor) -> None:
-        """Make an eviction known to the steps that come. placed: int `[C, L, H]`, pages of each head in each part."""
-        shared = eviction.score.source_blocks[: eviction.region.shared_blocks]
+    def install(self, eviction: Eviction, placed: Placed) -> None:
+        """Make an eviction known to the steps that come."""
+        if eviction.score.since is None:
+            shared = eviction.score.source_blocks[: eviction.region.shared_blocks]
+        else:
+            shared = self.tables[eviction.request_id].shared_blocks
         self.tables[eviction.request_id] = RequestTable(self._view, eviction.packing, shared, placed)
 
     def clear(self, blocks: Sequence[int]) -> None:

@@ -7,6 +7,7 @@ packed pages, class after class, and the positional blocks from `g` on. `Packing
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,15 +20,23 @@ from vllm_defensive_kernels.widths import CLASSES
 _SPARE_PAGES = 32  # room for growth in a fresh table, so that it is not reallocated at each new block
 
 
+class Placed(NamedTuple):
+    """Packed pages of each head in each part of a packing's format, int `[C, L, H]`, and the tokens in them; None: as
+    many as find room, of those that were chosen from."""
+
+    pages_CLH: Tensor
+    tokens_CLH: Tensor | None = None
+
+
 class RequestTable:
-    """Page numbers of one evicted request. pages_CLH: int `[C, L, H]`, packed pages of each head in each part of the
-    packing's format."""
+    """Page numbers of one evicted request."""
 
     def __init__(
-        self, addresses: PageAddresses, packing: Packing, shared_blocks: Sequence[int], pages_CLH: Tensor
+        self, addresses: PageAddresses, packing: Packing, shared_blocks: Sequence[int], placed: Placed
     ) -> None:
         """shared_blocks: ids of the leading blocks that stay in place."""
-        self._addresses = addresses
+        pages_CLH, tokens_CLH = placed
+        self._addresses, self.shared_blocks = addresses, tuple(shared_blocks)
         self.format = packing.format
         self.full_blocks, self.block_tokens = packing.region.full_blocks, packing.region.block_tokens
         self.shared_pages = shared = len(shared_blocks) * addresses.pages_per_block
@@ -36,7 +45,8 @@ class RequestTable:
         self._used_LH = pages_LH.long() + shared
         self._most_used = int(self._used_LH.max())
         self.pages_LHC = pages_CLH.permute(1, 2, 0).to(torch.int32)
-        self.tokens_LHC = _tokens(packing, pages_CLH).permute(1, 2, 0).to(torch.int32)
+        tokens_CLH = _tokens(packing, pages_CLH) if tokens_CLH is None else tokens_CLH
+        self.tokens_LHC = tokens_CLH.permute(1, 2, 0).to(torch.int32)
         self.offset_LH = packing.length(self.tokens_LHC.sum(dim=2), 0).to(torch.int32)
         columns = self._most_used + _SPARE_PAGES
         self.pages_LHP = torch.zeros(*pages_LH.shape, columns, dtype=torch.int32)
