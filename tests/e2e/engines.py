@@ -197,6 +197,13 @@ def metrics_of(llm: Any) -> dict[str, float]:
     return values
 
 
+def audits_of(folder: Path, request_id: str) -> list[Audit]:
+    """The audits of all evictions of a request, in their order."""
+    names = {p.name.split(".")[0] for p in folder.glob(f"{request_id}-*.safetensors")} or {request_id}
+    assert len(names) == 1, f"{request_id}: {[p.name for p in folder.iterdir()]}"
+    return audit.events(folder, names.pop())
+
+
 def audit_of(folder: Path, request_id: str) -> Audit:
     """The audit of a request; the engine appends a suffix to the ids that `LLM` gives out."""
     found = sorted(folder.glob(f"{request_id}-*.safetensors")) or sorted(folder.glob(f"{request_id}.safetensors"))

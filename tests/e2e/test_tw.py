@@ -15,7 +15,7 @@ def test_ref(tiny_model, tmp_path, policy):
         print(policy, scheduler_of(llm).eviction_manager.lifecycle.totals)
         assert_all_returned(llm)
     for p, a in zip(prompts, ours):
-        ev=audit.events(tmp_path, a.request_id)
+        ev=audits_of(tmp_path, a.request_id)
         masks=[e.mask() for e in ev]
         want=decode_logprobs(ref,p,a.tokens,masks[0],again=masks[1:])
         full=decode_logprobs(ref,p,a.tokens,None)
