@@ -18,7 +18,7 @@ class Score:
     source_blocks: ids of the blocks that hold the tokens before the stop, in positional order, a partial tail last.
     later: the policy by which what is kept will be chosen from again; None: it will not.
     since: of a request that was evicted before, what it was evicted from last. Its packed tokens are chosen from again,
-        and those behind them, which are in `source_blocks`: whole ones, from block `since.full_blocks` on.
+        and those behind them: `source_blocks` are those from block `since.full_blocks` on.
     """
 
     request_id: str

@@ -45,14 +45,18 @@ def temporary_elements(tensor: Tensor) -> int:
 # ------------------------------------------------------------------------------------------------ attention and pooling
 
 
-def window_attention(query_WQD: Tensor, key_HSD: Tensor, scale: float) -> Tensor:
-    """Softmax attention of the last W queries over all S keys, causal. Any float dtype -> fp32 [H, G, W, S]."""
-    return window_logits(query_WQD, key_HSD, scale).softmax(dim=-1)
+def window_attention(
+    query_WQD: Tensor, key_HSD: Tensor, scale: float, there_HS: Tensor | None = None
+) -> Tensor:
+    """Softmax attention of the last W queries over all S keys, causal. Any float dtype -> fp32 [H, G, W, S]. there_HS:
+    as in `window_logits`."""
+    return window_logits(query_WQD, key_HSD, scale, there_HS).softmax(dim=-1)
 
 
-def window_logits(query_WQD: Tensor, key_HSD: Tensor, scale: float) -> Tensor:
+def window_logits(query_WQD: Tensor, key_HSD: Tensor, scale: float, there_HS: Tensor | None = None) -> Tensor:
     """What `window_attention` is the softmax of; of keys that lie behind the query, -inf. -> fp32 [H, G, W, S].
 
+    there_HS: bool, the tokens that a head still has; of others the logits are -inf.
     Both factors are widened before the product: rounded logits would make most scores equal.
     """
     window, query_heads, head_size = query_WQD.shape
@@ -64,6 +68,8 @@ def window_logits(query_WQD: Tensor, key_HSD: Tensor, scale: float) -> Tensor:
     logits_HGWS = torch.bmm(query_HRD, key_HSD.float().mT).view(heads, group, window, tokens)
     future_WW = torch.ones(window, window, dtype=torch.bool, device=key_HSD.device).triu(1)
     logits_HGWS[..., tokens - window :].masked_fill_(future_WW, float("-inf"))
+    if there_HS is not None:
+        logits_HGWS.masked_fill_(~there_HS[:, None, None, :], float("-inf"))
     return logits_HGWS
 
 

@@ -28,6 +28,7 @@ class _Row:
     """What the worker knows of one request."""
 
     table: list[int] = field(default_factory=list)
+    window: tuple[int, int] = (0, 0)
     seen_window: set[int] = field(default_factory=set)
     accumulated: int = 0
     repeated: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -81,7 +82,10 @@ class GhostWorker:
                 first, stop = observed
                 assert stop - first == self._window
                 chunk = range(max(computed[request_id], first), min(computed[request_id] + count, stop))
-                self._rows[request_id].seen_window.update(chunk)
+                row = self._rows[request_id]
+                if row.window != observed:
+                    row.window, row.seen_window = observed, set()
+                row.seen_window.update(chunk)
             if request_id in message.accumulate:
                 row, start = self._rows[request_id], computed[request_id]
                 assert row.accumulated == start, f"{request_id}: {row.accumulated} of {start} queries"
@@ -181,12 +185,13 @@ class GhostWorker:
         if policy.accumulates:
             assert row.accumulated == eviction.region.stop, f"{eviction.request_id}: {row.accumulated} queries"
         elif policy.needs_window and not policy.lasting:
+            assert row.window == (eviction.region.stop - self._window, eviction.region.stop)
             assert len(row.seen_window) == self._window, f"{eviction.request_id}: {len(row.seen_window)} window queries"
         table = row.table[: -(-eviction.region.stop // size)]
         if before is not None:
-            assert policy.lasting and before.score.later == eviction.policy, "nothing is known of what is packed"
+            assert before.score.later == eviction.policy, "nothing is known of what is packed"
             assert before.region.shared_blocks == eviction.region.shared_blocks
-            table = row.table[before.region.full_blocks : eviction.region.full_blocks]
+            table = table[before.region.full_blocks :]
             assert (self.memory[list(before.packing.blocks)] == -row.stamp).all(), "what was packed is gone"
         assert eviction.region.stop <= end, "tokens are packed that were not computed"
         assert list(eviction.score.source_blocks) == table, "the plan's source blocks are not the request's"

@@ -37,26 +37,22 @@ class Again:
     ) -> None:
         """blocks_of: the positional blocks of each request."""
         self._lifecycle, self._outlook, self._pool, self._blocks_of = lifecycle, outlook, pool, blocks_of
-        self._due: dict[str, Life] = {}  # that have generated enough, or did when they were scheduled
+        self._due: dict[str, Life] = {}  # that have generated enough, or whose window has begun
         # The scheduler's, set by it: draft tokens of a request in a step, at most; tokens of a step, at most; and whether
         # a step is scheduled before the one before it has been processed.
         self.drafts, self.step_tokens, self.ahead = 0, 0, False
-        self._past: dict[str, list[int]] = {}  # stops of each request: one that was preempted passes them again
 
     def expect(self, life: Life) -> None:
         """A request is about to begin, perhaps anew."""
         request, settings = life.request, life.settings
         if settings.answers == "evict" and request.max_tokens > 1:
-            life.again = self._stop_behind(life, request.num_prompt_tokens, 0)
-
-    def _stop_behind(self, life: Life, stop: int, done: int) -> int:
-        """Where a request is looked at next. done: evictions since its prompt."""
-        past = self._past.get(life.request.request_id, ())
-        return past[done] if done < len(past) else stop + life.settings.interval
+            policy = PRESETS[PRESETS[settings.policy].evicts_answers_by or settings.policy]
+            life.again = request.num_prompt_tokens + settings.interval
+            life.again_window = 0 if policy.lasting else self._outlook.settings.window
 
     def note(self, life: Life, num_tokens: int) -> None:
         """A request was given slots for so many tokens."""
-        if life.again and num_tokens >= life.again:
+        if life.again and num_tokens > life.looked_at_from:
             self._due[life.request.request_id] = life
 
     def chunk(self, life: Life, computed: int, num_new: int) -> int:
@@ -79,13 +75,18 @@ class Again:
         for request_id, life in list(self._due.items()):
             if self._lifecycle.lives.get(request_id) is not life:
                 del self._due[request_id]
-            elif request_id in scheduled and life.phase in _SETTLED:
-                request = life.request
-                # What is computed for sure: drafts may turn out wrong.
-                stop = request.num_computed_tokens - (request.num_in_flight_tokens if self.drafts else 0)
-                if stop >= life.again and (taken := self._evict(life, stop, room)) is not None:
+            elif request_id in scheduled:
+                end = life.request.num_computed_tokens
+                if life.again_window and end - scheduled[request_id] < life.again and end > life.looked_at_from:
+                    self._lifecycle.observe(request_id, (life.again - life.again_window, life.again))
+                # Of what is computed for sure: drafts may turn out wrong.
+                certain = end - (life.request.num_in_flight_tokens if self.drafts else 0)
+                taken = self._evict(life, room) if certain >= life.again and life.phase in _SETTLED else None
+                if taken is not None:
                     del self._due[request_id]
                     room -= taken
+                elif life.again_window and end >= life.again:
+                    self._lifecycle.hold(request_id)
 
     def _next_blocks(self, request: Request) -> int:
         """Blocks that a request may take in the next step, beside those that it has."""
@@ -93,9 +94,12 @@ class Again:
         tokens = request.num_computed_tokens + max(1, min(self.step_tokens, left)) + self.drafts
         return max(0, cdiv(tokens, self._outlook.block_tokens) - len(self._blocks_of.get(request.request_id, ())))
 
-    def _evict(self, life: Life, stop: int, room: int) -> int | None:
-        """Plan one eviction. Returns the blocks that it takes, 0 if nothing is to be gained; None: there is no room."""
-        request_id, settings = life.request.request_id, life.settings
+    def _evict(self, life: Life, room: int) -> int | None:
+        """Plan one eviction. Returns the blocks that it takes, 0 if nothing is to be gained; None: there is no room.
+
+        What came behind its stop, if it had to wait, stays as it is: so the same tokens are kept, whoever was there.
+        """
+        request_id, settings, stop = life.request.request_id, life.settings, life.again
         region, held = self._region(life, stop)
         policy = PRESETS[settings.policy].evicts_answers_by
         format = self._outlook.format(settings)
@@ -106,12 +110,10 @@ class Again:
         if count > room:
             return None
         assert policy is not None
-        self._past.setdefault(request_id, [])[life.repeats : life.repeats + 1] = [stop]
         first = 0 if life.packing is None else life.packing.region.full_blocks
-        last = cdiv(stop, region.block_tokens) if life.packing is None else region.full_blocks
-        source = [block.block_id for block in self._blocks_of[request_id][first:last]]
+        source = [block.block_id for block in self._blocks_of[request_id][first : cdiv(stop, region.block_tokens)]]
         self._lifecycle.pack_again(life, policy, region, self._pool.get_new_blocks(count), source, format)
-        life.again = self._stop_behind(life, stop, life.repeats)
+        life.again += settings.interval
         return count
 
     def _region(self, life: Life, stop: int) -> tuple[Region, int]:
@@ -128,7 +130,8 @@ class Again:
     def postpone(self, life: Life) -> None:
         """An eviction could not be carried out."""
         if life.again:
-            life.again = max(life.again, life.request.num_computed_tokens + life.settings.interval)
+            missed = max(0, life.request.num_computed_tokens - life.looked_at_from)
+            life.again += cdiv(missed, life.settings.interval) * life.settings.interval
 
     # -- who is let in ------------------------------------------------------------------------------------------------
 
@@ -166,5 +169,4 @@ class Again:
 
     def forget(self, request_id: str) -> None:
         """The request will not come again."""
-        self._past.pop(request_id, None)
         self._due.pop(request_id, None)

@@ -137,7 +137,7 @@ class EvictionBlockManager(FullAttentionManager):
         tokens = len(self.req_to_blocks[request_id]) * self.block_size
         if self.enable_caching and not life.cached:
             tokens = min(tokens, (self.num_cached_block.get(request_id, 0) + 1) * self.block_size - 1)
-        life.ready_tokens = min(tokens, life.again - 1) if life.again else tokens
+        life.ready_tokens = min(tokens, life.looked_at_from) if life.again else tokens
 
     # -- release ------------------------------------------------------------------------------------------------------
 

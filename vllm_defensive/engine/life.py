@@ -59,7 +59,8 @@ _NEXT = {
 class Life:
     """stop: `T`, where the request is evicted: its boundary, or the end of its prompt (again, if it was preempted); from
     its second eviction on, that of the last one.
-    again: tokens at which it is looked at next while it generates; 0: never. repeats: evictions since its prompt.
+    again: tokens at which it is looked at next while it generates; 0: never. again_window: of these, the last ones whose
+    queries are looked at then. repeats: evictions since its prompt.
     former, replaced: while it is packed anew, what it was packed into before.
     exact_tokens: before this one what it holds in place was computed over all that came before.
     most_blocks: what it holds at most, and packs at most, while it generates; None: not asked for yet.
@@ -87,6 +88,7 @@ class Life:
     hit_tokens: int = 0
     echo_tokens: int = 0
     again: int = 0
+    again_window: int = 0
     repeats: int = 0
     eviction: Eviction | None = None
     blocks: list[KVCacheBlock] = field(default_factory=list)
@@ -118,6 +120,11 @@ class Life:
     def ahead(self) -> bool:
         """Whether its stop is still to be reached."""
         return self.phase is PREFILL
+
+    @property
+    def looked_at_from(self) -> int:
+        """A step with tokens behind this many matters to its next eviction while it generates."""
+        return self.again - max(self.again_window, 1)
 
     @property
     def packing(self) -> Packing | None:

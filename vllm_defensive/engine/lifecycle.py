@@ -40,6 +40,7 @@ class Lifecycle:
         self.packing: dict[str, Life] = {}
         self.scheduled = self.processed = 0  # steps
         # Since the workers were last told: requests that began to stand still, and that were given up.
+        self._observe: dict[str, tuple[int, int]] = {}
         self._held: list[str] = []
         self._released: list[str] = []
         self._clear: list[int] = []  # blocks of quantised pages that have gone back
@@ -150,6 +151,14 @@ class Lifecycle:
         life.turn(Phase.PACKING)
         self._planned[life.request.request_id] = life.eviction
         self.packing[life.request.request_id] = life
+
+    def observe(self, request_id: str, window: tuple[int, int]) -> None:
+        """The step that was scheduled computes tokens of this window of a request that generates."""
+        self._observe[request_id] = window
+
+    def hold(self, request_id: str) -> None:
+        """A request that generates is evicted in a later step, by the window that it has passed."""
+        self._held.append(request_id)
 
     def serve(self, echo: Request) -> None:
         """An echo begins, over the blocks of the request that it serves: it is never evicted itself, nor hashed."""
@@ -297,11 +306,12 @@ class Lifecycle:
         evictions, self._planned = list(self._planned.values()), {}
         message = StepMessage(scores=[eviction.score for eviction in evictions], evictions=evictions)
         message.reconstruct, self._reconstruct = self._reconstruct, {}
-        message.held, self._held = [r for r in self._held if r in self.echoing], []
+        message.held, self._held = [r for r in self._held if r in self.echoing or self._generates(r)], []
         message.released, self._released = self._released, []
         message.clear, self._clear = self._clear, []
         message.adopted, self._adopted = list(self._adopted.values()), {}
         message.forgotten = self.library.take_gone()
+        message.observe, self._observe = self._observe, {}
         for request_id in [r for r in self._watched if r in num_scheduled_tokens]:
             life = self.lives[request_id]
             end = life.request.num_computed_tokens
@@ -312,6 +322,10 @@ class Lifecycle:
             if end >= life.stop:
                 self._watched.discard(request_id)
         return message
+
+    def _generates(self, request_id: str) -> bool:
+        life = self.lives.get(request_id)
+        return life is not None and life.phase in (Phase.PACKED, Phase.WHOLE, Phase.PACKING) and bool(life.again)
 
     def _count(self, life: Life) -> None:
         """An eviction can be declined until its step has been processed; from then on it counts."""

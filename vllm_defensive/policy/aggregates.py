@@ -25,19 +25,21 @@ class Aggregate:
     """Values that it reads whatever weighs them: those of tokens up for eviction, or of all."""
     weighs: bool
     """Whether it multiplies by the value weight itself; else that is done to its result."""
+    gaps: bool
+    """Whether it looks at what is still there of a prompt (`Layer.there_HS`), so that it can score again."""
 
 
 AGGREGATES: dict[str, Aggregate] = {}
 
 
 def aggregate(
-    name: str, *, reads: Reads = "queries", values: Values = "none", weighs: bool = False
+    name: str, *, reads: Reads = "queries", values: Values = "none", weighs: bool = False, gaps: bool = False
 ) -> Callable[[Function], Function]:
     """Enter the decorated function under `name`."""
     assert name not in AGGREGATES, f"two aggregates are called {name}"
 
     def enter(function: Function) -> Function:
-        AGGREGATES[name] = Aggregate(function, reads, values, weighs)
+        AGGREGATES[name] = Aggregate(function, reads, values, weighs, gaps)
         return function
 
     return enter

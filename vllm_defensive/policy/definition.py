@@ -72,8 +72,7 @@ class Policy:
     """What a second look would see is foretold instead, from each token's own key and value, by weights that were
     learned for the model (`vllm_defensive_kernels.learned`)."""
     later: str | None = None
-    """The policy that evicts what is generated, and what is left of the prompt, where this one's own scores would not
-    last: see `lasting`."""
+    """The policy that evicts what is generated, and what is left of the prompt, in the place of this one."""
     fallback: str | None = None
     """The policy that serves a request which cannot be repeated, or whose keys stand at positions of their own."""
     keeps_window: bool = True
@@ -123,7 +122,13 @@ class Policy:
     @property
     def evicts_answers_by(self) -> str | None:
         """The policy by which a request is evicted again while it generates; None: it cannot be."""
-        return self.name if self.lasting else self.later
+        return self.later or (self.name if self.lasting or self._scores_again else None)
+
+    @property
+    def _scores_again(self) -> bool:
+        """Whether what is left of a request can be scored anew by a later window, and chosen from by that alone."""
+        plain = self.stages != "half-budget" and self.layer_budget == "even" and self.head_budget == "scope"
+        return self._function.gaps and plain and not self.reconstructs
 
     @property
     def needs_values(self) -> bool:

@@ -83,6 +83,7 @@ class Layer:
     mass_HS: Tensor | None
     echo_HS: Tensor | None
     first_token: int = 0
+    there_HS: Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -152,7 +153,9 @@ def by_query_head(layer: Layer, reduce: Callable[[Tile], Tensor], copies: int = 
         for start in range(0, group, group_step):
             some = slice(start, start + group_step)
             query_WQD = layer.query_WHGD[:, heads, some].flatten(1, 2)
-            parts.append(reduce(Tile(heads, some, formulas.window_logits(query_WQD, key_HSD, layer.scale))))
+            there_HS = None if layer.there_HS is None else layer.there_HS[heads]
+            logits_HGWS = formulas.window_logits(query_WQD, key_HSD, layer.scale, there_HS)
+            parts.append(reduce(Tile(heads, some, logits_HGWS)))
         rows.append(torch.cat(parts, dim=1))
     return torch.cat(rows)
 

@@ -34,6 +34,7 @@ _ROWS = (
         aggregate="accumulated",
         scope="head",
         pool_kernel=1,
+        later="snapkv",  # by recent queries: nobody adds up the attention of all while decoding
     ),
     Policy(
         name="tova",
@@ -57,6 +58,7 @@ _ROWS = (
         aggregate="mean",
         scope="head",
         layer_budget="linear",
+        later="snapkv",
     ),
     Policy(
         name="cake",
@@ -98,6 +100,7 @@ _ROWS = (
         weight_across="none",
         stages="half-budget",
         guard=_ADAKV_GUARD,
+        later="adakv",
     ),
     Policy(
         name="laprox",
@@ -232,6 +235,7 @@ _ROWS = (
         halo_weight=0.2,
         reconstruction="all",
         fallback="halokv",
+        later="halokv",
     ),
     Policy(
         name="learnedkv",

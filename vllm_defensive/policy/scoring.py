@@ -38,6 +38,7 @@ def score_layer(
     echo_HS: Tensor | None = None,
     first_head: int = 0,
     first_token: int = 0,
+    there_HS: Tensor | None = None,
 ) -> LayerScores:
     """Score the tokens in `evictable` = [start, stop) of one layer, in float32.
 
@@ -55,6 +56,8 @@ def score_layer(
         ones: the same, foretold.
     first_head: of the layer's heads, where other ranks have the ones before it.
     first_token: position of the first of these tokens, of lasting policies, which may score some later ones alone.
+    there_HS: bool, the tokens that each head still has; None: all. The others' values are zero. Of policies that can be
+        asked again (`Policy.evicts_answers_by`).
     """
     tokens = key_HSD.shape[1]
     if window is None:
@@ -86,6 +89,7 @@ def score_layer(
         mass_HS=mass_HS,
         echo_HS=echo_HS,
         first_token=first_token,
+        there_HS=there_HS,
     )
     function = AGGREGATES[policy.aggregate]
     found = function.score(policy, whole)

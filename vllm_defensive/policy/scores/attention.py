@@ -28,9 +28,9 @@ def echo(policy: Policy, layer: Layer) -> Tensor:
     return pooled(policy, layer.echo_HS[:, : layer.scored])
 
 
-@aggregate("mean")
-@aggregate("cake")
-@aggregate("defensive")
+@aggregate("mean", gaps=True)
+@aggregate("cake", gaps=True)
+@aggregate("defensive", gaps=True)
 def observe(policy: Policy, layer: Layer) -> Attention:
     """mean: over window and group, pooled (SnapKV, arXiv 2404.14469). cake: and how it changes over the window (CAKE,
     arXiv 2503.12491). defensive: the worst case instead, nobody below the head's mean (DefensiveKV, arXiv 2510.13334).
@@ -38,8 +38,12 @@ def observe(policy: Policy, layer: Layer) -> Attention:
     A few query heads at a time.
     """
     head_step, group_step = heads_at_once(layer)
-    some_heads = zip(layer.query_WHGD.split(head_step, dim=1), layer.key_HSD.split(head_step), strict=True)
-    parts = [_observe_heads(policy, query, key.float(), layer.scale, group_step) for query, key in some_heads]
+    queries, keys = layer.query_WHGD.split(head_step, dim=1), layer.key_HSD.split(head_step)
+    there = [None] * len(keys) if layer.there_HS is None else layer.there_HS.split(head_step)
+    parts = [
+        _observe_heads(policy, query, key.float(), some, layer.scale, group_step)
+        for query, key, some in zip(queries, keys, there, strict=True)
+    ]
     means, biases = zip(*((part.mean_HT, part.bias_H) for part in parts), strict=True)
     attention = Attention(torch.cat([part.scores_HT for part in parts]), torch.cat(means), torch.cat(biases))
     if spreads := [part.preference for part in parts if part.preference is not None]:
@@ -47,14 +51,21 @@ def observe(policy: Policy, layer: Layer) -> Attention:
     return attention
 
 
-def _observe_heads(policy: Policy, query_WHGD: Tensor, key_HSD: Tensor, scale: float, group_step: int) -> Attention:
+def _observe_heads(
+    policy: Policy,
+    query_WHGD: Tensor,
+    key_HSD: Tensor,
+    there_HS: Tensor | None,
+    scale: float,
+    group_step: int,
+) -> Attention:
     """`observe` for some heads. Means add up over parts of a group, and the peak is the largest of their peaks."""
     window, _, group, _ = query_WHGD.shape
     scored = key_HSD.shape[1] - window
     means, biases, peaks, variances, spreads = [], [], [], [], []
     for query in query_WHGD.split(group_step, dim=2):
         share = query.shape[2] / group
-        rows_HGWS = formulas.window_attention(query.flatten(1, 2), key_HSD, scale)
+        rows_HGWS = formulas.window_attention(query.flatten(1, 2), key_HSD, scale, there_HS)
         attention_HGWT = rows_HGWS[..., :scored]
         means.append(share * formulas.aggregate_mean(attention_HGWT))
         if policy.window_bias == "true":

@@ -14,7 +14,7 @@ EXPOSURE_POOL = 5
 LOCAL_WINDOWS, LOCAL_SHARE = 2, 16  # a local head looks at so many windows, or that part of the prompt, at most
 
 
-@aggregate("l2", values="all", weighs=True)
+@aggregate("l2", values="all", weighs=True, gaps=True)
 def root_of_squares(policy: Policy, layer: Layer) -> Tensor:
     """The attention column's norm times the projected value's: how much of the product of both matrices a token is
     (LaProx, arXiv 2605.07234; the formula from others' readings of the paper).
@@ -26,7 +26,7 @@ def root_of_squares(policy: Policy, layer: Layer) -> Tensor:
     return pooled(policy, (column_HGT if norm_HGT is None else column_HGT * norm_HGT).mean(dim=1))
 
 
-@aggregate("last")
+@aggregate("last", gaps=True)
 def last_query(policy: Policy, layer: Layer) -> Tensor:
     """The last query's attention, averaged over all heads of the layer, those of other ranks too: every head keeps the
     same tokens (TOVA, arXiv 2401.06104, where this is done at each step of decoding)."""
@@ -36,7 +36,7 @@ def last_query(policy: Policy, layer: Layer) -> Tensor:
     return pooled(policy, (sum_Z[:-1] / sum_Z[-1]).expand(layer.heads, -1))
 
 
-@aggregate("group-peak")
+@aggregate("group-peak", gaps=True)
 def largest_of_group(policy: Policy, layer: Layer) -> Tensor:
     """max_g pool(mean_w A) (LAVa, arXiv 2509.09754). A maximum over tokens and one over the group may change places."""
     mean_HGT = by_query_head(layer, lambda tile: _before_window(layer, tile).mean(dim=2))

@@ -1,8 +1,9 @@
 """What a worker knows of a request's packed tokens, and how they are chosen from again, beside those behind them.
 
-A packed page says nothing of where its tokens were in the text, and other heads may have dropped them. So positions and
-scores of kept tokens are kept beside the cache, 8 bytes each for each layer and head, of requests that are evicted while
-they generate. Their scores last: a token is scored once, when it is chosen from for the first time.
+A packed page says nothing of where its tokens were in the text. So positions of kept tokens are kept beside the cache, of
+requests that are evicted while they generate, and where a policy's scores last its scores too: 8 bytes a token, layer and
+head. Such a token is scored once, when it is chosen from for the first time, and what is behind the packing is all that
+is read to score. Other policies look at all that is there once more, with the queries of a later window.
 
 Axes: as in `packing.py`; R = L*H rows, C candidates of a row: its packed tokens, then those of the blocks behind, then
 as many empty places as it takes to make all rows equally long.
@@ -10,13 +11,22 @@ as many empty places as it takes to make all rows equally long.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from vllm_defensive.packing import Format, Packing, Region
-from vllm_defensive.policy import LayerScores, Policy, Selection, select_packed
+from vllm_defensive.plan import Eviction, Score
+from vllm_defensive.policy import PRESETS, LayerScores, Policy, Selection, select_packed
+from vllm_defensive.worker.cpu.pages import PageCodec, PageView
+from vllm_defensive.worker.cpu.runtime import CPURuntime
+from vllm_defensive.worker.cpu.tables import Placed
+from vllm_defensive.worker.window import IncompleteError
+
+Tokens = tuple[Tensor, Tensor]
 
 # Of an empty place: below all scores, and of sums of them, less the more there are.
 NOTHING = -1e30
@@ -112,3 +122,172 @@ class Candidates:
         packed_PN = before_LH.flatten()[row_P, None] * page_tokens + column_PN
         growth_P1 = pages_LH.sum(1)[row_P // heads, None] * page_tokens + (row_P % heads)[:, None] * behind
         return torch.where(column_PN < packed_P1, packed_PN, growth_P1 + column_PN - packed_P1)
+
+
+class Weigh(Protocol):
+    """`CPUEvictor.weigh`."""
+
+    def __call__(
+        self,
+        policy: Policy,
+        layer: int,
+        tokens: Tokens,
+        *,
+        keep_ratio: float,
+        evictable: tuple[int, int],
+        window: int,
+        seen: Tensor | None = None,
+        first_token: int = 0,
+        there_HS: Tensor | None = None,
+    ) -> LayerScores: ...
+
+
+@dataclass(eq=False)
+class ScoredAgain:
+    """A request that was packed before, between `score` and `pack`. growth_LHB: int64, pages behind what is packed: whole
+    blocks."""
+
+    policy: Policy
+    kept: Kept
+    growth_LHB: Tensor
+    candidates: Candidates
+
+
+class Repeats:
+    """Evictions, on one worker, of requests that were evicted before."""
+
+    def __init__(self, view: PageView, codec: PageCodec, runtime: CPURuntime, weigh: Weigh) -> None:
+        self._view, self._codec, self._runtime, self._weigh = view, codec, runtime, weigh
+        self._kept: dict[str, Kept] = {}
+
+    def forget(self, request_id: str) -> None:
+        self._kept.pop(request_id, None)
+
+    def note(self, eviction: Eviction, parts: tuple[Selection, ...], tokens_of: Callable[[int], Tokens]) -> None:
+        """A request was packed that will be evicted again. tokens_of: K and V of a layer's tokens, those of the region
+        that was chosen from."""
+        assert eviction.score.later is not None
+        policy, (chosen,) = PRESETS[eviction.score.later], parts
+        score_PN = torch.zeros(chosen.tokens_PN.shape)
+        if policy.lasting:
+            start, _ = eviction.region.tokens
+            counts = chosen.pages_LH.sum(dim=1).tolist()
+            layers = zip(chosen.tokens_PN.split(counts), score_PN.split(counts), chosen.pages_LH, strict=True)
+            for layer, (tokens_PN, scores_PN, pages_H) in enumerate(layers):
+                found_HE = self._lasting(policy, layer, tokens_of(layer), start, eviction.score.keep)
+                head_P = torch.arange(len(found_HE)).repeat_interleave(pages_H.long())
+                scores_PN.copy_(found_HE[head_P[:, None], tokens_PN.long() - start])
+        self._kept[eviction.request_id] = Kept(eviction.packing, chosen.pages_LH, chosen.tokens_PN, score_PN)
+
+    def _lasting(self, policy: Policy, layer: int, tokens: Tokens, first: int, keep: float) -> Tensor:
+        """Scores of a layer's tokens, the first of them at position `first`. fp32 `[H, T]`"""
+        found = self._weigh(
+            replace(policy, sinks=0),  # whose place is up to who chooses
+            layer,
+            tokens,
+            keep_ratio=keep,
+            evictable=(0, tokens[0].shape[1]),
+            window=0,
+            first_token=first,
+        )
+        return found.scores_HE
+
+    def score(self, score: Score, policy: Policy) -> ScoredAgain:
+        """Weigh what a request holds packed, and what is behind that."""
+        assert score.since is not None
+        if (kept := self._kept.get(score.request_id)) is None:
+            raise IncompleteError("nothing is known of what it holds packed")
+        first, behind = score.since.full_blocks, score.region.full_blocks - score.since.full_blocks
+        pages_LHB = self._view.of_blocks(torch.tensor(score.source_blocks))  # with a tail, which is not chosen from
+        growth_LHB = pages_LHB[:, :, : behind * self._view.pages_per_block]
+        first *= score.since.block_tokens
+        layers, heads, pages = growth_LHB.shape
+        if policy.lasting:
+            found = [
+                self._lasting(policy, layer, self._read(pages_HB), first, score.keep)
+                for layer, pages_HB in enumerate(growth_LHB)
+            ]
+            candidates = Candidates.of(kept, first, torch.stack(found))
+        else:
+            seen_LWQD = self._runtime.windows.pop(score.request_id)
+            candidates = Candidates.of(kept, first, torch.zeros(layers, heads, pages * self._view.page_tokens))
+            self._look(score, policy, candidates, kept, pages_LHB, seen_LWQD)
+        return ScoredAgain(policy, kept, growth_LHB, candidates)
+
+    def _look(
+        self, score: Score, policy: Policy, candidates: Candidates, kept: Kept, pages_LHB: Tensor, seen_LWQD: Tensor
+    ) -> None:
+        """Score all candidates by a window, over what each head still has, at the places that it had in the text."""
+        assert score.since is not None
+        region, page_tokens = score.region, self._view.page_tokens
+        start, first = region.tokens[0], score.since.full_blocks * score.since.block_tokens
+        shared = torch.tensor(self._runtime.tables[score.request_id].shared_blocks, dtype=torch.int64)
+        shared_LHB, packed = self._view.of_blocks(shared), self._view.of_packed(torch.tensor(kept.packing.blocks))
+        sources = packed.split(kept.pages_LH.sum(dim=1).tolist())
+        heads = len(kept.pages_LH[0])
+        width = candidates.position_RC.shape[1]
+        column_C = torch.arange(width)
+        for layer, pages_HB in enumerate(pages_LHB):
+            rows = slice(layer * heads, (layer + 1) * heads)
+            position_HC, packed_H1 = candidates.position_RC[rows].long(), candidates.packed_R[rows, None]
+            # Where each position's token is among the layer's: shared ones, packed ones, those behind.
+            before, pages_H = start * heads, kept.pages_LH[layer].long()
+            first_H1 = (before + (pages_H.cumsum(0) - pages_H) * page_tokens)[:, None]
+            place_HS = torch.full((heads, region.stop + 1), -1)
+            place_HS[:, :start] = torch.arange(before).view(heads, start)
+            is_packed_HC = column_C < packed_H1
+            at_HC = torch.where(is_packed_HC, position_HC, region.stop)  # the last column is nobody's
+            place_HS.scatter_(1, at_HC, torch.where(is_packed_HC, first_H1 + column_C, -1))
+            behind = before + int(pages_H.sum()) * page_tokens
+            tail_H1 = behind + torch.arange(heads)[:, None] * pages_HB.shape[1] * page_tokens
+            place_HS[:, first : region.stop] = tail_H1 + torch.arange(region.stop - first)
+            place_HS, there_HS = place_HS[:, : region.stop], place_HS[:, : region.stop] >= 0
+            pages_X = torch.cat([shared_LHB[layer].flatten(), sources[layer], pages_HB.flatten()])
+            key_HSD, value_HSD = (part_XD[place_HS.clamp_min(0)] for part_XD in self._read_flat(pages_X))
+            found = self._weigh(
+                policy,
+                layer,
+                (key_HSD, value_HSD.masked_fill(~there_HS[..., None], 0)),
+                keep_ratio=score.keep,
+                evictable=region.tokens,
+                window=region.window,
+                seen=seen_LWQD[layer],
+                there_HS=there_HS,
+            )
+            of_candidate_HC = found.scores_HE.gather(1, (position_HC - start).clamp_min(0))
+            candidates.score_RC[rows] = torch.where(position_HC >= 0, of_candidate_HC, NOTHING)
+
+    def pack(self, scored: ScoredAgain, eviction: Eviction) -> tuple[Selection]:
+        """Choose pages and tokens, copy them into the packed blocks, and make steps to come find them there."""
+        packing, candidates, kept = eviction.packing, scored.candidates, scored.kept
+        (layers, heads, pages), page_tokens = scored.growth_LHB.shape, self._view.page_tokens
+        chosen = candidates.select(scored.policy, packing.format, eviction.region, packing.head_pages, layers)
+        place_PN = candidates.places(chosen, kept.pages_LH, page_tokens, pages * page_tokens)
+        counts = chosen.pages_LH.sum(dim=1).tolist()
+        source = self._view.of_packed(torch.tensor(kept.packing.blocks))
+        targets = self._view.of_packed(torch.tensor(packing.blocks))
+        for places_PN, target_P, packed_X, growth_HB in zip(
+            place_PN.split(counts),
+            targets.split(counts),
+            source.split(kept.pages_LH.sum(dim=1).tolist()),
+            scored.growth_LHB,
+            strict=True,
+        ):
+            key_XD, value_XD = self._read_flat(torch.cat([packed_X, growth_HB.flatten()]))
+            self._view.data.index_copy_(0, target_P, self._codec.pack(key_XD[places_PN], value_XD[places_PN]))
+        self._kept[eviction.request_id] = kept = candidates.kept(chosen, packing)
+        row_P = torch.arange(layers * heads).repeat_interleave(chosen.pages_LH.flatten().long())
+        tokens_R = torch.zeros(layers * heads, dtype=torch.int64)
+        tokens_R.index_add_(0, row_P, (kept.position_PN >= 0).sum(dim=1))
+        self._runtime.place(eviction, Placed(chosen.pages_LH[None], tokens_R.view(1, layers, heads)))
+        return (Selection(chosen.pages_LH, kept.position_PN),)
+
+    def _read(self, pages_HB: Tensor) -> Tokens:
+        """K and V of a layer's pages, `[H, T, D]`."""
+        key_XD, value_XD = self._read_flat(pages_HB.flatten())
+        return key_XD.unflatten(0, (len(pages_HB), -1)), value_XD.unflatten(0, (len(pages_HB), -1))
+
+    def _read_flat(self, pages_X: Tensor) -> Tokens:
+        """K and V of any pages, token after token, `[X*N, D]`."""
+        data = self._view.data
+        return self._codec.read_keys(data, pages_X).flatten(0, 1), self._codec.read_values(data, pages_X).flatten(0, 1)

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from vllm_defensive.plan import Eviction, Score
 from vllm_defensive.policy import PRESETS, LayerScores, Policy, ReduceHeads, Selection, score_layer, select_packed
 from vllm_defensive.settings.engine import EvictionConfig
-from vllm_defensive.worker.cpu.again import Candidates, Kept
+from vllm_defensive.worker.cpu.again import Repeats, ScoredAgain
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.cpu.runtime import CPURuntime
 from vllm_defensive.worker.cpu.tables import Placed
@@ -54,17 +55,6 @@ class Scored:
     read: list[Tokens] = field(default_factory=list)
 
 
-@dataclass(eq=False)
-class ScoredAgain:
-    """A request that was packed before, between `score` and `pack`. pages_LHB: int64, where the tokens behind are."""
-
-    score: Score
-    policy: Policy
-    kept: Kept
-    pages_LHB: Tensor
-    candidates: Candidates
-
-
 class CPUEvictor(Evictor):
     """Evictions on one worker."""
 
@@ -85,7 +75,7 @@ class CPUEvictor(Evictor):
         self._view = view
         self._codec = codec
         self._scales = scales
-        self._kept: dict[str, Kept] = {}  # of requests that are evicted again
+        self._repeats = Repeats(view, codec, runtime, self.weigh)
         self._scratch = view.data.new_empty(0)
         self._in_scratch: Scored | None = None
 
@@ -96,12 +86,12 @@ class CPUEvictor(Evictor):
         self._report.add(int((time.perf_counter() - started) * 1e6), decile_pages.tolist())
 
     def _forget_kept(self, request_id: str) -> None:
-        self._kept.pop(request_id, None)
+        self._repeats.forget(request_id)
 
     def _score(self, score: Score) -> Scored | ScoredAgain:
         policy = PRESETS[score.policy]
         if score.since is not None:
-            return self._score_again(score, policy)
+            return self._repeats.score(score, policy)
         seen = self._runtime.accumulations if policy.accumulates else self._runtime.windows
         # Of what is generated no window is kept, for what lasts reads none.
         seen_L = seen.pop(score.request_id) if policy.needs_window and not policy.lasting else None
@@ -142,118 +132,53 @@ class CPUEvictor(Evictor):
         key_HTD, value_HTD = tokens
         policy, region = scored.policy, scored.score.region
         skipped = key_HTD.shape[1] - value_HTD.shape[1]
-        gram = policy.value_weight == "l2-gram"
-        seen = None if scored.seen_L is None else scored.seen_L[layer]
-        key_HSD, value_HSD = key_HTD[:, : region.stop], value_HTD[:, : region.stop - skipped]
-        echo_HS = None if scored.echo_L is None else scored.echo_L[layer]
+        return self.weigh(
+            policy,
+            layer,
+            (key_HTD[:, : region.stop], value_HTD[:, : region.stop - skipped]),
+            seen=None if scored.seen_L is None else scored.seen_L[layer],
+            echo_HS=None if scored.echo_L is None else scored.echo_L[layer],
+            window=region.window,
+            keep_ratio=scored.score.keep,
+            evictable=region.tokens,
+        )
+
+    def weigh(
+        self,
+        policy: Policy,
+        layer: int,
+        tokens: Tokens,
+        *,
+        seen: Tensor | None = None,
+        echo_HS: Tensor | None = None,
+        first_token: int = 0,
+        **more: Any,
+    ) -> LayerScores:
+        """`score_layer` of this worker's heads. seen: the window's queries, or accumulated attention. more: as there."""
+        key_HSD, value_HSD = tokens
         if policy.learned:
             assert self.learned is not None, f"{policy.name} needs a learned score"
-            echo_HS = self.learned.peaks(layer, key_HSD, value_HSD)
+            echo_HS = self.learned.peaks(layer, key_HSD, value_HSD, first_token)
         return score_layer(
             policy,
             layer=layer,
             query_WQD=None if policy.accumulates else seen,
             mass_HS=seen if policy.accumulates else None,
             echo_HS=echo_HS,
-            window=region.window,
             key_HSD=key_HSD,
             value_HSD=value_HSD,
             output_QDM=self._projections.slices(layer) if policy.needs_projection else None,
-            factor_QDC=self._projections.factor(layer) if gram else None,
-            scale=self._scales[layer],
-            keep_ratio=scored.score.keep,
-            evictable=region.tokens,
-            reduce_heads=self._reduce_heads,
-            first_head=self._rank[0] * len(key_HTD),
-        )
-
-    def _score_again(self, score: Score, policy: Policy) -> ScoredAgain:
-        """Weigh the tokens behind what is packed, which has its scores."""
-        assert score.since is not None
-        if (kept := self._kept.get(score.request_id)) is None:
-            raise IncompleteError("nothing is known of what it holds packed")
-        first = score.since.full_blocks * score.since.block_tokens
-        pages_LHB = self._view.of_blocks(torch.tensor(score.source_blocks))
-        growth = Scored(score, policy, None, pages_LHB, 0)
-        (room,) = self._room(pages_LHB[:1])
-        scores = [
-            self._lasting(policy, layer, self._read(growth, layer, room), first, score.keep)
-            for layer in range(len(pages_LHB))
-        ]
-        return ScoredAgain(score, policy, kept, pages_LHB, Candidates.of(kept, first, torch.stack(scores)))
-
-    def _lasting(self, policy: Policy, layer: int, tokens: Tokens, first: int, keep: float) -> Tensor:
-        """Scores of a layer's tokens, the first of them at position `first`, that say the same at any time. fp32
-        `[H, T]`."""
-        key_HTD, value_HTD = tokens
-        echo_HT = None
-        if policy.learned:
-            assert self.learned is not None, f"{policy.name} needs a learned score"
-            echo_HT = self.learned.peaks(layer, key_HTD, value_HTD, first)
-        return score_layer(
-            replace(policy, sinks=0),  # these are for who chooses
-            layer=layer,
-            query_WQD=None,
-            window=0,
-            echo_HS=echo_HT,
-            key_HSD=key_HTD,
-            value_HSD=value_HTD,
-            output_QDM=self._projections.slices(layer) if policy.needs_projection else None,
             factor_QDC=self._projections.factor(layer) if policy.value_weight == "l2-gram" else None,
             scale=self._scales[layer],
-            keep_ratio=keep,
-            evictable=(0, key_HTD.shape[1]),
             reduce_heads=self._reduce_heads,
-            first_head=self._rank[0] * len(key_HTD),
-            first_token=first,
-        ).scores_HE
-
-    def _note_kept(self, scored: Scored, eviction: Eviction, parts: Selections) -> None:
-        """A request will be evicted again: keep positions and scores of what is packed."""
-        assert scored.score.later is not None
-        policy, (chosen,) = PRESETS[scored.score.later], parts
-        start, last = eviction.region.tokens
-        whole = replace(scored, first_value=eviction.region.shared_blocks)
-        (room,), scores = self._room(scored.pages_LHB[:1]), []
-        counts = chosen.pages_LH.sum(dim=1).tolist()
-        for layer, tokens_PN in enumerate(chosen.tokens_PN.split(counts)):
-            key_HTD, value_HTD = self._read(whole, layer, room)
-            found_HE = self._lasting(
-                policy, layer, (key_HTD[:, start:last], value_HTD[:, : last - start]), start, scored.score.keep
-            )
-            head_P = torch.arange(len(found_HE)).repeat_interleave(chosen.pages_LH[layer].long())
-            scores.append(found_HE[head_P[:, None], tokens_PN.long() - start])
-        self._kept[eviction.request_id] = Kept(
-            eviction.packing, chosen.pages_LH, chosen.tokens_PN, torch.cat(scores)
+            first_head=self._rank[0] * len(key_HSD),
+            first_token=first_token,
+            **more,
         )
-
-    def _pack_again(self, scored: ScoredAgain, eviction: Eviction) -> Selections:
-        packing, region, candidates = eviction.packing, eviction.region, scored.candidates
-        layers, heads, behind = scored.pages_LHB.shape
-        behind *= self._view.page_tokens
-        chosen = candidates.select(scored.policy, packing.format, region, packing.head_pages, layers)
-        place_PN = candidates.places(chosen, scored.kept.pages_LH, self._view.page_tokens, behind)
-        source = self._view.of_packed(torch.tensor(scored.kept.packing.blocks))
-        sources = source.split(scored.kept.pages_LH.sum(dim=1).tolist())
-        counts = chosen.pages_LH.sum(dim=1).tolist()
-        targets = self._view.of_packed(torch.tensor(packing.blocks)).split(counts)
-        for layer, (places, target_P) in enumerate(zip(place_PN.split(counts), targets, strict=True)):
-            pages_X = torch.cat([sources[layer], scored.pages_LHB[layer].flatten()])
-            packed = []
-            for read in (self._codec.read_keys, self._codec.read_values):
-                tokens_YD = read(self._view.data, pages_X).flatten(0, 1)
-                packed.append(tokens_YD.index_select(0, places.flatten()).unflatten(0, places.shape))
-            self._view.data.index_copy_(0, target_P, self._codec.pack(*packed))
-        self._kept[eviction.request_id] = kept = candidates.kept(chosen, packing)
-        row_P = torch.arange(layers * heads).repeat_interleave(chosen.pages_LH.flatten().long())
-        tokens_R = torch.zeros(layers * heads, dtype=torch.int64)
-        tokens_R.index_add_(0, row_P, (kept.position_PN >= 0).sum(dim=1))
-        self._runtime.place(eviction, Placed(chosen.pages_LH[None], tokens_R.view(1, layers, heads)))
-        return (Selection(chosen.pages_LH, kept.position_PN),)
 
     def _pack(self, scored: Scored | ScoredAgain, eviction: Eviction) -> Selections:
         if isinstance(scored, ScoredAgain):
-            return self._pack_again(scored, eviction)
+            return self._repeats.pack(scored, eviction)
         if eviction.packing.format.quantised and self._runtime.quantised is None:
             raise IncompleteError("the functions for such widths could not be compiled, as was said at start")
         if scored.policy.layers_apart:
@@ -261,7 +186,7 @@ class CPUEvictor(Evictor):
         else:
             parts = self._pack_all(scored, eviction)
         if scored.score.later is not None:
-            self._note_kept(scored, eviction, parts)
+            self._repeats.note(eviction, parts, lambda layer: self._region_tokens(scored, layer))
         self._runtime.place(eviction, Placed(torch.stack([part.pages_LH for part in parts])))
         return parts
 
@@ -299,6 +224,14 @@ class CPUEvictor(Evictor):
             Selection(torch.cat([p.pages_LH for p in same]), torch.cat([p.tokens_PN for p in same]))
             for same in zip(*chosen, strict=True)
         )
+
+    def _region_tokens(self, scored: Scored, layer: int) -> Tokens:
+        """Those of a layer that were chosen from."""
+        start, last = scored.score.region.tokens
+        (room,) = self._room(scored.pages_LHB[:1])
+        skipped = scored.score.region.shared_blocks
+        key_HTD, value_HTD = self._read(replace(scored, first_value=skipped), layer, room)
+        return key_HTD[:, start:last], value_HTD[:, : last - start]
 
     def _select(self, scored: Scored, layers: list[LayerScores], eviction: Eviction) -> Selections:
         return select_packed(
