@@ -56,28 +56,27 @@ class ReferenceLlama:
         kept_LHT: Tensor | None = None,
         attention: list[Layer] | None = None,
         packed: Packed | None = None,
-        again: Sequence[Tensor] = (),
+        again: Sequence[tuple[int, Tensor]] = (),
     ) -> Tensor:
         """Log-probabilities fp32 `[S, vocabulary]` of what follows each token.
 
         kept_LHT: bool, for the first T tokens: they see each other; later tokens see, of them, only what is True.
-        again: more of the same, for more tokens each: tokens behind the first of them, but before the next, see that.
+        again: more of the same, for more tokens each, and from which position on tokens see that.
         attention: a list to which what each layer's attention computed with is appended.
         packed: makes of keys and values what later tokens read of the first T, of which the rest may be anything.
         """
         hidden_SM = self._weights["model.embed_tokens.weight"][torch.tensor(token_ids)]
         for index in range(self.layers):
-            kept = [] if kept_LHT is None else [kept_LHT[index]]
-            mask_HSS = self._mask(len(token_ids), [*kept, *(later_LHT[index] for later_LHT in again)])
+            seen = [] if kept_LHT is None else [(kept_LHT.shape[2], kept_LHT)]
+            mask_HSS = self._mask(len(token_ids), [(first, kept[index]) for first, kept in (*seen, *again)])
             hidden_SM = self._layer(index, hidden_SM, mask_HSS, attention, kept_LHT, packed)
         hidden_SM = self._norm("model.norm.weight", hidden_SM)
         return (hidden_SM @ self._weights["lm_head.weight"].T).float().log_softmax(dim=-1)
 
-    def _mask(self, length: int, kept: Sequence[Tensor]) -> Tensor:
+    def _mask(self, length: int, seen: Sequence[tuple[int, Tensor]]) -> Tensor:
         mask_HSS = torch.ones(length, length, dtype=torch.bool).tril().repeat(self.heads, 1, 1)
-        for kept_HT in kept:
-            stop = kept_HT.shape[1]
-            mask_HSS[:, stop:, :stop] = kept_HT[:, None, :]
+        for first, kept_HT in seen:
+            mask_HSS[:, first:, : kept_HT.shape[1]] = kept_HT[:, None, :]
         return mask_HSS
 
     def _layer(

@@ -12,7 +12,7 @@ per worker, with the heads of that worker; `load` reads any of them together wit
     token_ids     int32 [T]        the tokens up to where it was evicted; of what is being generated the last may be missing
 
 and the metadata format_version, policy, keep_ratio, stop, block_size, packed_blocks, shared_blocks, window, widths,
-page_classes, page_tokens, repeat.
+page_classes, page_tokens, repeat, first_reader (the position from which on tokens see this).
 
 `FORMAT_VERSION` grows when a reader of today would misread a file of tomorrow; added fields do not count.
 
@@ -57,6 +57,7 @@ class Audit:
     page_classes: tuple[str, ...] = ("16",)
     page_tokens: tuple[int, ...] = ()
     repeat: int = 0
+    first_reader: int = 0
     kept_classes: Tensor | None = None
 
     def positions(self, layer: int, head: int) -> Tensor:
@@ -166,6 +167,7 @@ def _load(path: Path) -> Audit:
             widths=meta.get("widths", "16"),
             page_classes=tuple(meta.get("page_classes", "16").split(" ")),
             repeat=int(meta.get("repeat", 0)),
+            first_reader=int(meta.get("first_reader", meta["stop" if version > 1 else "num_tokens"])),
             page_tokens=tuple(int(n) for n in meta.get("page_tokens", meta["block_size"]).split(" ")),
             kept_classes=file.get_tensor("kept_classes") if "widths" in meta and meta["widths"] != "16" else None,
         )
@@ -229,6 +231,7 @@ def write(
             "window": str(region.window),
             "widths": format.widths,
             "repeat": str(eviction.repeat),
+            "first_reader": str(region.stop if eviction.first_reader is None else eviction.first_reader),
             "page_classes": " ".join(names),
             "page_tokens": " ".join(str(tokens[name]) for name in names),
         },

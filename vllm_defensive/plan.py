@@ -59,6 +59,8 @@ class Eviction:
     token_ids: those before the stop when an audit was asked for, else None.
     number: by which later requests may begin with what is packed; 0: none will.
     repeat: how many evictions of the request came before, of what it generated; 0: this is the one of its prompt.
+    first_reader: position of the first token that reads what is packed, if that is not the one behind the stop: it may
+        have taken some steps until there was room, and drafts may be under way, some of which turn out wrong.
     """
 
     score: Score
@@ -66,6 +68,7 @@ class Eviction:
     token_ids: tuple[int, ...] | None = None
     number: int = 0
     repeat: int = 0
+    first_reader: int | None = None
 
     @property
     def request_id(self) -> str:

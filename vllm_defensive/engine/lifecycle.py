@@ -138,7 +138,9 @@ class Lifecycle:
         )
         packing = Packing(region, tuple(block.block_id for block in blocks), format)
         life.repeats += 1
-        life.eviction, life.blocks = Eviction(score, packing, token_ids, repeat=life.repeats), blocks
+        reader = life.request.num_computed_tokens
+        life.eviction = Eviction(score, packing, token_ids, repeat=life.repeats, first_reader=reader)
+        life.blocks = blocks
         life.stop, life.fence, life.ready_tokens = region.stop, self.scheduled + 1, 0
         if life.former is None:
             life.exact_tokens = region.tokens[1]
