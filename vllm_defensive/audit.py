@@ -1,7 +1,7 @@
 """What was kept of each evicted request, written by the worker that did it and read by whoever wants to know.
 
-One `<request id>.safetensors` per evicted request, for its prompt; one `<request id>.again<number>.safetensors` for each
-time that it was evicted again while it generated (`events` finds all of a request); or with tensor parallelism one `<request id>.rank0of2.safetensors`
+One `<request id>.safetensors` per evicted request, and one `<request id>.again<number>.safetensors` for each further time
+that it was evicted while it generated (`events` finds all of a request); or with tensor parallelism one `<request id>.rank0of2.safetensors`
 per worker, with the heads of that worker; `load` reads any of them together with the others:
 
     kept_counts   int32 [L, H]     tokens kept by each head, shared blocks, window and tail included
@@ -108,12 +108,11 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def events(folder: str | os.PathLike[str], request_id: str, rank: tuple[int, int] = (0, 1)) -> list[Audit]:
-    """The audits of one request, in the order of its evictions. A request that was whole at its prompt's end has none of
-    that. Raises ValueError as `load` does."""
-    paths = [path_of(folder, request_id, rank)]
-    while (path := path_of(folder, request_id, rank, len(paths))).exists():
-        paths.append(path)
-    return [load(path) for path in paths if path.exists()]
+    """The audits of one request, in the order of its evictions. Raises ValueError as `load` does."""
+    found: list[Audit] = []
+    while (path := path_of(folder, request_id, rank, len(found))).exists():
+        found.append(load(path))
+    return found
 
 
 def load(path: str | os.PathLike[str]) -> Audit:

@@ -58,7 +58,7 @@ class Eviction:
 
     token_ids: those before the stop when an audit was asked for, else None.
     number: by which later requests may begin with what is packed; 0: none will.
-    repeat: how many evictions of the request came before, of what it generated; 0: this is the one of its prompt.
+    repeat: how many evictions of the request came before.
     first_reader: position of the first token that reads what is packed, if that is not the one behind the stop: it may
         have taken some steps until there was room, and drafts may be under way, some of which turn out wrong.
     """

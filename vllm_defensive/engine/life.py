@@ -60,7 +60,7 @@ class Life:
     """stop: `T`, where the request is evicted: its boundary, or the end of its prompt (again, if it was preempted); from
     its second eviction on, that of the last one.
     again: tokens at which it is looked at next while it generates; 0: never. again_window: of these, the last ones whose
-    queries are looked at then. repeats: evictions since its prompt.
+    queries are looked at then. evictions: so far.
     former, replaced: while it is packed anew, what it was packed into before.
     exact_tokens: before this one what it holds in place was computed over all that came before.
     most_blocks: what it holds at most, and packs at most, while it generates; None: not asked for yet.
@@ -89,7 +89,7 @@ class Life:
     echo_tokens: int = 0
     again: int = 0
     again_window: int = 0
-    repeats: int = 0
+    evictions: int = 0
     eviction: Eviction | None = None
     blocks: list[KVCacheBlock] = field(default_factory=list)
     former: Eviction | None = None

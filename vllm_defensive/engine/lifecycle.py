@@ -110,7 +110,7 @@ class Lifecycle:
         packing = Packing(region, tuple(block.block_id for block in blocks), format)
         number = self.library.next_number() if life.key is not None else 0
         life.eviction, life.blocks = Eviction(score, packing, token_ids, number), blocks
-        life.exact_tokens = region.tokens[1]
+        life.exact_tokens, life.evictions = region.tokens[1], 1
         self.packed_blocks += len(blocks)
         if not life.echo_tokens:
             self._plan(life)
@@ -137,10 +137,10 @@ class Lifecycle:
             life.request.request_id, policy, life.settings.keep, region, tuple(source_blocks), policy, since
         )
         packing = Packing(region, tuple(block.block_id for block in blocks), format)
-        life.repeats += 1
         reader = life.request.num_computed_tokens
-        life.eviction = Eviction(score, packing, token_ids, repeat=life.repeats, first_reader=reader)
+        life.eviction = Eviction(score, packing, token_ids, repeat=life.evictions, first_reader=reader)
         life.blocks = blocks
+        life.evictions += 1
         life.stop, life.fence, life.ready_tokens = region.stop, self.scheduled + 1, 0
         if life.former is None:
             life.exact_tokens = region.tokens[1]
@@ -383,8 +383,8 @@ class Lifecycle:
             "held_tokens": behind + packing.held_tokens,
             "adopted": life.adopted,
         }
-        if life.repeats:
-            report["evictions"], report["tokens"] = 1 + life.repeats, packing.region.stop
+        if life.settings.answers == "evict":
+            report["evictions"], report["tokens"] = life.evictions, max(prompt, packing.region.stop)
         if life.settings.pin is not None:
             report["pinned"] = (found := self._packing_of(life)) is not None and found in self.library.pins
         return report if not life.echo_tokens else {**report, "echo_tokens": life.repeated}

@@ -1,0 +1,136 @@
+"""Requests that are evicted again while they generate: what they answer is what a model answers that cannot see what is
+gone, from when it is gone; and keeping everything changes nothing, however often it is packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.engines import (
+    Answer,
+    assert_all_returned,
+    audits_of,
+    engine,
+    generate,
+    largest_difference,
+    metrics_of,
+    random_prompts,
+    scheduler_of,
+)
+from tests.e2e.test_speculative import DRAFTS
+from tests.learned_scores import score_of
+from tests.reference_model import ReferenceLlama, decode_logprobs
+from vllm_defensive.policy import PRESETS, public_names
+
+pytestmark = pytest.mark.e2e
+
+EVICT = {"answers": "evict", "interval": 64}
+PROMPTS = random_prompts((100, 300, 33, 517))
+TOKENS = 230
+# Repetitive, so that drafts are sometimes right.
+LOOPS = [(random_prompts((20,), seed=n)[0] * 30)[:length] for n, length in enumerate((250, 90))]
+ABLE = [name for name in public_names() if PRESETS[name].evicts_answers_by is not None]
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_model: Path) -> list[Answer]:
+    with engine(tiny_model, dtype="float32") as llm:
+        return generate(llm, PROMPTS, TOKENS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param({}, id="sync"),
+        pytest.param({"asynchronous": True}, id="async"),
+        pytest.param({"max_num_batched_tokens": 96, "asynchronous": True}, id="chunks", marks=pytest.mark.slow),
+        pytest.param({"block_size": 128, "interval": 200}, id="blocks128", marks=pytest.mark.slow),
+        pytest.param({"interval": 33}, id="uneven", marks=pytest.mark.slow),
+    ],
+)
+def test_keep_all_equals_stock(tiny_model: Path, stock: list[Answer], arguments: dict[str, Any]) -> None:
+    with engine(tiny_model, "keep-all", dtype="float32", **{**EVICT, **arguments}) as llm:
+        for turn in range(2):  # the second time prompts come from the prefix cache
+            answers = generate(llm, PROMPTS, TOKENS)
+            assert largest_difference(answers, stock) <= 1e-4
+            assert (sum(a.cached_tokens for a in answers) > 500) == bool(turn)
+        repeats = scheduler_of(llm).eviction_manager.lifecycle.totals.repeats
+        assert repeats >= 2 * len(PROMPTS) * (1 if "block_size" in arguments else 3)
+        assert_all_returned(llm)
+
+
+@pytest.mark.slow
+def test_keep_all_equals_stock_with_drafts(tiny_model: Path) -> None:
+    with engine(tiny_model, dtype="float32", speculative_config=DRAFTS) as llm:
+        expected = generate(llm, LOOPS, TOKENS)
+    with engine(tiny_model, "keep-all", dtype="float32", speculative_config=DRAFTS, **EVICT) as llm:
+        answers = generate(llm, LOOPS, TOKENS)
+        assert largest_difference(answers, expected) <= 1e-4
+        assert metrics_of(llm)["vllm:spec_decode_num_accepted_tokens"] > 0
+        assert scheduler_of(llm).eviction_manager.lifecycle.totals.repeats >= 6
+        assert_all_returned(llm)
+
+
+def test_answers_equal_the_masked_reference(tiny_model: Path, tmp_path: Path) -> None:
+    """Every policy that can, all in one batch, from one that nothing is evicted of."""
+    reference, score, folder = ReferenceLlama(tiny_model), tmp_path / "score.safetensors", tmp_path / "audits"
+    score_of(reference, tiny_model, score)
+    settings = {"per_request": True, "policies": ABLE, "learned": str(score), "audit": str(folder), "budget": 128}
+    policies = ["none", *ABLE]
+    prompts = [random_prompts(((100, 300, 40)[i % 3],), seed=i)[0] for i in range(len(policies))]
+    with engine(tiny_model, "none", dtype="float32", **settings, **EVICT) as llm:
+        own = [{"kv_eviction": policy} for policy in policies]
+        answers = generate(llm, prompts, 150, extra_args=own)
+        assert_all_returned(llm)
+    errors = {}
+    for policy, prompt, answer in zip(policies, prompts, answers, strict=True):
+        audits = audits_of(folder, answer.request_id) if policy != "none" else []
+        assert policy == "none" or len(audits) > 1
+        assert all(a.policy == PRESETS[policy].evicts_answers_by for a in audits if a.stop > len(prompt))
+        assert all(a.packed_blocks == 4 for a in audits)
+        seen = [(a.first_reader, a.mask()) for a in audits]
+        expected = decode_logprobs(reference, prompt, answer.tokens, None, again=seen)
+        errors[policy] = float((answer.logprobs - expected).abs().max())
+        if policy != "none":  # that the last eviction is seen, too
+            without = decode_logprobs(reference, prompt, answer.tokens, None, again=seen[:-1])
+            assert float((answer.logprobs - without).abs().max()) > 0.1, policy
+    print(errors)
+    assert max(errors.values()) <= 5 * errors["none"] <= 5e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_thrown_out_and_evicted_anew_it_keeps_the_same(tiny_model: Path, tmp_path: Path, asynchronous: bool) -> None:
+    """Beside requests that grow without bounds and push them out; scores that last, so that none depends on who was
+    there."""
+    prompts, grows = random_prompts((90, 200, 60), seed=3), random_prompts((120, 130), seed=4)
+    settings = {"budget": 96, "dtype": "float32", "max_model_len": 1024, **EVICT}
+    with engine(tiny_model, "streamingllm", audit=str(tmp_path / "calm"), **settings) as llm:
+        calm = generate(llm, prompts, 300)
+    with engine(
+        tiny_model, "streamingllm", audit=str(tmp_path / "full"), num_gpu_blocks_override=38, asynchronous=asynchronous, **settings
+    ) as llm:
+        # The growing ones come first: who came last is thrown out.
+        own = [{"kv_eviction": "none"}] * 2 + [None] * 3
+        answers = generate(llm, grows + prompts, 300, extra_args=own)[2:]
+        assert metrics_of(llm)["vllm:num_preemptions"] > 0
+        assert_all_returned(llm)
+    assert largest_difference(answers, calm) <= 1e-4
+    for one, other in zip(answers, calm, strict=True):
+        kept = [audits_of(tmp_path / name, a.request_id) for name, a in (("full", one), ("calm", other))]
+        assert [a.stop for a in kept[0]] == [a.stop for a in kept[1]]
+        assert all(torch.equal(a.kept_indices, b.kept_indices) for a, b in zip(*kept, strict=True))
+
+
+def test_memory_is_bounded(tiny_model: Path) -> None:
+    """Three answers of 900 tokens where stock vLLM has room for one and a half."""
+    settings = {"budget": 128, "max_model_len": 1024, "num_gpu_blocks_override": 50, **EVICT}
+    with engine(tiny_model, "streamingllm", **settings) as llm:
+        generate(llm, random_prompts((90, 60, 33)), 900)
+        found = metrics_of(llm)
+        assert found["vllm:num_preemptions"] == 0
+        assert scheduler_of(llm).eviction_manager.lifecycle.totals.repeats > 3 * 10
+        assert_all_returned(llm)
