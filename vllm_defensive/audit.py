@@ -1,15 +1,16 @@
 """What was kept of each evicted request, written by the worker that did it and read by whoever wants to know.
 
-One `<request id>.safetensors` per evicted request, and one `<request id>.again<number>.safetensors` for each further time
-that it was evicted while it generated (`events` finds all of a request); or with tensor parallelism one `<request id>.rank0of2.safetensors`
-per worker, with the heads of that worker; `load` reads any of them together with the others:
+One `<request id>.safetensors` per evicted request, and one `<request id>.again<number>.safetensors` for each further
+time that it was evicted while it generated (`events` finds all of a request); or with tensor parallelism one
+`<request id>.rank0of2.safetensors` per worker, with the heads of that worker; `load` reads any of them together with
+the others:
 
     kept_counts   int32 [L, H]     tokens kept by each head, shared blocks, window and tail included
     kept_indices  int32 [sum]      their positions, ascending, for head (0, 0), (0, 1), ... one after the other
     kept_classes  uint8 [sum]      the kind of page that each of them is in, by its place in page_classes; tokens of one
                                    head and kind fill its pages in ascending order, page_tokens each. Where there is
                                    none, all are in pages as the cache has them
-    token_ids     int32 [T]        the tokens up to where it was evicted; of what is being generated the last may be missing
+    token_ids     int32 [T]        the tokens up to where it was evicted; the last that were generated may be missing
 
 and the metadata format_version, policy, keep_ratio, stop, block_size, packed_blocks, shared_blocks, window, widths,
 page_classes, page_tokens, repeat, first_reader (the position from which on tokens see this).
@@ -89,9 +90,7 @@ class Audit:
         return kept.view(*self.kept_counts.shape, self.stop)
 
 
-def path_of(
-    folder: str | os.PathLike[str], request_id: str, rank: tuple[int, int] = (0, 1), repeat: int = 0
-) -> Path:
+def path_of(folder: str | os.PathLike[str], request_id: str, rank: tuple[int, int] = (0, 1), repeat: int = 0) -> Path:
     """Where the audit of a request goes: under vLLM's internal id, the client's followed by a random part.
 
     rank: (tensor-parallel rank, their number) of the worker that writes it. repeat: evictions of the request before.

@@ -42,7 +42,8 @@ class WorkerReport:
 class Totals:
     """What eviction has done so far: requests, tokens, blocks. held_tokens: those that would take, unpacked, the memory
     that kept ones take. adoptions: requests that began with another's packing; adopted_tokens: of their prompts, before
-    its stop. repeats: evictions of requests that had been evicted before. published, lost: packings that outlive their request, and that others were given the memory of."""
+    its stop. repeats: evictions of requests that had been evicted before, which count there alone. published, lost:
+    packings that outlive their request, and that others were given the memory of."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -110,7 +111,7 @@ class Increase:
 def record_of(eviction: Eviction, adopted: bool = False) -> dict[str, Any]:
     """The JSON entry of one eviction. Tokens are means over layers and heads; held are those that
     would take, unpacked, the memory that is left. Blocks are net of the packed ones. adopted: it was for another
-    request before."""
+    request before. repeat: evictions of the request before."""
     return {
         "request_id": eviction.request_id,
         "policy": eviction.policy,
@@ -120,4 +121,5 @@ def record_of(eviction: Eviction, adopted: bool = False) -> dict[str, Any]:
         "widths": eviction.packing.format.widths,
         "freed_blocks": eviction.packing.saved_blocks,
         "adopted": adopted,
+        "repeat": eviction.repeat,
     }

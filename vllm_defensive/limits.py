@@ -114,6 +114,10 @@ def _check_answers(settings: EvictionConfig, on_cuda: bool) -> None:
         way_out = f"goes with {option_name('widths')} 16"
     if way_out is not None:
         raise ValueError(f"{option_name('answers')}=evict: {way_out}")
+    if settings.interval < settings.window:
+        raise ValueError(
+            f"{option_name('interval')}={settings.interval}: choose at least {option_name('window')}={settings.window}"
+        )
 
 
 def _switch(variable: str, why: str) -> Row:

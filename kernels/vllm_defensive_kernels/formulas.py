@@ -45,9 +45,7 @@ def temporary_elements(tensor: Tensor) -> int:
 # ------------------------------------------------------------------------------------------------ attention and pooling
 
 
-def window_attention(
-    query_WQD: Tensor, key_HSD: Tensor, scale: float, there_HS: Tensor | None = None
-) -> Tensor:
+def window_attention(query_WQD: Tensor, key_HSD: Tensor, scale: float, there_HS: Tensor | None = None) -> Tensor:
     """Softmax attention of the last W queries over all S keys, causal. Any float dtype -> fp32 [H, G, W, S]. there_HS:
     as in `window_logits`."""
     return window_logits(query_WQD, key_HSD, scale, there_HS).softmax(dim=-1)

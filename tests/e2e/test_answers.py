@@ -58,7 +58,7 @@ def test_keep_all_equals_stock(tiny_model: Path, stock: list[Answer], arguments:
             assert largest_difference(answers, stock) <= 1e-4
             assert (sum(a.cached_tokens for a in answers) > 500) == bool(turn)
         repeats = scheduler_of(llm).eviction_manager.lifecycle.totals.repeats
-        assert repeats >= 2 * len(PROMPTS) * (1 if "block_size" in arguments else 3)
+        assert repeats >= (4 if "block_size" in arguments else 24)
         assert_all_returned(llm)
 
 
@@ -111,7 +111,12 @@ def test_thrown_out_and_evicted_anew_it_keeps_the_same(tiny_model: Path, tmp_pat
     with engine(tiny_model, "streamingllm", audit=str(tmp_path / "calm"), **settings) as llm:
         calm = generate(llm, prompts, 300)
     with engine(
-        tiny_model, "streamingllm", audit=str(tmp_path / "full"), num_gpu_blocks_override=38, asynchronous=asynchronous, **settings
+        tiny_model,
+        "streamingllm",
+        audit=str(tmp_path / "full"),
+        num_gpu_blocks_override=38,
+        asynchronous=asynchronous,
+        **settings,
     ) as llm:
         # The growing ones come first: who came last is thrown out.
         own = [{"kv_eviction": "none"}] * 2 + [None] * 3

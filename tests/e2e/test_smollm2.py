@@ -56,7 +56,7 @@ def test_its_learned_score_is_part_of_the_package(smollm2: Path) -> None:
 
 
 def test_keep_all_equals_stock(smollm2: Path, prompts: list[list[int]]) -> None:
-    """In float32: in bf16 two tokens of equal logits may change places, which some processors show and others do not."""
+    """In float32: in bf16 two tokens of equal logits may change places, and on some processors do."""
     stock = run(smollm2, prompts, None, 24, dtype="float32")
     ours = run(smollm2, prompts, "keep-all", 24, dtype="float32")
     difference = largest_difference(ours, stock)

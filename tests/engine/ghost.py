@@ -176,7 +176,9 @@ class GhostWorker:
     def _evict(self, eviction: Eviction, written: set[int], end: int) -> None:
         row, size = self._rows[eviction.request_id], self._block_size
         policy, before = PRESETS[eviction.policy], row.eviction
-        assert eviction.score.since == (None if before is None else before.region), f"{eviction.request_id}: since when?"
+        assert eviction.score.since == (None if before is None else before.region), (
+            f"{eviction.request_id}: since when?"
+        )
         if policy.reconstructs:
             parts, region = sorted(row.repeated), eviction.region
             assert set(row.repeated.values()) == {-1}, f"{eviction.request_id}: a part was not repeated to its end"

@@ -41,7 +41,9 @@ def check_integrity(manager: EvictionBlockManager) -> None:
     assert not lifecycle._planned, "the message of the step has taken them"
     assert lifecycle._watched <= set(by_phase[Phase.PREFILL])
     assert set(lifecycle.waiting) <= set(manager.requests) - set(lifecycle.lives)
-    released = [life.former or life.eviction for life in lifecycle.lives.values() if life.phase is Phase.PACKED or life.former]
+    released = [
+        life.former or life.eviction for life in lifecycle.lives.values() if life.phase is Phase.PACKED or life.former
+    ]
     assert lifecycle.saved_blocks == sum(eviction.packing.saved_blocks for eviction in released)
     assert lifecycle.packed_blocks == len(owned)
 

@@ -38,8 +38,8 @@ class Again:
         """blocks_of: the positional blocks of each request."""
         self._lifecycle, self._outlook, self._pool, self._blocks_of = lifecycle, outlook, pool, blocks_of
         self._due: dict[str, Life] = {}  # that have generated enough, or whose window has begun
-        # The scheduler's, set by it: draft tokens of a request in a step, at most; tokens of a step, at most; and whether
-        # a step is scheduled before the one before it has been processed.
+        # The scheduler's, set by it: draft tokens of a request in a step, at most; tokens of a step, at most; whether a
+        # step is scheduled before the one before it has been processed.
         self.drafts, self.step_tokens, self.ahead = 0, 0, False
 
     def expect(self, life: Life) -> None:

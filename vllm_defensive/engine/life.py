@@ -57,10 +57,10 @@ _NEXT = {
 
 @dataclass(eq=False)
 class Life:
-    """stop: `T`, where the request is evicted: its boundary, or the end of its prompt (again, if it was preempted); from
-    its second eviction on, that of the last one.
-    again: tokens at which it is looked at next while it generates; 0: never. again_window: of these, the last ones whose
-    queries are looked at then. evictions: so far.
+    """stop: `T`, where the request is evicted: its boundary, or the end of its prompt (again, if it was preempted);
+    from its second eviction on, that of the last one.
+    again: tokens at which it is looked at next while it generates; 0: never. again_window: of these, the last ones
+    whose queries are looked at then. evictions: so far.
     former, replaced: while it is packed anew, what it was packed into before.
     exact_tokens: before this one what it holds in place was computed over all that came before.
     most_blocks: what it holds at most, and packs at most, while it generates; None: not asked for yet.

@@ -15,8 +15,8 @@ from vllm_defensive.counts import REMEMBERED, Totals
 from vllm_defensive.engine.life import Life, Phase
 from vllm_defensive.engine.published import Key, Library, Published
 from vllm_defensive.packing import Format, Packing, Region
-from vllm_defensive.policy import PRESETS
 from vllm_defensive.plan import Eviction, Reconstruction, Score, StepMessage
+from vllm_defensive.policy import PRESETS
 from vllm_defensive.settings.engine import NONE
 from vllm_defensive.settings.request import RequestSettings
 
@@ -133,9 +133,7 @@ class Lifecycle:
         token_ids = tuple(life.request.all_token_ids[: region.stop]) if self._with_token_ids else None
         life.former, life.replaced = life.eviction, life.blocks
         since = None if life.former is None else life.former.region
-        score = Score(
-            life.request.request_id, policy, life.settings.keep, region, tuple(source_blocks), policy, since
-        )
+        score = Score(life.request.request_id, policy, life.settings.keep, region, tuple(source_blocks), policy, since)
         packing = Packing(region, tuple(block.block_id for block in blocks), format)
         reader = life.request.num_computed_tokens
         life.eviction = Eviction(score, packing, token_ids, repeat=life.evictions, first_reader=reader)

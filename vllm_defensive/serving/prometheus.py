@@ -38,6 +38,7 @@ COUNTERS = {
     "echo_tokens": ("vllm:kv_eviction_echo_tokens", "Tokens computed to look at a prompt again, for its scores."),
     "adoptions": ("vllm:kv_eviction_adoptions", "Requests that began with what was packed for an earlier one."),
     "adopted_tokens": ("vllm:kv_eviction_adopted_tokens", "Tokens of their prompts that they did not compute."),
+    "repeats": ("vllm:kv_eviction_repeats", "Evictions of requests that had been evicted before."),
     "published": ("vllm:kv_eviction_published", "Packings that outlived their request."),
     "lost": ("vllm:kv_eviction_published_lost", "Those of them whose memory was needed by others."),
 }
@@ -127,7 +128,7 @@ class EvictionStatLogger(AggregateStatLoggerBase):
 
     def _record_one(self, record: dict[str, Any], engine: str) -> None:
         labels = (self._model, engine, record["policy"])
-        if not record["adopted"]:
+        if not record["adopted"] and not record["repeat"]:
             self._by_policy.labels(*labels).inc()
             self._shares.labels(*labels).observe(record["held_tokens"] / record["prompt_tokens"])
         recent.remember(record)

@@ -45,7 +45,12 @@ def counted() -> bool:
 
 
 def remember(record: dict[str, Any]) -> None:
-    """Add `counts.record_of` an eviction."""
+    """Add `counts.record_of` an eviction; one that followed on another of the request stands in its place."""
+    places = range(len(_records) - 1, -1, -1) if record["repeat"] else ()
+    for place in places:
+        if _records[place]["request_id"] == record["request_id"]:
+            del _records[place]
+            break
     _records.append(record)
 
 

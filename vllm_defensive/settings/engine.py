@@ -65,7 +65,10 @@ class EvictionConfig(BaseModel):
         None, description="set from the learned score: the least ratio at which auto goes by it without a boundary, too"
     )
     keep: float = Field(
-        0.2, gt=0, le=1, description="fraction of the bytes of each prompt's KV cache to keep; 1 where only a budget is given"
+        0.2,
+        gt=0,
+        le=1,
+        description="fraction of the bytes of each prompt's KV cache to keep; 1 where only a budget is given",
     )
     budget: int | None = Field(
         None,

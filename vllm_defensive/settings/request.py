@@ -167,9 +167,7 @@ def resolve(
     return settings.model_copy(update={"policy": meant, "widths": widths})
 
 
-def _evicted_again(
-    engine: EvictionConfig, settings: RequestSettings, own: Mapping[str, Any]
-) -> RequestSettings | None:
+def _evicted_again(engine: EvictionConfig, settings: RequestSettings, own: Mapping[str, Any]) -> RequestSettings | None:
     """What becomes of the settings of a request that is evicted again while it generates; None: it is not. own: fields
     that it named. Raises RequestFieldError if it asks for that and cannot have it."""
     if settings.answers == "keep" or settings.policy == NONE:
@@ -182,6 +180,8 @@ def _evicted_again(
             able = [name for name in engine.choices if name in PRESETS and PRESETS[name].evicts_answers_by is not None]
             raise _wrong(named, "evict", f"{settings.policy} scores once; choose from {', '.join(able)}")
         return None
+    if settings.interval < engine.window:
+        raise _wrong("kv_eviction_interval", settings.interval, f"choose {engine.window} or more, as its window has")
     widths = settings.widths or engine.widths
     if widths not in (AUTO, "16"):
         if wants or "widths" in own:

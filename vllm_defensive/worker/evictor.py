@@ -70,9 +70,6 @@ class Evictor(ABC):
     def _pack(self, scored: Any, eviction: Eviction) -> Selections:
         """Choose pages and tokens, copy them into the packed blocks, and make steps to come find them there."""
 
-    def _forget_kept(self, request_id: str) -> None:
-        """What is known of the packed tokens of a request is void."""
-
     @abstractmethod
     def _start(self) -> Any:
         """The time now, of the device's kind."""
@@ -141,7 +138,6 @@ class Evictor(ABC):
         """These requests have ended, or begin anew. numbers: of evictions that nobody will begin with any more."""
         for request_id in request_ids:
             self._scored.pop(request_id, None)
-            self._forget_kept(request_id)
         for number in numbers:
             self._audited.pop(number, None)
 

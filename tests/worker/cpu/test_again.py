@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vllm_defensive.packing import Format, Packing, Region
 from vllm_defensive.plan import Eviction, Score
-from vllm_defensive.policy import PRESETS, Selection, score_layer
+from vllm_defensive.policy import PRESETS, score_layer
 from vllm_defensive.worker.cpu.again import Candidates, Kept, Repeats
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.cpu.tables import Placed, RequestTable
@@ -63,17 +63,26 @@ class Cache:
         halves = self.view.data[page].view(2, N, D)
         for slot, position in enumerate(positions.tolist()):
             if position >= 0:
-                halves[0, slot], halves[1, slot] = self.key_LHSD[layer, head, position], self.value_LHSD[layer, head, position]
+                halves[0, slot], halves[1, slot] = (
+                    self.key_LHSD[layer, head, position],
+                    self.value_LHSD[layer, head, position],
+                )
 
     def there(self, layer: int, head: int) -> list[int]:
         """Positions that a head still has, up to the stop."""
         pages = self.position_PN.split(self.pages_LH.flatten().tolist())[layer * H + head]
-        return [*range(self.shared * N), *(p for p in pages.flatten().tolist() if p >= 0), *range(self.first, self.stop)]
+        return [
+            *range(self.shared * N),
+            *(p for p in pages.flatten().tolist() if p >= 0),
+            *range(self.first, self.stop),
+        ]
 
 
 def candidates(cache: Cache, score_LHS: Tensor) -> Candidates:
     behind = cache.stop // N * N - cache.first
-    scores = [score_LHS.flatten(0, 1)[r, p] for r, p in enumerate(cache.position_PN.split(cache.pages_LH.flatten().tolist()))]
+    scores = [
+        score_LHS.flatten(0, 1)[r, p] for r, p in enumerate(cache.position_PN.split(cache.pages_LH.flatten().tolist()))
+    ]
     kept = Kept(cache.packing, cache.pages_LH, cache.position_PN, torch.cat([s.view(-1, N) for s in scores]))
     return Candidates.of(kept, cache.first, score_LHS[:, :, cache.first : cache.first + behind])
 

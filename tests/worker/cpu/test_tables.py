@@ -26,7 +26,9 @@ def planned(stop: int, shared: int, packed: tuple[int, ...], first_block: int = 
 
 
 def table_of(view: PageAddresses, plan: Eviction, pages_LH: Tensor) -> RequestTable:
-    return RequestTable(view, plan.packing, plan.score.source_blocks[: plan.region.shared_blocks], Placed(pages_LH[None]))
+    return RequestTable(
+        view, plan.packing, plan.score.source_blocks[: plan.region.shared_blocks], Placed(pages_LH[None])
+    )
 
 
 def expected_pages(

@@ -1,9 +1,9 @@
 """What a worker knows of a request's packed tokens, and how they are chosen from again, beside those behind them.
 
-A packed page says nothing of where its tokens were in the text. So positions of kept tokens are kept beside the cache, of
-requests that are evicted while they generate, and where a policy's scores last its scores too: 8 bytes a token, layer and
-head. Such a token is scored once, when it is chosen from for the first time, and what is behind the packing is all that
-is read to score. Other policies look at all that is there once more, with the queries of a later window.
+A packed page says nothing of where its tokens were in the text. So positions of kept tokens are kept beside the cache,
+of requests that are evicted while they generate, and where a policy's scores last its scores too: 8 bytes a token,
+layer and head. Such a token is scored once, when it is chosen from for the first time, and what is behind the packing is
+all that is read to score. Other policies look at all that is there once more, with the queries of a later window.
 
 Axes: as in `packing.py`; R = L*H rows, C candidates of a row: its packed tokens, then those of the blocks behind, then
 as many empty places as it takes to make all rows equally long.
@@ -111,8 +111,8 @@ class Candidates:
         return Kept(packing, chosen.pages_LH, position_PN, self.score_RC[at])
 
     def places(self, chosen: Selection, pages_LH: Tensor, page_tokens: int, behind: int) -> Tensor:
-        """Where each chosen token is among its layer's, `[P, N]`: first all packed pages of the layer (`pages_LH`), head
-        after head, then all tokens behind, of which each head has as many."""
+        """Where each chosen token is among its layer's, `[P, N]`: first all packed pages of the layer (`pages_LH`),
+        head after head, then all tokens behind, of which each head has as many."""
         layers, heads = pages_LH.shape
         pages_LH = pages_LH.long()
         before_LH = pages_LH.cumsum(1) - pages_LH
@@ -144,8 +144,8 @@ class Weigh(Protocol):
 
 @dataclass(eq=False)
 class ScoredAgain:
-    """A request that was packed before, between `score` and `pack`. growth_LHB: int64, pages behind what is packed: whole
-    blocks."""
+    """A request that was packed before, between `score` and `pack`. growth_LHB: int64, pages behind what is packed:
+    whole blocks."""
 
     policy: Policy
     kept: Kept

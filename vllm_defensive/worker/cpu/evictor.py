@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,8 +85,11 @@ class CPUEvictor(Evictor):
     def _finish(self, started: float, decile_pages: Tensor) -> None:
         self._report.add(int((time.perf_counter() - started) * 1e6), decile_pages.tolist())
 
-    def _forget_kept(self, request_id: str) -> None:
-        self._repeats.forget(request_id)
+    def forget(self, request_ids: Iterable[str], numbers: Iterable[int] = ()) -> None:
+        request_ids = list(request_ids)
+        super().forget(request_ids, numbers)
+        for request_id in request_ids:
+            self._repeats.forget(request_id)
 
     def _score(self, score: Score) -> Scored | ScoredAgain:
         policy = PRESETS[score.policy]
@@ -154,7 +157,8 @@ class CPUEvictor(Evictor):
         first_token: int = 0,
         **more: Any,
     ) -> LayerScores:
-        """`score_layer` of this worker's heads. seen: the window's queries, or accumulated attention. more: as there."""
+        """`score_layer` of this worker's heads. seen: the window's queries, or accumulated attention. more: as
+        there."""
         key_HSD, value_HSD = tokens
         if policy.learned:
             assert self.learned is not None, f"{policy.name} needs a learned score"
