@@ -90,8 +90,9 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
             f"{option_name('widths')}={coded[0]}: not supported with kv_cache_dtype={cache.cache_dtype}; choose 16, or "
             "a 16-bit KV cache"
         )
-    if settings.answers == "evict":
-        _check_answers(settings, on_cuda)
+    for field, once in (("answers", "keep"), ("prompts", "whole")):
+        if getattr(settings, field) != once:
+            _check_repeats(field, settings, on_cuda)
     if settings.audit is not None:
         _check_writable(settings.audit)
     if settings.window > settings.min_tokens:
@@ -101,23 +102,23 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
         )
 
 
-def _check_answers(settings: EvictionConfig, on_cuda: bool) -> None:
-    """Refuse what cannot be evicted while it generates."""
+def _check_repeats(field: str, settings: EvictionConfig, on_cuda: bool) -> None:
+    """Refuse what cannot be evicted more than once. field: the setting that asks for it."""
     meant = settings.meant(settings.policy, boundary=True)
     able = [name for name in settings.served if PRESETS[name].evicts_answers_by is not None]
     way_out = None
     if on_cuda:
-        way_out = CPU_ONLY
+        way_out = "supported on CPUs only; leave it out on a GPU"
     elif settings.policy != NONE and PRESETS[meant].evicts_answers_by is None:
-        way_out = f"{settings.described} scores a prompt once; choose a policy whose scores last: {', '.join(able)}"
+        way_out = f"{settings.described} scores a prompt once, as a whole; choose one of {', '.join(able)}"
     elif settings.widths not in (AUTO, "16"):
         way_out = f"goes with {option_name('widths')} 16"
     if way_out is not None:
-        raise ValueError(f"{option_name('answers')}=evict: {way_out}")
-    if settings.interval < settings.window:
-        raise ValueError(
-            f"{option_name('interval')}={settings.interval}: choose at least {option_name('window')}={settings.window}"
-        )
+        raise ValueError(f"{option_name(field)}={getattr(settings, field)}: {way_out}")
+    for name in ("interval", "prompt_interval"):
+        tokens = getattr(settings, name)
+        if tokens is not None and tokens < settings.window:
+            raise ValueError(f"{option_name(name)}={tokens}: choose at least {option_name('window')}={settings.window}")
 
 
 def _switch(variable: str, why: str) -> Row:

@@ -28,6 +28,8 @@ class _Row:
     """What the worker knows of one request."""
 
     table: list[int] = field(default_factory=list)
+    end: int = 0
+    """Tokens that it has computed."""
     window: tuple[int, int] = (0, 0)
     seen_window: set[int] = field(default_factory=set)
     accumulated: int = 0
@@ -93,14 +95,15 @@ class GhostWorker:
             if request_id in message.reconstruct:
                 self._repeat(request_id, message.reconstruct[request_id], computed[request_id], count)
         for request_id, count in output.num_scheduled_tokens.items():
-            self._read(request_id, computed[request_id] + count - rejected.get(request_id, 0))
+            end = computed[request_id] + count - rejected.get(request_id, 0)
+            self._rows[request_id].end = end
+            self._read(request_id, end)
         assert [e.score for e in message.evictions] == message.scores, "scored and packed in one step"
         self.cancelled = {e.request_id: "declined" for e in message.evictions if e.request_id in self.declines}
         for eviction in message.evictions:
             if eviction.request_id not in self.cancelled:
                 request_id = eviction.request_id
-                end = computed[request_id] + output.num_scheduled_tokens[request_id] - rejected.get(request_id, 0)
-                self._evict(eviction, set(written), end)
+                self._evict(eviction, set(written), self._rows[request_id].end)
 
     def _repeat(self, echo: str, wanted: Reconstruction, start: int, count: int) -> None:
         """An echo's tokens pass, for the request that it serves, which must not move meanwhile."""

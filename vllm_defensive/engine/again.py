@@ -21,6 +21,7 @@ from vllm_defensive.engine.lifecycle import Lifecycle
 from vllm_defensive.engine.outlook import Outlook
 from vllm_defensive.packing import Region
 from vllm_defensive.policy import PRESETS
+from vllm_defensive.settings.engine import NONE
 
 _SETTLED = (Phase.PACKED, Phase.WHOLE)
 
@@ -44,11 +45,30 @@ class Again:
 
     def expect(self, life: Life) -> None:
         """A request is about to begin, perhaps anew."""
-        request, settings = life.request, life.settings
-        if settings.answers == "evict" and request.max_tokens > 1:
-            policy = PRESETS[PRESETS[settings.policy].evicts_answers_by or settings.policy]
-            life.again = request.num_prompt_tokens + settings.interval
-            life.again_window = 0 if policy.lasting else self._outlook.settings.window
+        settings = life.settings
+        if settings.policy == NONE or (settings.answers == "keep" and settings.prompts == "whole"):
+            return
+        name = PRESETS[settings.policy].evicts_answers_by
+        if name is None:  # what it falls back to cannot
+            return
+        if settings.prompts == "bounded" and life.stop > self._part(life) and not life.request.mm_features:
+            life.bounded, life.key, life.echo_tokens = life.stop, None, 0
+            if life.ahead:
+                life.turn(Phase.WHOLE)
+        life.again = self._stop_behind(life, 0)
+        life.again_window = 0 if PRESETS[name].lasting else self._outlook.settings.window
+
+    def _part(self, life: Life) -> int:
+        """Tokens of a bounded prompt that are read from one eviction to the next."""
+        return life.settings.prompt_interval or self.step_tokens
+
+    def _stop_behind(self, life: Life, stop: int) -> int:
+        """Where a request is looked at next, 0: nowhere. stop: where it was last."""
+        if stop < life.bounded:
+            return min(stop + self._part(life), life.bounded)
+        if life.settings.answers == "keep" or life.request.max_tokens == 1:
+            return 0
+        return max(stop, life.request.num_prompt_tokens) + life.settings.interval
 
     def note(self, life: Life, num_tokens: int) -> None:
         """A request was given slots for so many tokens."""
@@ -56,13 +76,15 @@ class Again:
             self._due[life.request.request_id] = life
 
     def chunk(self, life: Life, computed: int, num_new: int) -> int:
-        """How many of these tokens a request may compute in a step: one that was preempted passes its stops again, each
-        at the end of a step."""
-        if not life.again or num_new == 1:
-            return num_new
-        if computed >= life.again:
-            return 0 if life.phase is Phase.PACKING else num_new
-        return min(num_new, life.again - computed)
+        """How many of these tokens a request may compute in a step. A prompt that is bounded ends a step at each of its
+        stops, and stands still there until it was evicted; so does one that was preempted, and passes its stops again,
+        but it does not wait for room."""
+        reads = computed < life.bounded
+        if reads and life.phase is Phase.PACKING:
+            return 0
+        if computed >= life.again and (reads or num_new > 1):
+            return 0 if reads or life.phase is Phase.PACKING else num_new
+        return min(num_new, max(life.again - computed, 1))
 
     def begin(self, scheduled: Mapping[str, int], running: Sequence[Request]) -> None:
         """A step was scheduled: plan the evictions that are due with it, as far as there is room. scheduled: tokens of
@@ -75,9 +97,9 @@ class Again:
         for request_id, life in list(self._due.items()):
             if self._lifecycle.lives.get(request_id) is not life:
                 del self._due[request_id]
-            elif request_id in scheduled:
-                end = life.request.num_computed_tokens
-                if life.again_window and end - scheduled[request_id] < life.again and end > life.looked_at_from:
+            else:
+                end, count = life.request.num_computed_tokens, scheduled.get(request_id, 0)
+                if life.again_window and end - count < life.again and end > life.looked_at_from and count:
                     self._lifecycle.observe(request_id, (life.again - life.again_window, life.again))
                 # Of what is computed for sure: drafts may turn out wrong.
                 certain = end - (life.request.num_in_flight_tokens if self.drafts else 0)
@@ -105,7 +127,7 @@ class Again:
         format = self._outlook.format(settings)
         count = self._outlook.settings.budget_blocks(region, policy, settings.keep, format, settings.budget, held)
         if not count or (life.packing is not None and region.full_blocks == life.packing.region.full_blocks):
-            life.again += settings.interval
+            life.again = self._stop_behind(life, stop)
             return 0
         if count > room:
             return None
@@ -113,7 +135,7 @@ class Again:
         first = 0 if life.packing is None else life.packing.region.full_blocks
         source = [block.block_id for block in self._blocks_of[request_id][first : cdiv(stop, region.block_tokens)]]
         self._lifecycle.pack_again(life, policy, region, self._pool.get_new_blocks(count), source, format)
-        life.again += settings.interval
+        life.again = self._stop_behind(life, stop)
         return count
 
     def _region(self, life: Life, stop: int) -> tuple[Region, int]:
@@ -128,10 +150,9 @@ class Again:
         return region, region.blocks
 
     def postpone(self, life: Life) -> None:
-        """An eviction could not be carried out."""
-        if life.again:
-            missed = max(0, life.request.num_computed_tokens - life.looked_at_from)
-            life.again += cdiv(missed, life.settings.interval) * life.settings.interval
+        """An eviction could not be carried out: the next one is that whose window is still to come."""
+        while life.again and life.looked_at_from < life.request.num_computed_tokens:
+            life.again = self._stop_behind(life, life.again)
 
     # -- who is let in ------------------------------------------------------------------------------------------------
 
@@ -162,10 +183,21 @@ class Again:
             )
             most = cdiv(longest, tokens)
             if packed:
-                before = max(packed + region.shared_blocks, cdiv(request.num_prompt_tokens, tokens))
-                most = min(before + cdiv(settings.interval, tokens) + 1, most)
+                before = packed + region.shared_blocks
+                part = settings.interval
+                if life.bounded:
+                    part = max(self._part(life), part)
+                else:
+                    before = max(before, cdiv(request.num_prompt_tokens, tokens))
+                if settings.answers == "keep":
+                    part = max(part, longest - life.bounded)
+                most = min(before + cdiv(part, tokens) + 1, most)
             life.most_blocks = most, packed
         return life.most_blocks
+
+    def caps(self, life: Life) -> int | None:
+        """Blocks that are enough for a request whose prompt may be larger than the memory; None: it is none."""
+        return sum(self._most_blocks(life)) if life.bounded else None
 
     def forget(self, request_id: str) -> None:
         """The request will not come again."""

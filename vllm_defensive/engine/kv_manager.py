@@ -69,6 +69,8 @@ class EvictionBlockManager(FullAttentionManager):
             **kwargs,
         )
         life = self.life(request_id)
+        if life is not None and life.bounded and kwargs.get("apply_admission_cap"):
+            return min(positional, self.again.caps(life) or positional)
         if life is None or not life.ahead:
             return positional
         if life.published is not None:
@@ -221,6 +223,8 @@ class EvictionBlockManager(FullAttentionManager):
         alone, seen or foretold, leaves hits as they are, but for the last token, whose step is the one that evicts.
         """
         life = self.life(request_id)
+        if life is not None and life.bounded:
+            return life.again - 1  # what comes behind is read in parts
         if life is None or not life.ahead:
             return None
         if not self.plan(life)[1]:
@@ -283,6 +287,8 @@ class EvictionBlockManager(FullAttentionManager):
     def next_stop(self, request_id: str) -> int:
         """The stop of a request that is still to be evicted: no chunk may run past it. 0 for all others."""
         life = self.life(request_id)
+        if life is not None and life.bounded:
+            return life.again
         return life.stop if life is not None and life.ahead and life.published is None else 0
 
     def lasting_blocks(self, request: Request) -> tuple[int, int]:

@@ -60,7 +60,8 @@ class Life:
     """stop: `T`, where the request is evicted: its boundary, or the end of its prompt (again, if it was preempted);
     from its second eviction on, that of the last one.
     again: tokens at which it is looked at next while it generates; 0: never. again_window: of these, the last ones
-    whose queries are looked at then. evictions: so far.
+    whose queries are looked at then. evictions: so far. bounded: tokens of its prompt that are evicted as
+    they are read; 0: it is evicted once it is there as a whole.
     former, replaced: while it is packed anew, what it was packed into before.
     exact_tokens: before this one what it holds in place was computed over all that came before.
     most_blocks: what it holds at most, and packs at most, while it generates; None: not asked for yet.
@@ -90,6 +91,7 @@ class Life:
     again: int = 0
     again_window: int = 0
     evictions: int = 0
+    bounded: int = 0
     eviction: Eviction | None = None
     blocks: list[KVCacheBlock] = field(default_factory=list)
     former: Eviction | None = None

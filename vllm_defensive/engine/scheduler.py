@@ -180,10 +180,9 @@ class _EvictionMixin(Scheduler):
         life = self.eviction_manager.life(request.request_id)
         if not self._echoes.lets_in(life):
             return False
-        if life is not None and life.again and self.running:
+        if life is not None and life.again:
             lasting = self.eviction_manager.lasting_blocks
-            if not self._again.lets_in(life, self.running, lambda other: lasting(other)[0]):
-                return False
+            return not self.running or self._again.lets_in(life, self.running, lambda other: lasting(other)[0])
         if not self._answers or not self.running:
             return True
         # As answers grow, less is left of them: who did not fit does not until one ends, or the expectation changes.

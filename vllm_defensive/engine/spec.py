@@ -33,7 +33,8 @@ class EvictableSpec(FullAttentionSpec):
         return PageShape(self.block_size, self.head_size, self.dtype.itemsize)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """Blocks of the longest request at its peak: all originals and the packed blocks, in bytes.
+        """Blocks of the longest request at its peak: all originals and the packed blocks, in bytes; where prompts are
+        bounded, what one packs, twice, and what it reads in between.
 
         vLLM's start-up check and its length auto-fit call this, so a pool in which the longest prompt could not be
         evicted is refused before the first request.
@@ -49,7 +50,11 @@ class EvictableSpec(FullAttentionSpec):
         if any(name in PRESETS and PRESETS[name].reconstructs for name in eviction.stands_for(eviction.policy)):
             # An echo's positions end where the model's do: it and the prompt are no longer than the longest prompt.
             packed += cdiv(ECHO_OVERHEAD, self.block_size)
-        return super().max_memory_usage_bytes(vllm_config) + packed * self.page_size_bytes
+        whole = super().max_memory_usage_bytes(vllm_config) + packed * self.page_size_bytes
+        if eviction.prompts == "whole":
+            return whole
+        part = max(eviction.prompt_interval or vllm_config.scheduler_config.max_num_batched_tokens, eviction.interval)
+        return min(whole, (2 * packed + cdiv(part, self.block_size) + 1) * self.page_size_bytes)
 
     @classmethod
     def merge(cls, specs: list[EvictableSpec]) -> EvictableSpec:

@@ -46,6 +46,8 @@ def add_flags(parser: Any, supported: bool = True) -> None:
         "budget": "TOKENS",
         "answers": "keep|evict",
         "interval": "TOKENS",
+        "prompts": "whole|bounded",
+        "prompt_interval": "TOKENS",
         "admission": "eager|steady",
         "policies": "POLICY,...",
     }

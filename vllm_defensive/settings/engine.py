@@ -32,6 +32,7 @@ on; below, what keeps most answers as they were (docs/quality.md)."""
 ScoredBy = Literal["auto", "window", "reconstruct", "learned"]
 Reuse = Literal["off", "boundary", "prefix", "chat"]
 Answers = Literal["keep", "evict"]
+Prompts = Literal["whole", "bounded"]
 
 
 class EvictionConfig(BaseModel):
@@ -82,6 +83,14 @@ class EvictionConfig(BaseModel):
         "last (learnedkv, with which learned-halokv goes on; streamingllm, random); keep: never",
     )
     interval: int = Field(256, ge=1, description="tokens that are generated between two evictions of a request")
+    prompts: Prompts = Field(
+        "whole",
+        description="bounded: prompts longer than an interval are evicted in parts as they are read, so that they may "
+        "be larger than the memory; by the same policies; whole: at their end",
+    )
+    prompt_interval: int | None = Field(
+        None, ge=1, description="tokens that are read between two evictions of such a prompt; none: those of a chunk"
+    )
     widths: str = Field(
         AUTO,
         description="bits in which what is kept is packed: 16, as the cache has it; or 8; or 4; or 8,4: the best "

@@ -7,6 +7,8 @@
     kv_eviction_budget     bytes that are kept at most, as tokens that nothing was evicted of
     kv_eviction_answers    "evict": what is generated is evicted as well, again and again; or "keep"
     kv_eviction_interval   tokens that are generated from one time to the next
+    kv_eviction_prompts    "bounded": its prompt is evicted in parts as it is read; or "whole"
+    kv_eviction_prompt_interval     tokens of such a part
     kv_eviction_widths     bits in which it is packed: "16", "k8v4", "8", "4", "8,4", or "auto"
     kv_eviction_boundary   evict when this many prompt tokens are computed; the rest of the prompt sees what was
                            kept, and is itself kept whole ("compress the document, then ask")
@@ -33,6 +35,7 @@ from vllm_defensive.settings.engine import (
     NONE,
     Answers,
     EvictionConfig,
+    Prompts,
     Reuse,
     ScoredBy,
     known_policy,
@@ -42,7 +45,9 @@ from vllm_defensive.settings.engine import (
 )
 
 _PREFIX = "kv_eviction"
-_INHERITED = ("policy", "keep", "reuse", "budget", "answers", "interval")  # where a request does not say otherwise
+# What a request has of the server's where it does not say otherwise; and of these, how often it is evicted at most.
+_INHERITED = ("policy", "keep", "reuse", "budget", "answers", "interval", "prompts", "prompt_interval")
+_ONCE = {"answers": "keep", "prompts": "whole"}
 _LATER = ("prefix", "chat")  # of such reuse, whatever a request packs or takes is asked about by others, later
 _LONGEST_PIN = 30 * 24 * 3600  # seconds: a month, which nobody remembers
 
@@ -64,6 +69,8 @@ class RequestSettings(BaseModel):
     budget: int | None = Field(None, ge=1)
     answers: Answers = "keep"
     interval: int = Field(256, ge=1)
+    prompts: Prompts = "whole"
+    prompt_interval: int | None = Field(None, ge=1)
     reuse: Reuse = "off"
     pin: float | None = Field(None, ge=0, le=_LONGEST_PIN)
     report: bool | Literal[0, 1] = False
@@ -122,7 +129,7 @@ def resolve(
         if (again := _evicted_again(engine, settings, own)) is not None:
             return again
         widths, meant = engine.meant_widths(engine.policy), engine.meant(engine.policy, boundary=engine.reuse in _LATER)
-        return settings.model_copy(update={"policy": meant, "widths": widths, "answers": "keep"})
+        return settings.model_copy(update={"policy": meant, "widths": widths, **_ONCE})
     if "budget" in own and "keep" not in own:
         inherited["keep"] = 1.0
     try:
@@ -141,7 +148,7 @@ def resolve(
     if settings.score is not None and settings.policy != AUTO:
         raise _wrong("kv_eviction_score", settings.score, f"goes with kv_eviction={AUTO!r}; leave it out")
     again = _evicted_again(engine, settings, own)
-    settings = settings.model_copy(update={"reuse": "off"} if again is not None else {"answers": "keep"})
+    settings = settings.model_copy(update={"reuse": "off"} if again is not None else _ONCE)
     widths = engine.meant_widths(settings.policy, settings.widths, settings.keep)
     if not engine.allows_widths(widths):
         raise _wrong("kv_eviction_widths", widths, _allowed("kv_eviction_widths", engine))
@@ -168,27 +175,31 @@ def resolve(
 
 
 def _evicted_again(engine: EvictionConfig, settings: RequestSettings, own: Mapping[str, Any]) -> RequestSettings | None:
-    """What becomes of the settings of a request that is evicted again while it generates; None: it is not. own: fields
-    that it named. Raises RequestFieldError if it asks for that and cannot have it."""
-    if settings.answers == "keep" or settings.policy == NONE:
+    """What becomes of the settings of a request that is evicted more than once; None: it is not. own: fields that it
+    named. Raises RequestFieldError if it asks for that and cannot have it."""
+    several = [field for field, once in _ONCE.items() if getattr(settings, field) != once]
+    if not several or settings.policy == NONE:
         return None
-    named, wants = "kv_eviction_answers", "answers" in own
+    named = next((field for field in several if field in own), None)
     # Whatever will be read is asked for later.
     meant = engine.meant(settings.policy, boundary=True, score=settings.score, keep=settings.keep)
+    widths, why = settings.widths or engine.widths, None
     if not engine.is_there(meant) or PRESETS[meant].evicts_answers_by is None:
-        if wants:
-            able = [name for name in engine.choices if name in PRESETS and PRESETS[name].evicts_answers_by is not None]
-            raise _wrong(named, "evict", f"{settings.policy} scores once; choose from {', '.join(able)}")
+        able = [name for name in engine.choices if name in PRESETS and PRESETS[name].evicts_answers_by is not None]
+        why = f"{settings.policy} scores a prompt once, as a whole; choose from {', '.join(able)}"
+    elif widths not in (AUTO, "16"):
+        why = f'goes with pages of 16 bits, not {widths}; choose kv_eviction_widths "16"'
+        named = named or ("widths" if "widths" in own else None)
+    elif own.get("reuse", "off") != "off":
+        why = "such a request leaves nothing to others; leave kv_eviction_reuse out"
+    if why is not None:
+        if named is not None:
+            raise _wrong(option_name(named), getattr(settings, named), why)
         return None
-    if settings.interval < engine.window:
-        raise _wrong("kv_eviction_interval", settings.interval, f"choose {engine.window} or more, as its window has")
-    widths = settings.widths or engine.widths
-    if widths not in (AUTO, "16"):
-        if wants or "widths" in own:
-            raise _wrong(named, "evict", f'goes with pages of 16 bits, not {widths}; choose kv_eviction_widths "16"')
-        return None
-    if wants and own.get("reuse", "off") != "off":
-        raise _wrong(named, "evict", "such a request leaves nothing to others; leave kv_eviction_reuse out")
+    for field in ("interval", "prompt_interval"):
+        tokens = getattr(settings, field)
+        if tokens is not None and tokens < engine.window:
+            raise _wrong(option_name(field), tokens, f"choose {engine.window} or more, as its window has")
     return settings.model_copy(update={"policy": meant, "widths": "16", "reuse": "off"})
 
 
@@ -251,6 +262,8 @@ _ALLOWED = {
     "kv_eviction_budget": "choose a whole number of tokens, 1 or more",
     "kv_eviction_answers": f"choose one of {', '.join(get_args(Answers))}",
     "kv_eviction_interval": "choose a whole number of tokens, 1 or more",
+    "kv_eviction_prompts": f"choose one of {', '.join(get_args(Prompts))}",
+    "kv_eviction_prompt_interval": "choose a whole number of tokens, 1 or more",
     "kv_eviction_widths": "choose one of {widths}",
     "kv_eviction_boundary": "choose a whole number of prompt tokens, 1 or more",
     "kv_eviction_protect": "choose a whole number of prompt tokens, 0 or more",

@@ -1,0 +1,129 @@
+"""Requests that are evicted as they generate, or as they are read, over pools that are full all the time: nothing leaks,
+nothing wrong is read, nobody is thrown out for an eviction's sake, and everybody ends."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.harness import Harness, text
+from tests.engine.integrity import held_blocks
+
+SCHEDULING = pytest.mark.parametrize(
+    "asynchronous, drafts", [(False, 0), (True, 0), (False, 4)], ids=["sync", "async", "drafts"]
+)
+
+
+def walk(h: Harness, seed: int, steps: int, longest: int, own: Any = lambda rng: None) -> dict[str, int]:
+    """Random work; returns what happened. own: fields of a request."""
+    rng, happened = random.Random(seed), {"preempted": 0, "most": 0}
+    for _ in range(steps):
+        if len(h.live) < 7 and rng.random() < 0.3:
+            prompt = text(rng.randrange(1, longest), rng.randrange(300))
+            h.add(prompt, max_tokens=rng.choice([1, 20, 300, 600]), extra_args=own(rng))
+        if h.live and rng.random() < 0.02:
+            h.abort(rng.choice(h.live))
+        happened["preempted"] += len(h.step().preempted_req_ids or ())
+        h.check()
+        happened["most"] = max(happened["most"], h.held)
+    h.run(9000)
+    h.assert_all_returned()
+    happened["repeats"] = sum(e.score.since is not None for e in h.evictions)
+    return happened
+
+
+@SCHEDULING
+@pytest.mark.parametrize("policy", ["streamingllm", "snapkv", "keep-all"])
+def test_answers(tiny_model: Path, policy: str, asynchronous: bool, drafts: int) -> None:
+    settings = {"keep": 0.5, "budget": 160, "answers": "evict", "interval": 64}
+    arguments = {"asynchronous": asynchronous, "drafts": drafts, "chunk": 96, "max_model_len": 1024}
+    h = Harness(tiny_model, num_blocks=30, policy=policy, **arguments, **settings)
+    happened = walk(h, seed=drafts, steps=400, longest=200)
+    assert happened["repeats"] > 15 and h.manager.lifecycle.totals.cancelled == 0
+    assert happened["preempted"] == 0, "they are let in by what they hold at most"
+    assert policy == "keep-all" or happened["most"] > 20
+
+
+@SCHEDULING
+def test_prompts_larger_than_the_pool(tiny_model: Path, asynchronous: bool, drafts: int) -> None:
+    settings = {"budget": 96, "answers": "evict", "interval": 64, "prompts": "bounded", "prompt_interval": 64}
+    arguments = {"asynchronous": asynchronous, "drafts": drafts, "chunk": 96, "max_model_len": 2048}
+    h = Harness(tiny_model, num_blocks=16, policy="streamingllm", **arguments, **settings)
+    happened = walk(h, seed=drafts + 1, steps=400, longest=1200)
+    assert happened["repeats"] > 50 and happened["preempted"] == 0
+    assert max(e.region.stop for e in h.evictions) > 2 * 16 * 32, "more than twice the pool"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_the_peak_of_a_bounded_prompt_is_as_planned(tiny_model: Path, asynchronous: bool) -> None:
+    """A budget of 3 blocks, parts of 2: both, what is packed anew, and the block that is being filled."""
+    settings = {"budget": 96, "answers": "evict", "interval": 64, "prompts": "bounded", "prompt_interval": 64}
+    h = Harness(
+        tiny_model, num_blocks=9, policy="streamingllm", asynchronous=asynchronous, max_model_len=2048, **settings
+    )
+    h.add(text(900, 1), max_tokens=300)
+    most = 0
+    while h.live:
+        h.step()
+        h.check()
+        most = max(most, h.held)
+    assert most <= 3 + 2 + 1 + 3
+    stops = [e.region.stop for e in h.evictions]
+    assert stops[:3] == [128, 192, 256] and 896 in stops and 900 in stops and stops[-1] > 1100
+
+
+def test_what_a_later_eviction_needs_is_kept_free(tiny_model: Path) -> None:
+    """Two that each hold 5 blocks at most and pack 3: in 12 there is no room for both and an eviction beside."""
+    settings = {"budget": 96, "answers": "evict", "interval": 32, "window": 32}
+    h = Harness(tiny_model, num_blocks=12, policy="streamingllm", max_model_len=1024, **settings)
+    for seed in range(2):
+        h.add(text(40, seed), max_tokens=400)
+    h.step()
+    assert len(h.scheduler.running) == 1
+    h.run()
+    h.assert_all_returned()
+    h = Harness(tiny_model, num_blocks=13, policy="streamingllm", max_model_len=1024, **settings)
+    for seed in range(2):
+        h.add(text(40, seed), max_tokens=400)
+    h.step()
+    assert len(h.scheduler.running) == 2
+    h.run()
+
+
+def test_an_eviction_waits_for_room_and_keeps_the_same(tiny_model: Path) -> None:
+    """Another request has all other blocks when the first one is due: it goes on, and is packed up to its stop later."""
+    settings = {"budget": 96, "answers": "evict", "interval": 64, "window": 32}
+    h = Harness(tiny_model, num_blocks=16, policy="snapkv", max_model_len=1024, **settings)
+    first = h.add(text(100, 1), max_tokens=200)
+    for _ in range(60):
+        h.step()
+    taken = h.pool.get_new_blocks(h.free - 1)  # as if a prompt were being read
+    for _ in range(20):
+        h.step()
+    assert not h.evictions
+    h.pool.free_blocks(taken)
+    h.step()
+    (eviction,) = h.evictions
+    assert eviction.region.stop == 164 and eviction.first_reader > 164
+    h.run()
+    assert h.evictions[1].region.stop == 228 and held_blocks(h.manager, first) == 0
+
+
+def test_a_worker_that_declines_leaves_what_was_packed(tiny_model: Path) -> None:
+    settings = {"budget": 96, "answers": "evict", "interval": 64, "window": 32}
+    h = Harness(tiny_model, num_blocks=30, policy="streamingllm", max_model_len=1024, **settings)
+    first = h.add(text(100, 1), max_tokens=300)
+    while len(h.evictions) < 2:
+        h.step()
+    h.ghost.declines.add(first)
+    for _ in range(70):
+        h.step()
+        h.check()
+    assert len(h.evictions) == 2 and h.manager.lifecycle.totals.cancelled == 1
+    h.ghost.declines.clear()
+    h.run()
+    assert len(h.evictions) > 2 and h.evictions[2].score.since == h.evictions[1].region
+    h.assert_all_returned()
