@@ -76,8 +76,8 @@ class Again:
             self._due[life.request.request_id] = life
 
     def chunk(self, life: Life, computed: int, num_new: int) -> int:
-        """How many of these tokens a request may compute in a step. A prompt that is bounded ends a step at each of its
-        stops, and stands still there until it was evicted; so does one that was preempted, and passes its stops again,
+        """How many of these tokens a request may compute in a step. A prompt that is bounded ends a step at each stop,
+        and stands still there until it was evicted. So does a request that was preempted, and passes its stops again,
         but it does not wait for room."""
         reads = computed < life.bounded
         if reads and life.phase is Phase.PACKING:
@@ -112,9 +112,12 @@ class Again:
 
     def _next_blocks(self, request: Request) -> int:
         """Blocks that a request may take in the next step, beside those that it has."""
-        left = request.num_tokens - request.num_computed_tokens
-        tokens = request.num_computed_tokens + max(1, min(self.step_tokens, left)) + self.drafts
-        return max(0, cdiv(tokens, self._outlook.block_tokens) - len(self._blocks_of.get(request.request_id, ())))
+        computed, life = request.num_computed_tokens, self._lifecycle.get(request.request_id)
+        tokens = max(1, min(self.step_tokens, request.num_tokens - computed))
+        if life is not None and life.again:
+            tokens = self.chunk(life, computed, tokens)  # who stands still waits for room itself
+        held = len(self._blocks_of.get(request.request_id, ()))
+        return max(0, cdiv(computed + tokens + self.drafts, self._outlook.block_tokens) - held) if tokens else 0
 
     def _evict(self, life: Life, room: int) -> int | None:
         """Plan one eviction. Returns the blocks that it takes, 0 if nothing is to be gained; None: there is no room.

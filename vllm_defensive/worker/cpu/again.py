@@ -2,8 +2,8 @@
 
 A packed page says nothing of where its tokens were in the text. So positions of kept tokens are kept beside the cache,
 of requests that are evicted while they generate, and where a policy's scores last its scores too: 8 bytes a token,
-layer and head. Such a token is scored once, when it is chosen from for the first time, and what is behind the packing is
-all that is read to score. Other policies look at all that is there once more, with the queries of a later window.
+layer and head. Such a token is scored once, when it is chosen from for the first time, and what is behind the packing
+is all that is read to score. Other policies look at all that is there once more, with the queries of a later window.
 
 Axes: as in `packing.py`; R = L*H rows, C candidates of a row: its packed tokens, then those of the blocks behind, then
 as many empty places as it takes to make all rows equally long.
