@@ -65,7 +65,8 @@ class Totals:
 class State:
     """What is the case now. Blocks: of the pool; saved ones are counted request by request, so that originals that two
     requests would share count twice. published, published_blocks: packings that others may adopt, held or not, and
-    their blocks; pinned_blocks: those of them that stay, used or not. stale_score: see `WorkerReport`."""
+    their blocks; pinned_blocks: those of them that stay, used or not. stale_score: see `WorkerReport`.
+    publishes: whether packings can be found again at all."""
 
     used_blocks: int = 0
     packed_blocks: int = 0
@@ -74,6 +75,7 @@ class State:
     published_blocks: int = 0
     pinned_blocks: int = 0
     stale_score: bool = False
+    publishes: bool = True
 
 
 @dataclass

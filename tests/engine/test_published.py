@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.engine.harness import Harness, text
-from vllm_defensive.compat.channels import read_message
+from vllm_defensive.compat.channels import read_message, take_counts
 from vllm_defensive.plan import Eviction
 
 DOCUMENT = text(320, 1)
@@ -44,6 +44,19 @@ def test_a_packing_is_adopted_after_its_request_has_ended(tiny_model: Path) -> N
     ask(h, 5)
     h.run()
     assert of(h) == (2, 2)
+
+
+def test_by_default_who_names_a_boundary_publishes_where_that_can_be(tiny_model: Path) -> None:
+    for caching, expected in ((True, (1, 1)), (False, (2, 0))):
+        h = Harness(tiny_model, num_blocks=100, keep=0.3, caching=caching)
+        for seed in (2, 3):
+            ask(h, seed, text(330, 1))
+            h.run()
+        assert of(h) == expected
+        assert h.evictions[0].region.stop == (320 if caching else 330)
+        states = [increase.state for stats in h.stats for increase in take_counts(stats) if increase.state is not None]
+        assert all(state.publishes == caching for state in states) and states
+        h.assert_all_returned()
 
 
 def test_sixty_four_questions_about_eight_documents(tiny_model: Path) -> None:

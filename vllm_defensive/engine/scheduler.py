@@ -274,6 +274,7 @@ class _EvictionMixin(Scheduler):
                 published_blocks=library.blocks,
                 pinned_blocks=library.pins.blocks,
                 stale_score=self._ledger.stale_score,
+                publishes=self.eviction_manager.outlook.may_publish,
             )
             if (increase := self._ledger.take(totals, now, lifecycle.take_done())) is not None:
                 channels.attach_counts(stats, increase)

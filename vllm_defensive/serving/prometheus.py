@@ -118,6 +118,7 @@ class EvictionStatLogger(AggregateStatLoggerBase):
         for decile, pages in enumerate(increase.decile_pages):
             self._pages.labels(self._model, str(engine), str(decile)).inc(pages)
         if increase.state is not None:
+            recent.note_publishing(increase.state.publishes)
             for name, gauge in self._gauges.items():
                 gauge.labels(self._model, str(engine)).set(getattr(increase.state, name))
             if engine in self._fresh:

@@ -132,7 +132,9 @@ def resolve(
         if tokens is not None and tokens > num_prompt_tokens:
             raise _wrong(option_name(field), tokens, f"the prompt has {num_prompt_tokens} tokens")
     if settings.pin is not None and engine.reuse == "off":
-        raise _wrong("kv_eviction_pin", settings.pin, "this server pins nothing; it takes --kv-eviction-reuse")
+        raise _wrong(
+            "kv_eviction_pin", settings.pin, "this server pins nothing: --kv-eviction-reuse or the prefix cache is off"
+        )
     if settings.pin is not None and (settings.boundary is None or not settings.outlives):
         needs = "goes with kv_eviction_boundary and kv_eviction_reuse, and without kv_eviction_protect"
         raise _wrong("kv_eviction_pin", settings.pin, needs)
