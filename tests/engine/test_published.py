@@ -216,6 +216,29 @@ def test_what_is_lost_is_packed_anew(tiny_model: Path) -> None:
     assert set(h.ghost._kept) <= {e.number for e in h.evictions if e.number}
 
 
+def test_what_does_not_fit_to_be_packed_can_begin_with_a_packing(tiny_model: Path) -> None:
+    """The document and a long question fit the pool, and not what would be packed of the document beside them."""
+    h = Harness(tiny_model, num_blocks=16, keep=0.3, reuse="boundary", max_model_len=480)
+    ask(h, 2)
+    h.run()
+    long = {"prompt": DOCUMENT + text(130, 3), "max_tokens": 4, "extra_args": {"kv_eviction_boundary": 320}}
+    adopter = h.add(**long)
+    h.run()
+    assert of(h) == (1, 1) and h.hits[adopter] == 320
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(h.manager.outlook, "windows_before", lambda request, end: None)  # of other layers, which are lost
+        h.add(**long)
+        h.run()
+    assert of(h) == (1, 1), "it is served whole"
+    h.add(text(480 - 16, 5), max_tokens=4, extra_args={"kv_eviction": "none"})
+    h.run()
+    assert not len(h.manager.lifecycle.library)
+    h.add(**long)
+    h.run()
+    assert of(h) == (1, 1), "nothing is there to begin with"
+    h.assert_all_returned()
+
+
 def test_other_weights_forget_everything(tiny_model: Path) -> None:
     """Who holds a packing keeps it; nobody begins with it, nor with one that is being made."""
     h = Harness(tiny_model, num_blocks=200, keep=0.3, reuse="boundary", chunk=64)

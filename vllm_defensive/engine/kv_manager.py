@@ -236,6 +236,8 @@ class EvictionBlockManager(FullAttentionManager):
                 life.published = found
                 others[self.kv_cache_group_id] = [self._null_block] * (found.end // self.block_size)
                 return found.end, others
+        if not life.fits:
+            self.lifecycle.stay_whole(life)
         return None
 
     def waits_for(self, request: Request, at_least: int) -> Key | None:

@@ -70,7 +70,9 @@ class Outlook:
         beside = count
         if repeats:
             beside += echo_blocks(stop, self.max_model_len, self.block_tokens) + self.blocks_beside(repeats)
-        if not count or not self._fits(request, beside, blocks_of):
+        life.fits = not count or self._fits(request, beside, blocks_of)
+        # Who begins with a packing has no originals.
+        if not count or not (life.fits or any(self.may_begin_with(life, 1))):
             life.turn(Phase.WHOLE)
             life.key = None
         return life
