@@ -11,6 +11,12 @@ from vllm_defensive.plan import Eviction
 DECILES = 10  # of the layers, by depth: statistics by layer have as many rows for any model
 REMEMBERED = 1000  # evictions that can be asked for by the id of their request
 
+WEIGHT_CALLS = (
+    "reload_weights", "update_weights", "finish_weight_update", "reset_weights", "apply_model", "load_learned"
+)  # fmt: skip
+"""Methods of workers after which `WorkerReport.other_weights` holds. The engine hears of each call as well, before it
+schedules anything more."""
+
 
 @dataclass
 class WorkerReport:

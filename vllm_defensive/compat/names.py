@@ -124,6 +124,7 @@ SERVING: dict[str, dict[str, str | None]] = {
 ENGINE: dict[str, dict[str, str | None]] = {
     "vllm.sampling_params": _has("SamplingParams", "extra_args stop max_tokens temperature ignore_eos detokenize"),
     "vllm.v1.engine": _has("EngineCoreOutput", "request_id prefill_stats kv_transfer_params"),
+    "vllm.v1.engine.core": {"EngineCore.collective_rpc": "method, ..."},  # P10
     "vllm.utils.math_utils": {"cdiv": "a, b"},
     "vllm.v1.request": {
         "Request.__init__": (

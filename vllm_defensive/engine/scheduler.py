@@ -13,7 +13,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_defensive.compat import channels, contract, scheduling
-from vllm_defensive.counts import State
+from vllm_defensive.counts import WEIGHT_CALLS, State
 from vllm_defensive.engine.admission import ExpectedLength, Load, fits
 from vllm_defensive.engine.amendments import Amendments
 from vllm_defensive.engine.echo import Echoes, instruction_ids
@@ -45,6 +45,7 @@ class _EvictionMixin(Scheduler):
         self._refused: tuple[Any, ...] = ()  # who was not let in, and what was looked at
         self._longest_hit: int | None = None
         self._starved = False  # in this step there was no memory for somebody
+        self._told_of_weights = False  # by who has changed them; the workers will say the same once more
         self._waits_for: Key | None = None  # whose packing the request that is looked at waits for
         self._parking = Parking(self, manager.lifecycle.is_being_packed)
         # A request must have a token left to compute; with one, vLLM would fill the row up with placeholders for
@@ -218,7 +219,9 @@ class _EvictionMixin(Scheduler):
         if report is not None:
             self._ledger.note_worker(report)
             if report.other_weights:
-                self.eviction_manager.lifecycle.library.forget_all()
+                if not self._told_of_weights:
+                    self.eviction_manager.lifecycle.library.forget_all()
+                self._told_of_weights = False
             for eviction in channels.read_message(scheduler_output).evictions if report.cancelled else ():
                 if eviction.request_id in report.cancelled:
                     self.eviction_manager.cancel(eviction)
@@ -229,6 +232,12 @@ class _EvictionMixin(Scheduler):
         for of_client in outputs.values():
             self._amendments.apply(of_client.outputs, hashed_tokens)
         return outputs
+
+    def note_call(self, method: Any) -> None:
+        """The workers were called by this name, or with a function."""
+        if method in WEIGHT_CALLS:
+            self.eviction_manager.lifecycle.library.forget_all()
+            self._told_of_weights = True
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
         """vLLM's; all blocks are to be free then, and an echo may hold some though it waits."""
@@ -289,10 +298,16 @@ class EvictionAsyncScheduler(_EvictionMixin, AsyncScheduler):
     """Asynchronous scheduling with eviction."""
 
 
+def _note_call(scheduler: Any, method: Any) -> None:
+    if isinstance(scheduler, _EvictionMixin):
+        scheduler.note_call(method)
+
+
 def make_scheduler(*args: Any, **kwargs: Any) -> Scheduler:
     """What vLLM calls as its scheduler class: the platform decides last whether scheduling is asynchronous."""
     contract.require("engine")
     vllm_config = kwargs["vllm_config"]
     assert from_vllm_config(vllm_config) is not None
+    scheduling.patch_calls_of_workers(_note_call)
     scheduler_cls = EvictionAsyncScheduler if vllm_config.scheduler_config.async_scheduling else EvictionScheduler
     return scheduler_cls(*args, **kwargs)
