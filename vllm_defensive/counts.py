@@ -48,7 +48,8 @@ class WorkerReport:
 class Totals:
     """What eviction has done so far: requests, tokens, blocks. held_tokens: those that would take, unpacked, the memory
     that kept ones take. adoptions: requests that began with another's packing; adopted_tokens: of their prompts, before
-    its stop. published, lost: packings that outlive their request, and that others were given the memory of."""
+    its stop. published: packings that outlive their request; lost: those that others were given the memory of; dropped:
+    those that were replaced or forgotten. The others are there."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -62,6 +63,7 @@ class Totals:
     adopted_tokens: int = 0
     published: int = 0
     lost: int = 0
+    dropped: int = 0
 
     def __sub__(self, other: Totals) -> Totals:
         return Totals(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))

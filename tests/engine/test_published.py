@@ -247,8 +247,9 @@ def test_other_weights_forget_everything(tiny_model: Path) -> None:
         h.step()
     packer = ask(h, 3, text(320, 60))
     h.step()
-    h.manager.lifecycle.library.forget_all()
-    assert len(h.manager.lifecycle.library) == 0
+    library = h.manager.lifecycle.library
+    library.forget_all()
+    assert (len(library), library.published, library.lost, library.dropped) == (0, 1, 0, 1)
     ask(h, 4), ask(h, 5, text(320, 60))
     assert holder in h.live and packer in h.live
     h.run()
@@ -408,6 +409,7 @@ def test_a_replaced_end_takes_those_that_stand_on_it_along(tiny_model: Path) -> 
     h.run()
     assert [e.request_id for e in h.evictions] == ["r0", again]
     assert sorted(p.end for p in library._by_key.values())[:2] == [320, 512] and len(library) == 3
+    assert (library.published, library.lost, library.dropped) == (7, 0, 4), "the end, and three answers"
     h.assert_all_returned()
 
 

@@ -274,7 +274,7 @@ class _EvictionMixin(Scheduler):
             lifecycle, pool = self.eviction_manager.lifecycle, self.kv_cache_manager.block_pool
             used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # block 0 is vLLM's null block
             library, totals = lifecycle.library, lifecycle.totals
-            totals.published, totals.lost = library.published, library.lost
+            totals.published, totals.lost, totals.dropped = library.published, library.lost, library.dropped
             now = State(
                 used_blocks=used,
                 packed_blocks=lifecycle.packed_blocks,

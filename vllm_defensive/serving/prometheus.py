@@ -40,6 +40,10 @@ COUNTERS = {
     "adopted_tokens": ("vllm:kv_eviction_adopted_tokens", "Tokens of their prompts that they did not compute."),
     "published": ("vllm:kv_eviction_published", "Packings that outlived their request."),
     "lost": ("vllm:kv_eviction_published_lost", "Those of them whose memory was needed by others."),
+    "dropped": (
+        "vllm:kv_eviction_published_dropped",
+        "Those of them that were forgotten: replaced, or by new weights, or with the prefix cache.",
+    ),
 }
 # Seconds are a histogram: `LLM.get_metrics()` cuts counters down to whole numbers.
 SECONDS = ("vllm:kv_eviction_seconds", "Seconds that a step spent on scoring and packing.")
