@@ -186,7 +186,11 @@ def test_a_document_is_posted_asked_about_and_let_go(server: str) -> None:
     (listed,) = json.loads(urllib.request.urlopen(f"{server}/kv_eviction/documents").read())["documents"]
     assert listed == told
     request = urllib.request.Request(f"{server}/kv_eviction/documents/{told['id']}", method="DELETE")
+    before = counter(server, "vllm:prompt_tokens_total"), counter(server, "vllm:kv_eviction_adoptions_total")
     assert json.loads(urllib.request.urlopen(request).read())["pinned_until"] is None
+    after = counter(server, "vllm:prompt_tokens_total"), counter(server, "vllm:kv_eviction_adoptions_total")
+    assert after == before, "nothing was computed for it"
+    assert counter(server, "vllm:kv_eviction_pinned_blocks") == 0
     assert not json.loads(urllib.request.urlopen(f"{server}/kv_eviction/documents").read())["documents"]
     with pytest.raises(urllib.error.HTTPError) as refused:
         send(server, "/kv_eviction/documents", prompt=document, keep=3)

@@ -380,6 +380,32 @@ def test_pins_are_renewed_and_taken_back(tiny_model: Path) -> None:
     h.assert_all_returned()
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("there", [True, False], ids=["there", "lost"])
+def test_a_pin_is_taken_back_without_a_step(tiny_model: Path, there: bool, asynchronous: bool) -> None:
+    """And what was lost is not packed anew for it."""
+    h = Harness(tiny_model, num_blocks=60, keep=0.3, asynchronous=asynchronous, admission="steady")
+    library = h.manager.lifecycle.library
+    ask(h, 2, kv_eviction_pin=60)
+    h.run()
+    assert library.pins.blocks
+    if not there:
+        library.forget_all()
+    unpinning = h.add([*DOCUMENT, 5], max_tokens=9, extra_args={"kv_eviction_boundary": 320, "kv_eviction_pin": -1})
+    assert not h.live and h.scheduler.has_requests(), "a step tells its client"
+    output = h.scheduler.schedule()
+    assert not output.num_scheduled_tokens
+    outputs = h.scheduler.update_from_output(output, h._draw(output, {}))
+    (told,) = [told for of_client in outputs.values() for told in of_client.outputs]
+    assert (told.request_id, told.new_token_ids, str(told.finish_reason)) == (unpinning, [], "stop")
+    assert not library.pins.blocks and len(library) == there
+    assert h.scheduler._answers.mean == 16, "an empty answer says nothing of the next one's length"
+    ask(h, 3)
+    h.run()
+    assert of(h) == ((1, 1) if there else (2, 0))
+    h.assert_all_returned()
+
+
 def test_no_more_is_pinned_than_may_be(tiny_model: Path) -> None:
     h = Harness(tiny_model, num_blocks=60, keep=0.3, reuse="boundary", pinned=0.1)
     reports = []

@@ -101,7 +101,9 @@ class Library:
         self._gone: list[int] = []
         self._last = 0
         self.generation = 0
-        self.published = self.lost = self.dropped = 0  # all that were; whose memory others took; the others that are gone
+        self.published = self.lost = self.dropped = (
+            0  # all that were; whose memory others took; the others that are gone
+        )
         self.blocks = 0  # of all that are whole, held or not
         self.unheld_blocks = 0  # those of them that nobody holds
 

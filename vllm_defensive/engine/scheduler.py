@@ -10,12 +10,13 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_defensive.compat import channels, contract, scheduling
 from vllm_defensive.counts import WEIGHT_CALLS, State
 from vllm_defensive.engine.admission import ExpectedLength, Load, fits
-from vllm_defensive.engine.amendments import Amendments
+from vllm_defensive.engine.amendments import Amendments, empty_answer
 from vllm_defensive.engine.echo import Echoes, instruction_ids
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
 from vllm_defensive.engine.life import ECHOING, PREFILL
@@ -45,6 +46,7 @@ class _EvictionMixin(Scheduler):
         self._refused: tuple[Any, ...] = ()  # who was not let in, and what was looked at
         self._longest_hit: int | None = None
         self._starved = False  # in this step there was no memory for somebody
+        self._ended_at_once: list[Request] = []  # since the last step that was processed
         self._told_of_weights = False  # by who has changed them; the workers will say the same once more
         self._waits_for: Key | None = None  # whose packing the request that is looked at waits for
         self._parking = Parking(self, manager.lifecycle.is_being_packed)
@@ -82,6 +84,10 @@ class _EvictionMixin(Scheduler):
     def add_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super().add_request(request, *args, **kwargs)
         if self.requests.get(request.request_id) is request:  # and not more input of a session
+            if self.eviction_manager.unpin(request):
+                self._ended_at_once.append(request)
+                self.finish_requests(request.request_id, RequestStatus.FINISHED_STOPPED)
+                return
             self.eviction_manager.outlook.relatives.add(request)
             self._amendments.expect(request)
 
@@ -231,6 +237,9 @@ class _EvictionMixin(Scheduler):
         self._echoes.processed(outputs.values())
         for of_client in outputs.values():
             self._amendments.apply(of_client.outputs, hashed_tokens)
+        for request in self._ended_at_once:
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(empty_answer(request))
+        self._ended_at_once.clear()
         return outputs
 
     def note_call(self, method: Any) -> None:
@@ -256,8 +265,9 @@ class _EvictionMixin(Scheduler):
         request_id, lifecycle = request.request_id, self.eviction_manager.lifecycle
         self.eviction_manager.publish_ended(request_id)
         report = lifecycle.report(request_id)
-        if self._answers is not None and request.status in _ENDED and request.max_tokens > 1:
-            self._answers.add(request.num_output_tokens)
+        said = request.num_output_tokens
+        if self._answers is not None and request.status in _ENDED and request.max_tokens > 1 and said:
+            self._answers.add(said)
         for_response, *others = super()._free_request(request, *args, **kwargs)
         lifecycle.forget(request_id)
         self.eviction_manager.outlook.forget(request_id)
