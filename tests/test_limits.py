@@ -40,7 +40,7 @@ def vllm_config(**changes: Any) -> Any:
             prefill_context_parallel_size=1,
             use_ubatching=False,
         ),
-        cache_config=SimpleNamespace(cache_dtype="auto", kv_cache_dtype_skip_layers=[]),
+        cache_config=SimpleNamespace(cache_dtype="auto", kv_cache_dtype_skip_layers=[], enable_prefix_caching=True),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=512, disable_hybrid_kv_cache_manager=False),
         speculative_config=None,
         kv_transfer_config=None,

@@ -16,9 +16,9 @@ __version__ = "0.1.0"
 def engine_kwargs(policy: str, **settings: Any) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM` or `EngineArgs` that switch eviction on.
 
-    settings: score, learned, keep, window, min_tokens, audit, shared, admission, per_request, policies (a list), as
-    the flags of the same names. Raises ValueError for wrong ones, and where VLLM_PLUGINS keeps vLLM from loading
-    this plugin.
+    settings: score, learned, keep, widths, window, min_tokens, audit, shared, reuse, pinned, admission, per_request,
+    policies (a list), as the flags of the same names. Raises ValueError for wrong ones, and where VLLM_PLUGINS keeps
+    vLLM from loading this plugin.
     """
     from vllm_defensive.settings import engine as config
 

@@ -11,6 +11,12 @@ from vllm_defensive.plan import Eviction
 DECILES = 10  # of the layers, by depth: statistics by layer have as many rows for any model
 REMEMBERED = 1000  # evictions that can be asked for by the id of their request
 
+WEIGHT_CALLS = (
+    "reload_weights", "update_weights", "finish_weight_update", "reset_weights", "apply_model", "load_learned"
+)  # fmt: skip
+"""Methods of workers after which `WorkerReport.other_weights` holds. The engine hears of each call as well, before it
+schedules anything more."""
+
 
 @dataclass
 class WorkerReport:
@@ -42,8 +48,9 @@ class WorkerReport:
 class Totals:
     """What eviction has done so far: requests, tokens, blocks. held_tokens: those that would take, unpacked, the memory
     that kept ones take. adoptions: requests that began with another's packing; adopted_tokens: of their prompts, before
-    its stop. repeats: evictions of requests that had been evicted before, which count there alone. published, lost:
-    packings that outlive their request, and that others were given the memory of."""
+    its stop. repeats: evictions of requests that had been evicted before, which count there alone. published: packings
+    that outlive their request; lost: those that others were given the memory of; dropped: those that were replaced or
+    forgotten. The others are there."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -58,6 +65,7 @@ class Totals:
     repeats: int = 0
     published: int = 0
     lost: int = 0
+    dropped: int = 0
 
     def __sub__(self, other: Totals) -> Totals:
         return Totals(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -67,7 +75,8 @@ class Totals:
 class State:
     """What is the case now. Blocks: of the pool; saved ones are counted request by request, so that originals that two
     requests would share count twice. published, published_blocks: packings that others may adopt, held or not, and
-    their blocks; pinned_blocks: those of them that stay, used or not. stale_score: see `WorkerReport`."""
+    their blocks; pinned_blocks: those of them that stay, used or not. stale_score: see `WorkerReport`.
+    publishes: whether packings can be found again at all."""
 
     used_blocks: int = 0
     packed_blocks: int = 0
@@ -76,6 +85,7 @@ class State:
     published_blocks: int = 0
     pinned_blocks: int = 0
     stale_score: bool = False
+    publishes: bool = True
 
 
 @dataclass

@@ -39,7 +39,7 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
             settings.reuse != "off" and not cache.enable_prefix_caching,
             "enable_prefix_caching",
             False,
-            "packings are found by its hashes; drop --kv-eviction-reuse",
+            "packings are found by its hashes; drop --kv-eviction-reuse, which is off by default then",
         ),
         (model.runner_type != "generate", "runner", model.runner_type, "use a model that generates text"),
         (model.is_encoder_decoder, "model", model.model, "use a decoder-only model"),
@@ -175,6 +175,11 @@ def evictable_group(groups: Sequence[Any]) -> int:
                 f"supported beside evicted layers; {TURN_OFF}"
             )
     return evictable[0]
+
+
+def of_one_size(groups: Sequence[Any]) -> bool:
+    """Whether the blocks of all KV cache groups have as many tokens, so that packings can be found by their hashes."""
+    return len({group.kv_cache_spec.block_size for group in groups}) == 1
 
 
 def check_layers(names: list[str], layers: list[Any], context: Mapping[str, Any]) -> None:

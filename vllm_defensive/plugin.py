@@ -79,6 +79,7 @@ def _after_engine_config(vllm_config: Any, settings: Any) -> None:
     from vllm_defensive import limits, startup
 
     with _one_line_for_commands():
+        settings = startup.settle(vllm_config, settings)
         limits.check(vllm_config, settings)
     startup.add_echo_slot(vllm_config, settings)
 

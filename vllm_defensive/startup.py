@@ -32,8 +32,7 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
     contract.require(*contract.all_sides())
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    # They import a web framework, which engines without eviction need not.
-    from vllm_defensive.serving import checks, status
+    from vllm_defensive.serving import checks
 
     platform = platforms.current()
     worker, block = platform
@@ -59,7 +58,18 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
         patches.patch_responses(checks.check_request)
         patches.patch_bodies(checks.check_body)
     additional[KEY] = settings.as_json()
-    status.configure(additional[KEY])
+    return settings
+
+
+def settle(vllm_config: Any, settings: EvictionConfig) -> EvictionConfig:
+    """What `prepare` returned, once vLLM has settled its own options: the default of what depends on them, for this
+    engine's processes and for those who ask this one."""
+    from vllm_defensive.serving import status  # it imports a web framework, which engines without eviction need not
+
+    settings = settings.settled(bool(vllm_config.cache_config.enable_prefix_caching))
+    # The arguments' own dict stays as it is: another engine may be made of it.
+    vllm_config.additional_config = {**vllm_config.additional_config, KEY: settings.as_json()}
+    status.configure(vllm_config.additional_config[KEY])
     return settings
 
 

@@ -78,6 +78,7 @@ class Engine:
         torch.set_num_threads(1)
         # Settings measured side by side share their whole prompt; each must be evicted as if it were alone.
         own: dict[str, Any] = {"per_request": True, "shared": "evict", "audit": audit, "learned": learned}
+        own["reuse"] = "off"  # and at its boundary, to the token, unless it says otherwise
         self.llm = LLM(
             str(model),
             dtype=dtype,

@@ -157,7 +157,8 @@ ORDERS: dict[str, float | None] = {"round-robin": None, "zipf": 1.0}
 """In which documents are asked about: the exponent of Zipf's law, None in turn."""
 DOCUMENT_ROWS = {
     "fp8": "stock vLLM with --kv-cache-dtype fp8, twice the tokens in the same bytes",
-    "evict": "the policy at keep 0.2 in 16 bits (auto: in what it picks); requests name the document's end as boundary",
+    "evict": "the policy at keep 0.2 in 16 bits (auto: in what it picks); requests name the document's end as "
+    "boundary, and nothing outlives them",
     "reuse": "the same with --kv-eviction-reuse boundary",
     "narrow": "the same at keep 0.1 in k8v4",
 }
@@ -212,7 +213,7 @@ def document_scenarios(sizes: Sizes) -> list[Scenario]:
     evict = evicting(sizes.policy, 0.2)
     rows = {
         "fp8": replace(FP8, optional=True),
-        "evict": evict,
+        "evict": replace(evict, args=(*evict.args, "--kv-eviction-reuse", "off")),
         "reuse": reusing(evict, "boundary"),
         "narrow": reusing(evicting(sizes.policy, 0.1, "k8v4"), "boundary"),
     }

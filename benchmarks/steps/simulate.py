@@ -45,7 +45,7 @@ QUEUE_ROWS: dict[str, dict[str, Any]] = {
 PACKINGS_ROWS: dict[str, dict[str, Any]] = {
     "stock": {},
     "stock again": {},
-    "ours, all evicted": {"policy": "snapkv", "keep": 0.2},
+    "ours, all evicted": {"policy": "snapkv", "keep": 0.2, "reuse": "off"},
     "ours, packings held": {"policy": "snapkv", "keep": 0.2, "reuse": "prefix"},
 }
 """The rows where each request looks for a packing to begin with, among those of other documents."""

@@ -59,7 +59,7 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def settings(folder: Path) -> dict[str, Any]:
     """With pages of 32 tokens, as the formulas are written for."""
-    return {"dtype": "float32", "audit": str(folder), "block_size": 32, "shared": "evict"}
+    return {"dtype": "float32", "audit": str(folder), "block_size": 32, "shared": "evict", "reuse": "off"}
 
 
 @pytest.mark.nightly

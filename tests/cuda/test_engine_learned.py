@@ -28,7 +28,7 @@ PROMPTS = [prompt[:n] for prompt, n in zip(formulas.PROMPTS, (141, 257), strict=
 def settings(folder: Path, score: Path) -> dict[str, Any]:
     """With pages of 32 tokens, as the formulas are written for."""
     policies = [*formulas.POLICIES, "echokv", "snapkv"]
-    shape = {"dtype": "float32", "block_size": 32, "shared": "evict", "policies": policies}
+    shape = {"dtype": "float32", "block_size": 32, "shared": "evict", "reuse": "off", "policies": policies}
     return {**shape, "audit": str(folder), "learned": str(score)}
 
 

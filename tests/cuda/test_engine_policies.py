@@ -61,7 +61,8 @@ def test_answers_equal_the_masked_reference(model: Path, tmp_path: Path, kernels
     alone = random_prompts((70, 129), seed=9)
     batch = [(policy, p) for i, policy in enumerate(POLICIES) for p in random_prompts((141, 257), seed=i)]
     fields = [{"kv_eviction": policy, "kv_eviction_keep": KEEP} for policy, _ in batch] + [{"kv_eviction": "none"}] * 2
-    with engine(model, "snapkv", dtype="float32", audit=str(tmp_path), max_num_seqs=2 * len(POLICIES)) as llm:
+    settings = {"dtype": "float32", "audit": str(tmp_path), "max_num_seqs": 2 * len(POLICIES), "reuse": "off"}
+    with engine(model, "snapkv", **settings) as llm:
         answers = generate(llm, [p for _, p in batch] + alone, TOKENS, extra_args=fields)
         longer = [p + q for (_, p), q in zip(batch, random_prompts([40] * len(batch), seed=77), strict=True)]
         fields = [{**extra, "kv_eviction_boundary": len(p)} for extra, (_, p) in zip(fields, batch, strict=False)]

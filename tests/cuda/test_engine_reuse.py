@@ -50,7 +50,7 @@ def settings(widths: str) -> dict[str, Any]:
 @cache
 def packed_for_themselves(model: Path, widths: str) -> list[Answer]:
     """One after the other, each to an empty cache, where no packing outlives its request."""
-    with engine(model, POLICY, **settings(widths)) as llm:
+    with engine(model, POLICY, reuse="off", **settings(widths)) as llm:
         answers = []
         for prompt, (document, _) in zip(PROMPTS, ASKED, strict=True):
             own = [{"kv_eviction_boundary": STOPS[document]}]
@@ -99,7 +99,7 @@ def test_who_adopts_answers_as_if_it_had_packed(
     fields = [{"kv_eviction_boundary": len(DOCUMENTS[document])} for document, _ in ASKED]
     for name in ("begin", "step"):
         monkeypatch.setattr(CUDARuntime, name, guarded(getattr(CUDARuntime, name), no_waiting))
-    with engine(model, POLICY, reuse="boundary", audit=str(tmp_path), **settings(widths), **how) as llm:
+    with engine(model, POLICY, audit=str(tmp_path), **settings(widths), **how) as llm:
         packers = generate(llm, PROMPTS[:2], TOKENS, extra_args=fields[:2])
         kernel_calls.clear()
         graphs.replays[0] = 0

@@ -40,8 +40,9 @@ def audits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(tiny_model: Path, audits: Path) -> Iterator[Any]:
-    """Chunks of 200 tokens, so that windows are spread over chunks and chunks end at boundaries."""
-    settings = {"per_request": True, "audit": str(audits), "max_num_batched_tokens": 200}
+    """Chunks of 200 tokens, so that windows are spread over chunks and chunks end at boundaries. Nothing outlives its
+    request, so that these are to the token."""
+    settings = {"per_request": True, "reuse": "off", "audit": str(audits), "max_num_batched_tokens": 200}
     with engine(tiny_model, "none", dtype="float32", **settings) as llm:
         yield llm
 

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 def test_chunks_and_company_do_not_change_what_is_kept(tiny_model: Path, tmp_path: Path) -> None:
     own = fields(kv_eviction="layer-defensivekv", kv_eviction_keep=0.3)
     here, there = tmp_path / "together", tmp_path / "alone"
-    settings = {"per_request": True, "dtype": "float32"}
+    settings = {"per_request": True, "dtype": "float32", "reuse": "off"}
     with engine(tiny_model, "none", audit=str(here), max_num_batched_tokens=200, **settings) as llm:
         together = generate(llm, PROMPTS, 8, own)
     with engine(tiny_model, "none", audit=str(there), **settings) as llm:
@@ -38,12 +38,12 @@ def test_chunks_and_company_do_not_change_what_is_kept(tiny_model: Path, tmp_pat
 
 def test_thrown_out_requests_are_evicted_at_their_boundary_again(tiny_model: Path, tmp_path: Path) -> None:
     own = [{"kv_eviction_boundary": 200, "kv_eviction_keep": 0.4}] * 6
-    prompts = random_prompts([260] * 6, seed=9)
-    with engine(tiny_model, "snapkv", dtype="float32", min_tokens=64) as roomy:
+    prompts, common = random_prompts([260] * 6, seed=9), {"dtype": "float32", "min_tokens": 64, "reuse": "off"}
+    with engine(tiny_model, "snapkv", **common) as roomy:
         expected = generate(roomy, prompts, 120, own)
         assert metrics_of(roomy)["vllm:num_preemptions"] == 0
-    small = {"max_model_len": 512, "num_gpu_blocks_override": 26, "audit": str(tmp_path), "min_tokens": 64}
-    with engine(tiny_model, "snapkv", dtype="float32", **small) as tight:
+    small = {"max_model_len": 512, "num_gpu_blocks_override": 26, "audit": str(tmp_path)}
+    with engine(tiny_model, "snapkv", **common, **small) as tight:
         answers = generate(tight, prompts, 120, own)
         assert metrics_of(tight)["vllm:num_preemptions"] > 0
         assert largest_difference(answers, expected) <= FLOAT_NOISE

@@ -126,7 +126,7 @@ def test_a_response_reports_what_was_kept_if_asked(server: Server, client: opena
     told = {"policy": "layer-defensivekv", "widths": "16", "adopted": False}
     assert report == {"kv_eviction": {**told, "prompt_tokens": prompt, "kept_tokens": kept, "held_tokens": kept}}
     half = ask(kv_eviction_report=True, kv_eviction_boundary=200)["kv_eviction"]
-    assert half["prompt_tokens"] == prompt and half["kept_tokens"] == prompt - 200 + 2 * 32 + 200 % 32
+    assert half["prompt_tokens"] == prompt and half["kept_tokens"] == prompt - 192 + 2 * 32
     whole = ask(kv_eviction_report=1, kv_eviction="none")["kv_eviction"]
     assert whole == {"policy": "none", **dict.fromkeys(("prompt_tokens", "kept_tokens", "held_tokens"), prompt)}
     assert ask() is None

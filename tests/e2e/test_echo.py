@@ -135,6 +135,7 @@ def test_kept_sets_are_those_of_a_model_that_repeats_the_prompt(
     fields: list[dict[str, Any]] = [{"kv_eviction": policy, "kv_eviction_keep": KEEP, **own} for policy, _, own in rows]
     fields += [{"kv_eviction": "snapkv"}, {"kv_eviction": "none"}]
     settings = {"dtype": "float32", "audit": str(tmp_path), "max_num_batched_tokens": chunk, "shared": "evict"}
+    settings["reuse"] = "off"
     with engine(tiny_model, "halokv", asynchronous=asynchronous, **settings) as llm:
         turns = [generate(llm, prompts, 12, extra_args=fields) for _ in range(2)]
         assert_all_returned(llm)

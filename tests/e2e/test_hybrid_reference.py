@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(tiny_gemma3: Path, folder: Path) -> Iterator[Any]:
-    with engine(tiny_gemma3, "snapkv", keep=0.3, dtype="float32", audit=str(folder)) as llm:
+    with engine(tiny_gemma3, "snapkv", keep=0.3, dtype="float32", audit=str(folder), reuse="off") as llm:
         yield llm
         assert_all_returned(llm)
 
@@ -93,7 +93,7 @@ def test_thrown_out_requests_equal_the_masked_reference(
 ) -> None:
     """Evicted at the end of their prompts, then at a boundary; six together outgrow the pool while they answer."""
     prompts = random_prompts([170] * 6, seed=9)
-    small = {"max_model_len": 384, "num_gpu_blocks_override": 60, "audit": str(tmp_path)}
+    small = {"max_model_len": 384, "num_gpu_blocks_override": 60, "audit": str(tmp_path), "reuse": "off"}
     with engine(tiny_gemma3, "snapkv", keep=0.4, dtype="float32", **small) as llm:
         before = 0.0
         for fields, evicted_at in (({}, 170), ({"kv_eviction_boundary": 130}, 130)):

@@ -84,7 +84,7 @@ def stock(model: Path) -> list[Answer]:
 @pytest.fixture(scope="module")
 def llm(model: Path, audits: Path, stock: list[Answer]) -> Iterator[Any]:
     """stock: its engine has to go first."""
-    with engine(model, "layer-defensivekv", keep=0.3, audit=str(audits), **COMMON) as llm:
+    with engine(model, "layer-defensivekv", keep=0.3, audit=str(audits), reuse="off", **COMMON) as llm:
         yield llm
 
 

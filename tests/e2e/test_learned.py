@@ -83,6 +83,7 @@ def test_kept_sets_are_those_of_the_formulas(tiny_model: Path, tmp_path: Path, c
     fields = [{"kv_eviction": policy, "kv_eviction_keep": KEEP, **own} for policy, _, own in rows]
     fields += [{"kv_eviction": "snapkv"}, {"kv_eviction": "none"}]
     settings = {"dtype": "float32", "max_num_batched_tokens": chunk, "shared": "evict", "learned": str(path)}
+    settings["reuse"] = "off"
     with engine(tiny_model, "halokv", asynchronous=asynchronous, audit=str(tmp_path), **settings) as llm:
         turns = [generate(llm, prompts, 12, extra_args=fields) for _ in range(2)]
         assert_all_returned(llm)

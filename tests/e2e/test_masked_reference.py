@@ -82,7 +82,7 @@ def run(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pyte
     ]
     score, reference = folder / "score.safetensors", ReferenceLlama(tiny_model)
     score_of(reference, tiny_model, score)
-    with engine(tiny_model, "snapkv", dtype=request.param, audit=str(folder), learned=str(score)) as llm:
+    with engine(tiny_model, "snapkv", dtype=request.param, audit=str(folder), learned=str(score), reuse="off") as llm:
         first = ask(llm, folder, prompts)
         more = random_prompts([60] * len(first), seed=99)
         next_prompts = [(t.policy, t.prompt + t.answer.tokens + x) for t, x in zip(first, more, strict=True)]

@@ -102,7 +102,7 @@ def test_a_boundary_that_one_prompt_of_a_list_does_not_reach_refuses_them_all(se
 
 
 def test_a_prompts_own_scores_see_all_of_it_up_to_the_eviction(server: Server) -> None:
-    boundary, prompt = 600, PROMPTS[0]
+    boundary, prompt = 576, PROMPTS[0]  # whole blocks
 
     def scores(**fields: Any) -> list[float]:
         (choice,) = complete(server, prompt=prompt, echo=True, logprobs=1, max_tokens=2, vllm_xargs=fields)
@@ -139,7 +139,7 @@ def test_what_is_written_to_the_prefix_cache_is_told_with_a_boundary_too(server:
     """In blocks of 32 tokens: all up to the boundary, less what was there already."""
     words = "a keeper writes the weather of every night into a book " * 20
     body = {"messages": [{"role": "user", "content": words}], "max_tokens": 4}
-    fields = {**OURS, "kv_eviction_boundary": 200}
+    fields = {**OURS, "kv_eviction_boundary": 200, "kv_eviction_reuse": "off"}
     first, again = (
         post(server, "/v1/messages", **body, vllm_xargs=fields).raise_for_status().json()["usage"] for _ in range(2)
     )

@@ -72,7 +72,7 @@ def test_an_adopter_answers_as_if_it_had_packed(tiny_model: Path, tmp_path: Path
     score_of(ReferenceLlama(tiny_model), tiny_model, score)
     block = settings.get("block_size", 32)
     fields = {"dtype": "float32", "keep": 0.3, "per_request": True, "learned": str(score), "audit": str(tmp_path)}
-    with engine(tiny_model, "none", reuse="boundary", **fields, **settings) as llm:
+    with engine(tiny_model, "none", **fields, **settings) as llm:
         for case in CASES:
             before = metrics_of(llm)
             adopted, alone = run(llm, case)
@@ -92,7 +92,7 @@ def test_an_adopter_answers_as_if_it_had_packed(tiny_model: Path, tmp_path: Path
 
 
 def test_several_at_once_wait_for_one(tiny_model: Path) -> None:
-    with engine(tiny_model, "halokv", dtype="float32", keep=0.3, reuse="boundary") as llm:
+    with engine(tiny_model, "halokv", dtype="float32", keep=0.3) as llm:
         adopted, alone = run(llm, ("halokv", "16"))
         prompts, own = requests(("halokv", "16"), 3)
         assert llm.reset_prefix_cache()
@@ -104,22 +104,23 @@ def test_several_at_once_wait_for_one(tiny_model: Path) -> None:
 
 
 def test_other_weights_are_not_asked_of_an_old_packing(tiny_model: Path) -> None:
-    """From the step after the next one on, as its answer says that they are others."""
-    with engine(tiny_model, "snapkv", dtype="float32", keep=0.3, reuse="boundary") as llm:
+    """Not even in the step after, whose answer is the first that the workers could say it with."""
+    with engine(tiny_model, "snapkv", dtype="float32", keep=0.3) as llm:
         prompts, own = requests(("snapkv", "16"), 3)
         generate(llm, prompts[:1], 4, own[:1])
         assert metrics_of(llm)[HELD] == 1
         llm.collective_rpc("reload_weights")
-        generate(llm, random_prompts([8], seed=9), 2)
-        assert metrics_of(llm)[HELD] == 0
         assert generate(llm, prompts[1:2], 4, own[:1])[0].request_id
         assert metrics_of(llm)["vllm:kv_eviction_adoptions"] == 0
+        assert metrics_of(llm)[HELD] == 1, "what the new weights have packed"
+        assert generate(llm, prompts[2:], 4, own[:1])[0].cached_tokens == 576
+        assert metrics_of(llm)["vllm:kv_eviction_adoptions"] == 1
 
 
 @pytest.mark.slow
 def test_drafts(tiny_model: Path) -> None:
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    with engine(tiny_model, "snapkv", dtype="float32", keep=0.3, reuse="boundary", speculative_config=drafts) as llm:
+    with engine(tiny_model, "snapkv", dtype="float32", keep=0.3, speculative_config=drafts) as llm:
         adopted, alone = run(llm, ("snapkv", "16"))
         worst = max(float((a.logprobs - b.logprobs).abs().max()) for a, b in zip(adopted, alone, strict=True))
         assert [a.tokens for a in adopted] == [a.tokens for a in alone] and worst < BATCHED
@@ -134,7 +135,7 @@ def test_adapters_and_salts_are_apart(tiny_model: Path, tmp_path: Path) -> None:
     write_adapter(tiny_model, tmp_path / "adapter", tmp_path / "merged")
     adapter = LoRARequest("a", 1, str(tmp_path / "adapter"))
     prompts, own = requests(("snapkv", "16"), 3)
-    with engine(tiny_model, "snapkv", dtype="float32", keep=0.3, reuse="boundary", enable_lora=True) as llm:
+    with engine(tiny_model, "snapkv", dtype="float32", keep=0.3, enable_lora=True) as llm:
         generate(llm, prompts[:1], 4, own[:1])
         assert generate(llm, prompts[1:2], 4, own[:1], adapter)[0].cached_tokens == 0
         assert generate(llm, prompts[2:], 4, own[:1], adapter)[0].cached_tokens == 576
@@ -146,7 +147,7 @@ def test_adapters_and_salts_are_apart(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_in_two_processes(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    with engine(tiny_model, "halokv", dtype="float32", keep=0.3, reuse="boundary", widths="8") as llm:
+    with engine(tiny_model, "halokv", dtype="float32", keep=0.3, widths="8") as llm:
         adopted, alone = run(llm, ("halokv", "8"))
         assert_same(adopted, alone)
         assert [answer.cached_tokens for answer in adopted] == [576, 576]
@@ -155,7 +156,7 @@ def test_in_two_processes(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.slow
 def test_layers_with_windows(tiny_gemma3: Path) -> None:
     """Their caches are vLLM's prefix cache's: who begins with a packing begins with these, too, or packs anew."""
-    with engine(tiny_gemma3, "snapkv", dtype="float32", keep=0.3, reuse="boundary") as llm:
+    with engine(tiny_gemma3, "snapkv", dtype="float32", keep=0.3) as llm:
         adopted, alone = run(llm, ("snapkv", "16"))
         assert [answer.cached_tokens for answer in adopted] == [576, 576]
         worst = max(float((a.logprobs - b.logprobs).abs().max()) for a, b in zip(adopted, alone, strict=True))
@@ -169,7 +170,7 @@ def test_layers_with_windows(tiny_gemma3: Path) -> None:
 def test_on_two_ranks(tiny_model: Path, widths: str) -> None:
     """Each rank keeps the table of its own heads; pages of fewer bits are packed by each for itself, too."""
     settings = {"dtype": "float32", "keep": 0.3, "widths": widths, "tensor_parallel_size": 2}
-    with engine(tiny_model, "halokv", reuse="boundary", **settings) as llm:
+    with engine(tiny_model, "halokv", **settings) as llm:
         adopted, alone = run(llm, ("halokv", widths))
         assert_same(adopted, alone)
         assert [answer.cached_tokens for answer in adopted] == [576, 576]

@@ -23,7 +23,6 @@ from vllm_defensive import audit
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 FLAGS = ("--kv-eviction", "layer-defensivekv", "--kv-eviction-keep", "0.25", "--kv-eviction-min-tokens", "100")
-REUSE = ("--kv-eviction-reuse", "boundary")
 
 
 def vllm(*arguments: str) -> list[str]:
@@ -48,7 +47,6 @@ def server(tiny_model: Path, folder: Path) -> Iterator[str]:
         "--max-model-len",
         "2048",
         *FLAGS,
-        *REUSE,
         "--kv-eviction-audit",
         str(folder / "audit"),
     ]
@@ -135,7 +133,9 @@ def test_wrong_request_fields_are_answered_with_400(server: str, tiny_model: Pat
 def test_the_start_up_line_states_policy_ratio_and_pages(server: str, folder: Path) -> None:
     (line,) = (x for x in (folder / "log").read_text().splitlines() if "KV eviction is on" in x)
     assert "layer-defensivekv" in line and "0.25" in line
-    assert "pages of 32 tokens" in line and "3 layers x 2 KV heads = 6 pages a block" in line
+    assert (
+        "in widths 16, reuse boundary; pages of 32 tokens" in line and "3 layers x 2 KV heads = 6 pages a block" in line
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_document_is_posted_asked_about_and_let_go(server: str) -> None:
     told = send(server, "/kv_eviction/documents", prompt=document, pin=60)
     assert told["boundary"] == 700 and told["policy"] == "layer-defensivekv" and not told["was_there"]
     assert told["held_tokens"] < 300 and told["pinned_until"] is not None
-    fields = {"kv_eviction_boundary": 700, "kv_eviction_reuse": "boundary", "kv_eviction_report": 1}
+    fields = {"kv_eviction_boundary": 700, "kv_eviction_report": 1}
     for seed in (78, 79):
         (question,) = random_prompts([30], seed=seed)
         answer = send(server, "/v1/completions", prompt=document + question, max_tokens=4, vllm_xargs=fields)
@@ -186,7 +186,11 @@ def test_a_document_is_posted_asked_about_and_let_go(server: str) -> None:
     (listed,) = json.loads(urllib.request.urlopen(f"{server}/kv_eviction/documents").read())["documents"]
     assert listed == told
     request = urllib.request.Request(f"{server}/kv_eviction/documents/{told['id']}", method="DELETE")
+    before = counter(server, "vllm:prompt_tokens_total"), counter(server, "vllm:kv_eviction_adoptions_total")
     assert json.loads(urllib.request.urlopen(request).read())["pinned_until"] is None
+    after = counter(server, "vllm:prompt_tokens_total"), counter(server, "vllm:kv_eviction_adoptions_total")
+    assert after == before, "nothing was computed for it"
+    assert counter(server, "vllm:kv_eviction_pinned_blocks") == 0
     assert not json.loads(urllib.request.urlopen(f"{server}/kv_eviction/documents").read())["documents"]
     with pytest.raises(urllib.error.HTTPError) as refused:
         send(server, "/kv_eviction/documents", prompt=document, keep=3)

@@ -72,7 +72,7 @@ def ask(llm: Any, prompts: Sequence[list[int]], cases: Cases, num_tokens: int) -
 
 
 def run(model: Path, audits: Path, **arguments: Any) -> Run:
-    settings = {"keep": 0.3, "min_tokens": 64, "audit": str(audits), "max_num_batched_tokens": 200}
+    settings = {"keep": 0.3, "min_tokens": 64, "audit": str(audits), "max_num_batched_tokens": 200, "reuse": "off"}
     with engine(model, "layer-defensivekv", dtype="float32", max_model_len=1152, **settings, **arguments) as llm:
         ask(llm, [MIXED_PROMPTS[i] for i in REPEATED], tuple(MIXED[i] for i in REPEATED), 2)
         return Run(

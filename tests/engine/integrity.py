@@ -64,7 +64,7 @@ def check_library(manager: EvictionBlockManager, held: list[Published]) -> None:
     assert library.pins.blocks == sum(len(packing.blocks) for packing in library.pins) <= library.pins.most_blocks
     assert library.unheld_blocks == sum(len(packing.blocks) for packing in whole if not packing.holders)
     assert library.blocks == sum(len(packing.blocks) for packing in whole)
-    assert library.published - library.lost >= len(library)
+    assert library.published == len(library) + library.lost + library.dropped
     assert set(manager.lifecycle.packers.values()) <= set(manager.lifecycle.lives)
 
 

@@ -86,7 +86,7 @@ def test_where_positions_run_out_the_window_decides(tiny_model: Path) -> None:
 
 
 def test_a_boundary_is_the_end_of_what_is_repeated(tiny_model: Path) -> None:
-    h = Harness(tiny_model, num_blocks=300, policy="echokv", keep=0.2)
+    h = Harness(tiny_model, num_blocks=300, policy="echokv", keep=0.2, reuse="off")
     request_id = h.add(text(600, 0), max_tokens=20, extra_args={"kv_eviction_boundary": 501})
     until(h, request_id, Phase.ECHOING)
     h.step()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.engine.harness import Harness, text
-from vllm_defensive.compat.channels import read_message
+from vllm_defensive.compat.channels import read_message, take_counts
 from vllm_defensive.plan import Eviction
 
 DOCUMENT = text(320, 1)
@@ -44,6 +44,19 @@ def test_a_packing_is_adopted_after_its_request_has_ended(tiny_model: Path) -> N
     ask(h, 5)
     h.run()
     assert of(h) == (2, 2)
+
+
+def test_by_default_who_names_a_boundary_publishes_where_that_can_be(tiny_model: Path) -> None:
+    for caching, expected in ((True, (1, 1)), (False, (2, 0))):
+        h = Harness(tiny_model, num_blocks=100, keep=0.3, caching=caching)
+        for seed in (2, 3):
+            ask(h, seed, text(330, 1))
+            h.run()
+        assert of(h) == expected
+        assert h.evictions[0].region.stop == (320 if caching else 330)
+        states = [increase.state for stats in h.stats for increase in take_counts(stats) if increase.state is not None]
+        assert all(state.publishes == caching for state in states) and states
+        h.assert_all_returned()
 
 
 def test_sixty_four_questions_about_eight_documents(tiny_model: Path) -> None:
@@ -203,6 +216,29 @@ def test_what_is_lost_is_packed_anew(tiny_model: Path) -> None:
     assert set(h.ghost._kept) <= {e.number for e in h.evictions if e.number}
 
 
+def test_what_does_not_fit_to_be_packed_can_begin_with_a_packing(tiny_model: Path) -> None:
+    """The document and a long question fit the pool, and not what would be packed of the document beside them."""
+    h = Harness(tiny_model, num_blocks=16, keep=0.3, reuse="boundary", max_model_len=480)
+    ask(h, 2)
+    h.run()
+    long = {"prompt": DOCUMENT + text(130, 3), "max_tokens": 4, "extra_args": {"kv_eviction_boundary": 320}}
+    adopter = h.add(**long)
+    h.run()
+    assert of(h) == (1, 1) and h.hits[adopter] == 320
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(h.manager.outlook, "windows_before", lambda request, end: None)  # of other layers, which are lost
+        h.add(**long)
+        h.run()
+    assert of(h) == (1, 1), "it is served whole"
+    h.add(text(480 - 16, 5), max_tokens=4, extra_args={"kv_eviction": "none"})
+    h.run()
+    assert not len(h.manager.lifecycle.library)
+    h.add(**long)
+    h.run()
+    assert of(h) == (1, 1), "nothing is there to begin with"
+    h.assert_all_returned()
+
+
 def test_other_weights_forget_everything(tiny_model: Path) -> None:
     """Who holds a packing keeps it; nobody begins with it, nor with one that is being made."""
     h = Harness(tiny_model, num_blocks=200, keep=0.3, reuse="boundary", chunk=64)
@@ -211,8 +247,9 @@ def test_other_weights_forget_everything(tiny_model: Path) -> None:
         h.step()
     packer = ask(h, 3, text(320, 60))
     h.step()
-    h.manager.lifecycle.library.forget_all()
-    assert len(h.manager.lifecycle.library) == 0
+    library = h.manager.lifecycle.library
+    library.forget_all()
+    assert (len(library), library.published, library.lost, library.dropped) == (0, 1, 0, 1)
     ask(h, 4), ask(h, 5, text(320, 60))
     assert holder in h.live and packer in h.live
     h.run()
@@ -343,6 +380,32 @@ def test_pins_are_renewed_and_taken_back(tiny_model: Path) -> None:
     h.assert_all_returned()
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("there", [True, False], ids=["there", "lost"])
+def test_a_pin_is_taken_back_without_a_step(tiny_model: Path, there: bool, asynchronous: bool) -> None:
+    """And what was lost is not packed anew for it."""
+    h = Harness(tiny_model, num_blocks=60, keep=0.3, asynchronous=asynchronous, admission="steady")
+    library = h.manager.lifecycle.library
+    ask(h, 2, kv_eviction_pin=60)
+    h.run()
+    assert library.pins.blocks
+    if not there:
+        library.forget_all()
+    unpinning = h.add([*DOCUMENT, 5], max_tokens=9, extra_args={"kv_eviction_boundary": 320, "kv_eviction_pin": -1})
+    assert not h.live and h.scheduler.has_requests(), "a step tells its client"
+    output = h.scheduler.schedule()
+    assert not output.num_scheduled_tokens
+    outputs = h.scheduler.update_from_output(output, h._draw(output, {}))
+    (told,) = [told for of_client in outputs.values() for told in of_client.outputs]
+    assert (told.request_id, told.new_token_ids, str(told.finish_reason)) == (unpinning, [], "stop")
+    assert not library.pins.blocks and len(library) == there
+    assert h.scheduler._answers.mean == 16, "an empty answer says nothing of the next one's length"
+    ask(h, 3)
+    h.run()
+    assert of(h) == ((1, 1) if there else (2, 0))
+    h.assert_all_returned()
+
+
 def test_no_more_is_pinned_than_may_be(tiny_model: Path) -> None:
     h = Harness(tiny_model, num_blocks=60, keep=0.3, reuse="boundary", pinned=0.1)
     reports = []
@@ -372,6 +435,7 @@ def test_a_replaced_end_takes_those_that_stand_on_it_along(tiny_model: Path) -> 
     h.run()
     assert [e.request_id for e in h.evictions] == ["r0", again]
     assert sorted(p.end for p in library._by_key.values())[:2] == [320, 512] and len(library) == 3
+    assert (library.published, library.lost, library.dropped) == (7, 0, 4), "the end, and three answers"
     h.assert_all_returned()
 
 

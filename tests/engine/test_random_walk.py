@@ -107,6 +107,7 @@ def test_random_work_leaks_nothing_and_reads_nothing_wrong(
         caching=caching,
         drafts=drafts,
         learned=score,
+        reuse="off",  # `test_published.py` has a walk of its own
     )
     happened = walk(h, seed=len(scheduling), steps=800, max_len=640, abort=0.05)
     assert len(h.evictions) > 10
@@ -134,6 +135,7 @@ def test_a_long_random_walk(tiny_model: Path, score: str, asynchronous: bool, se
         keep=rng.choice([0.05, 0.3, 0.6]),
         max_num_seqs=rng.choice([3, 32]),
         learned=score,
+        reuse="off",
     )
     happened = walk(h, seed, steps=3000, max_len=640, abort=0.03)
     assert len(h.evictions) > 60 and happened["boundaries"] > 10 and happened["policies"] > 3

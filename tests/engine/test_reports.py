@@ -50,7 +50,7 @@ def test_with_stop_strings_every_output_carries_it(tiny_model: Path, asynchronou
 
 @MODES
 def test_a_boundary_does_not_hide_what_was_written_to_the_prefix_cache(tiny_model: Path, asynchronous: bool) -> None:
-    h = Harness(tiny_model, num_blocks=100, keep=0.2, asynchronous=asynchronous, chunk=256)
+    h = Harness(tiny_model, num_blocks=100, keep=0.2, asynchronous=asynchronous, chunk=256, reuse="off")
     prompt, fields = text(700, 0), {"kv_eviction_boundary": 500}
     for created, cached in ((480, 0), (32, 448)):
         request_id = h.add(prompt, max_tokens=4, extra_args=fields)

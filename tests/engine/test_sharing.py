@@ -49,7 +49,7 @@ def test_a_hit_leaves_more_than_a_row_that_vllm_would_fill_with_drafts(
     tiny_model: Path, length: int, boundary: int | None, drafts: int, hit: int, others: int
 ) -> None:
     """A window of one token leaves one to compute; vLLM pads such a row as if it were decoded already."""
-    h = Harness(tiny_model, num_blocks=100, window=1, drafts=drafts)
+    h = Harness(tiny_model, num_blocks=100, window=1, drafts=drafts, reuse="off")
     own = None if boundary is None else {"kv_eviction_boundary": boundary}
     h.add(text(length, 0), extra_args=own)
     h.run()

@@ -91,7 +91,7 @@ def test_deleting_lets_go(server: Server) -> None:
     server.asked.clear()
     assert server.client.delete(f"/kv_eviction/documents/{name}").json()["pinned_until"] is None
     ((_, request, _),) = server.asked
-    assert request["vllm_xargs"]["kv_eviction_pin"] == 0 and request["prompt"] == [7, 8, 9, 9]
+    assert request["vllm_xargs"]["kv_eviction_pin"] == -1 and request["prompt"] == [7, 8, 9, 9]
     assert server.client.get(f"/kv_eviction/documents/{name}").status_code == 404
     assert server.client.delete(f"/kv_eviction/documents/{name}").status_code == 404
 

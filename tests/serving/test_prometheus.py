@@ -12,6 +12,7 @@ from prometheus_client import REGISTRY
 from vllm_defensive.compat.channels import attach_counts
 from vllm_defensive.counts import Increase, State, Totals
 from vllm_defensive.serving import prometheus as metrics
+from vllm_defensive.serving import recent
 from vllm_defensive.serving.prometheus import EvictionStatLogger
 
 
@@ -67,6 +68,14 @@ def test_what_is_not_ours_stays_on_the_stats(logger: EvictionStatLogger) -> None
     assert len(stats.waiting_lora_adapters) == 2
     logger.record(stats, None)
     assert stats.waiting_lora_adapters == {"some_adapter": 3}
+
+
+def test_an_engine_says_that_nothing_can_outlive_its_request(logger: EvictionStatLogger) -> None:
+    assert recent.publishes()
+    logger.record(stats_with(Increase(state=State(publishes=False))), None)
+    assert not recent.publishes()
+    recent.forget()
+    assert recent.publishes(), "another engine"
 
 
 def test_steps_without_an_eviction_carry_nothing(logger: EvictionStatLogger) -> None:

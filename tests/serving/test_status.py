@@ -135,8 +135,26 @@ def test_an_engine_is_known_before_it_counts_anything(tiny_model: Path) -> None:
     register()
     settings = {"kv_eviction": {"policy": "snapkv", "keep": 0.3}}
     AsyncEngineArgs(model=str(tiny_model), disable_log_stats=True, additional_config=settings).create_engine_config()
-    expected = config.parse(settings["kv_eviction"]).as_json()
+    expected = {**config.parse(settings["kv_eviction"]).as_json(), "reuse": "boundary"}
     assert status.summary()["config"] == {**expected, "auto_widths": True}, "as CPUs with a compiler have it"
+    status.configure({})
+
+
+def test_it_states_that_what_is_kept_cannot_outlive_its_request(tiny_model: Path) -> None:
+    """Without vLLM's prefix cache from the start, and once an engine has said that its layers do not allow it."""
+    register()
+    settings = {"kv_eviction": {"policy": "snapkv"}}
+    args = {"model": str(tiny_model), "additional_config": settings}
+    made = AsyncEngineArgs(**args, enable_prefix_caching=False).create_engine_config()
+    assert status.summary()["config"]["reuse"] == made.additional_config["kv_eviction"]["reuse"] == "off"
+    made = AsyncEngineArgs(**args, enable_prefix_caching=True).create_engine_config()
+    assert status.summary()["config"]["reuse"] == made.additional_config["kv_eviction"]["reuse"] == "boundary"
+    assert settings == {"kv_eviction": {"policy": "snapkv"}}
+    recent.note_publishing(False)
+    assert status.summary()["config"]["reuse"] == "off"
+    settings["kv_eviction"]["reuse"] = "boundary"
+    with pytest.raises(ValueError, match=r"enable_prefix_caching=False: .*drop --kv-eviction-reuse"):
+        AsyncEngineArgs(**args, enable_prefix_caching=False).create_engine_config()
     status.configure({})
 
 

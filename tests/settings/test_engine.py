@@ -169,9 +169,16 @@ def test_auto_is_the_recommended_policy_for_the_kind_of_request(
 
 
 def test_behind_a_boundary_at_the_prompts_end_nothing_is_asked() -> None:
-    settings = config.parse({"policy": "auto"})
+    settings = config.parse({"policy": "auto", "reuse": "off"})
     assert resolve(settings, {"kv_eviction_boundary": 400}, 400).policy == "halokv"
     assert resolve(settings, {"kv_eviction_boundary": 399}, 400).policy == "echokv"
+
+
+def test_behind_a_boundary_at_the_prompts_end_later_requests_ask() -> None:
+    """Where what is kept outlives its request, as it does by default."""
+    settings = config.parse({"policy": "auto"})
+    assert resolve(settings, {"kv_eviction_boundary": 400}, 400).policy == "echokv"
+    assert resolve(settings, {"kv_eviction_boundary": 400, "kv_eviction_reuse": "off"}, 400).policy == "halokv"
 
 
 def test_a_gpus_list_that_has_auto_has_what_it_stands_for() -> None:

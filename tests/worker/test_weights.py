@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from vllm_defensive.counts import WEIGHT_CALLS
 from vllm_defensive.worker.cpu.worker import EvictionCPUWorker
 from vllm_defensive.worker.worker import EvictionWorker
 
@@ -20,6 +21,12 @@ HARMLESS = {
     "compute_weight_checksums", "init_weight_transfer_engine", "shutdown_weight_transfer_engine", "start_weight_update",
     "start_draft_weight_update", "supports_draft_weight_updates",
 }  # fmt: skip
+
+
+def test_the_engine_listens_to_what_makes_workers_forget() -> None:
+    """And to what has them read a learned score, which is our own."""
+    assert set(WEIGHT_CALLS) == {*FORGETTING, "load_learned"}.difference(COMING_BACK)
+    assert all(callable(getattr(EvictionWorker, name)) for name in WEIGHT_CALLS)
 
 
 def worker_that_notes(forgotten: list[str]) -> Any:

@@ -123,7 +123,12 @@ SERVING: dict[str, dict[str, str | None]] = {
 # The scheduler's process.
 ENGINE: dict[str, dict[str, str | None]] = {
     "vllm.sampling_params": _has("SamplingParams", "extra_args stop max_tokens temperature ignore_eos detokenize"),
-    "vllm.v1.engine": _has("EngineCoreOutput", "request_id prefill_stats kv_transfer_params"),
+    "vllm.v1.engine": {
+        **_has("EngineCoreOutput", "request_id new_token_ids finish_reason events prefill_stats kv_transfer_params"),
+        **_has("EngineCoreOutputs", "outputs"),
+        **_has("EngineCoreEventType", "SCHEDULED"),
+    },
+    "vllm.v1.engine.core": {"EngineCore.collective_rpc": "method, ..."},  # P10
     "vllm.utils.math_utils": {"cdiv": "a, b"},
     "vllm.v1.request": {
         "Request.__init__": (
@@ -135,6 +140,9 @@ ENGINE: dict[str, dict[str, str | None]] = {
             "num_prompt_tokens num_tokens num_output_tokens num_computed_tokens num_in_flight_tokens max_tokens "
             "mm_features all_token_ids block_hashes resumable skip_reading_prefix_cache",
         ),
+        "Request.record_event": "event_type, ...",
+        "Request.take_events": "",
+        "Request.get_finished_reason": "",
         **_has("RequestStatus", "FINISHED_STOPPED FINISHED_LENGTH_CAPPED FINISHED_REPETITION"),
         **_has("RequestStatus", "FINISHED_ABORTED WAITING WAITING_FOR_STREAMING_REQ"),
     },

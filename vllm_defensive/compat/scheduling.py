@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from vllm_defensive.compat.base import patch
+
 
 def register_spec(spec_cls: type, manager_cls: type, base: type) -> None:
     """Make `manager_cls` the block manager of groups whose spec is `spec_cls`.
@@ -15,6 +17,24 @@ def register_spec(spec_cls: type, manager_cls: type, base: type) -> None:
 
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(spec_cls, manager_cls, uniform_type_base_spec=base)
+
+
+def patch_calls_of_workers(note: Callable[[Any, Any], None]) -> None:
+    """P10, installed where a scheduler of ours is made. Why: a call that gives the workers other weights passes the
+    scheduler by, which would hear of it with the answer to the next step, and let requests begin with what older
+    weights have left in that one. How: `note(scheduler, method)` after each call. Until: vLLM tells its scheduler."""
+    from vllm.v1.engine.core import EngineCore
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(self, method, *args, **kwargs)
+            finally:
+                note(getattr(self, "scheduler", None), method)  # an engine that is being made has none yet
+
+        return collective_rpc
+
+    patch(EngineCore, "collective_rpc", make)
 
 
 class Noted(Protocol):

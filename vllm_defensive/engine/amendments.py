@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput
 from vllm.v1.request import Request
 
 from vllm_defensive.engine.lifecycle import Lifecycle
@@ -68,3 +69,10 @@ class Amendments:
                 self._silent.discard(request_id)
             if request_id in self._reporting and request_id in self._live:
                 output.kv_transfer_params = {KEY: self._lifecycle.report(request_id)}
+
+
+def empty_answer(request: Request) -> EngineCoreOutput:
+    """What is told of a request that has ended before anything of it was scheduled."""
+    request.record_event(EngineCoreEventType.SCHEDULED)  # from which vLLM reckons how long it has waited
+    ended, events = request.get_finished_reason(), request.take_events()
+    return EngineCoreOutput(request.request_id, [], finish_reason=ended, events=events)

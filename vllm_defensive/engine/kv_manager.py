@@ -23,6 +23,7 @@ from vllm_defensive.engine.published import Key, Published
 from vllm_defensive.packing import Region
 from vllm_defensive.plan import Eviction
 from vllm_defensive.settings.engine import EvictionConfig
+from vllm_defensive.settings.request import UNPIN, only_unpins
 
 
 class EvictionBlockManager(FullAttentionManager):
@@ -232,6 +233,18 @@ class EvictionBlockManager(FullAttentionManager):
             return None
         return 0 if life.accumulates else max(0, life.stop - (self.eviction.window if life.reads_window else 1))
 
+    def unpin(self, request: Request) -> bool:
+        """Take back the pin of what a request that has just come would begin with, if it asks for nothing else. Returns
+        whether it does: nothing is to be computed for it, whether the packing is there or was lost."""
+        if request.sampling_params is None or not only_unpins(request.sampling_params.extra_args):
+            return False
+        life = self.life(request.request_id)
+        if life is None or life.settings.pin != UNPIN:
+            return False
+        if life.key is not None and (there := self.lifecycle.library.find(life.key)) is not None:
+            self.lifecycle.library.pins.drop(there)
+        return True
+
     def resumes_at(self, request_id: str) -> int:
         """Where later requests will begin with what this one, which is about to be admitted, packs; 0: nowhere."""
         life = self.lifecycle.get(request_id)
@@ -249,6 +262,8 @@ class EvictionBlockManager(FullAttentionManager):
                 life.published = found
                 others[self.kv_cache_group_id] = [self._null_block] * (found.end // self.block_size)
                 return found.end, others
+        if not life.fits:
+            self.lifecycle.stay_whole(life)
         return None
 
     def waits_for(self, request: Request, at_least: int) -> Key | None:

@@ -68,6 +68,8 @@ class Life:
     brief: it ends with its prefill. is_echo: it is a request of our own, which repeats another's prompt.
     hit_tokens: what the prefix cache served.
     eviction, blocks: what it holds packed, from ECHOING or PACKING on.
+    fits: the pool can hold its originals and what is packed of them side by side; else it is evicted only by beginning
+        with what another has packed.
     key: under which its packing is found by others, or that of another by it; None: it keeps to itself.
     published: the packing, if others may hold it too; of one that is about to be let in, the one that it begins with.
     adopted: that was another's.
@@ -92,6 +94,7 @@ class Life:
     again_window: int = 0
     evictions: int = 0
     bounded: int = 0
+    fits: bool = True
     eviction: Eviction | None = None
     blocks: list[KVCacheBlock] = field(default_factory=list)
     former: Eviction | None = None

@@ -44,7 +44,7 @@ class Outlook:
         if request.resumable:
             self._sessions[request.request_id] = request
         stop = request.num_prompt_tokens if settings.boundary is None else settings.boundary
-        publishes = self._may_publish and settings.outlives
+        publishes = self.may_publish and settings.outlives
         if publishes:
             # What comes later sees the same state then, whoever computed it.
             stop = stop // self.block_tokens * self.block_tokens
@@ -70,13 +70,15 @@ class Outlook:
         beside = count
         if repeats:
             beside += echo_blocks(stop, self.max_model_len, self.block_tokens) + self.blocks_beside(repeats)
-        if not count or not self._fits(request, beside, blocks_of):
+        life.fits = not count or self._fits(request, beside, blocks_of)
+        # Who begins with a packing has no originals.
+        if not count or not (life.fits or any(self.may_begin_with(life, 1))):
             life.turn(Phase.WHOLE)
             life.key = None
         return life
 
     @property
-    def _may_publish(self) -> bool:
+    def may_publish(self) -> bool:
         """Whether packings can be found again: by vLLM's hashes, which are those of the other groups' blocks, too."""
         return self._can_share and all(other.block_size == self.block_tokens for other in self.other_managers)
 
@@ -107,7 +109,7 @@ class Outlook:
         as_named = own is not None and own.parent is None and settings.boundary is not None
         if own is not None and (as_named or self._mostly_packed(request, own)):
             yield own
-        if settings.takes_any and self._may_publish:
+        if settings.takes_any and self.may_publish:
             ends = request.num_tokens // 2, most
             for found in self.library.of_prefix(self._kind(settings), request.block_hashes, self.block_tokens, ends):
                 if self._mostly_packed(request, found):

@@ -101,7 +101,9 @@ class Library:
         self._gone: list[int] = []
         self._last = 0
         self.generation = 0
-        self.published = self.lost = 0
+        self.published = self.lost = self.dropped = (
+            0  # all that were; whose memory others took; the others that are gone
+        )
         self.blocks = 0  # of all that are whole, held or not
         self.unheld_blocks = 0  # those of them that nobody holds
 
@@ -133,7 +135,7 @@ class Library:
             self.forget(eviction.number)
             return None
         if there is not None:  # and larger, for it is a turn's end
-            self._lose(there)
+            self._lose(there, needed=False)
         return self._add(Published(key, eviction, eviction.region.stop, blocks))
 
     def extend(self, parent: Published, tokens: Hashable, end: int, blocks: Sequence[KVCacheBlock]) -> Published:
@@ -209,7 +211,7 @@ class Library:
         self.pins.drop_all()
         for packing in list(self._by_key.values()):
             if not packing.lost:
-                self._lose(packing)
+                self._lose(packing, needed=False)
 
     def settle(self) -> None:
         """Before a step: what was pinned for long enough is free like others. What is left of lost packings is of no
@@ -227,19 +229,21 @@ class Library:
         if packing is None:  # it was free like any other
             return
         if not packing.lost:
-            before = len(self)
-            self._lose(packing)
-            self.lost += before - len(self)
+            self._lose(packing, needed=True)
         packing.reused.add(block.block_id)
         self._note_codes(packing, [block.block_id])
 
-    def _lose(self, packing: Published) -> None:
-        """Nobody will find it any more, nor what stands on it."""
+    def _lose(self, packing: Published, *, needed: bool) -> None:
+        """Nobody will find it any more, nor what stands on it. needed: for others have been given its memory."""
         self.pins.drop(packing)
         packing.lost = True
+        if needed:
+            self.lost += 1
+        else:
+            self.dropped += 1
         for child in packing.children:
             if not child.lost:
-                self._lose(child)
+                self._lose(child, needed=needed)
         del self._by_key[packing.key]
         ends = self._ends[packing.key.kind]
         ends[packing.end] -= 1

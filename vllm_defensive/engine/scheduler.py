@@ -10,12 +10,13 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_defensive.compat import channels, contract, scheduling
-from vllm_defensive.counts import State
+from vllm_defensive.counts import WEIGHT_CALLS, State
 from vllm_defensive.engine.admission import ExpectedLength, Load, fits
-from vllm_defensive.engine.amendments import Amendments
+from vllm_defensive.engine.amendments import Amendments, empty_answer
 from vllm_defensive.engine.echo import Echoes, instruction_ids
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
 from vllm_defensive.engine.life import ECHOING, PREFILL
@@ -48,6 +49,8 @@ class _EvictionMixin(Scheduler):
         self._refused: tuple[Any, ...] = ()  # who was not let in, and what was looked at
         self._longest_hit: int | None = None
         self._starved = False  # in this step there was no memory for somebody
+        self._ended_at_once: list[Request] = []  # since the last step that was processed
+        self._told_of_weights = False  # by who has changed them; the workers will say the same once more
         self._waits_for: Key | None = None  # whose packing the request that is looked at waits for
         self._parking = Parking(self, manager.lifecycle.is_being_packed)
         # A request must have a token left to compute; with one, vLLM would fill the row up with placeholders for
@@ -84,6 +87,10 @@ class _EvictionMixin(Scheduler):
     def add_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super().add_request(request, *args, **kwargs)
         if self.requests.get(request.request_id) is request:  # and not more input of a session
+            if self.eviction_manager.unpin(request):
+                self._ended_at_once.append(request)
+                self.finish_requests(request.request_id, RequestStatus.FINISHED_STOPPED)
+                return
             self.eviction_manager.outlook.relatives.add(request)
             self._amendments.expect(request)
 
@@ -228,7 +235,9 @@ class _EvictionMixin(Scheduler):
         if report is not None:
             self._ledger.note_worker(report)
             if report.other_weights:
-                self.eviction_manager.lifecycle.library.forget_all()
+                if not self._told_of_weights:
+                    self.eviction_manager.lifecycle.library.forget_all()
+                self._told_of_weights = False
             for eviction in channels.read_message(scheduler_output).evictions if report.cancelled else ():
                 if eviction.request_id in report.cancelled:
                     self.eviction_manager.cancel(eviction)
@@ -238,7 +247,16 @@ class _EvictionMixin(Scheduler):
         self._echoes.processed(outputs.values())
         for of_client in outputs.values():
             self._amendments.apply(of_client.outputs, hashed_tokens)
+        for request in self._ended_at_once:
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(empty_answer(request))
+        self._ended_at_once.clear()
         return outputs
+
+    def note_call(self, method: Any) -> None:
+        """The workers were called by this name, or with a function."""
+        if method in WEIGHT_CALLS:
+            self.eviction_manager.lifecycle.library.forget_all()
+            self._told_of_weights = True
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
         """vLLM's; all blocks are to be free then, and an echo may hold some though it waits."""
@@ -257,8 +275,9 @@ class _EvictionMixin(Scheduler):
         request_id, lifecycle = request.request_id, self.eviction_manager.lifecycle
         self.eviction_manager.publish_ended(request_id)
         report = lifecycle.report(request_id)
-        if self._answers is not None and request.status in _ENDED and request.max_tokens > 1:
-            self._answers.add(request.num_output_tokens)
+        said = request.num_output_tokens
+        if self._answers is not None and request.status in _ENDED and request.max_tokens > 1 and said:
+            self._answers.add(said)
         for_response, *others = super()._free_request(request, *args, **kwargs)
         lifecycle.forget(request_id)
         self.eviction_manager.outlook.forget(request_id)
@@ -276,7 +295,7 @@ class _EvictionMixin(Scheduler):
             lifecycle, pool = self.eviction_manager.lifecycle, self.kv_cache_manager.block_pool
             used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # block 0 is vLLM's null block
             library, totals = lifecycle.library, lifecycle.totals
-            totals.published, totals.lost = library.published, library.lost
+            totals.published, totals.lost, totals.dropped = library.published, library.lost, library.dropped
             now = State(
                 used_blocks=used,
                 packed_blocks=lifecycle.packed_blocks,
@@ -285,6 +304,7 @@ class _EvictionMixin(Scheduler):
                 published_blocks=library.blocks,
                 pinned_blocks=library.pins.blocks,
                 stale_score=self._ledger.stale_score,
+                publishes=self.eviction_manager.outlook.may_publish,
             )
             if (increase := self._ledger.take(totals, now, lifecycle.take_done())) is not None:
                 channels.attach_counts(stats, increase)
@@ -299,10 +319,16 @@ class EvictionAsyncScheduler(_EvictionMixin, AsyncScheduler):
     """Asynchronous scheduling with eviction."""
 
 
+def _note_call(scheduler: Any, method: Any) -> None:
+    if isinstance(scheduler, _EvictionMixin):
+        scheduler.note_call(method)
+
+
 def make_scheduler(*args: Any, **kwargs: Any) -> Scheduler:
     """What vLLM calls as its scheduler class: the platform decides last whether scheduling is asynchronous."""
     contract.require("engine")
     vllm_config = kwargs["vllm_config"]
     assert from_vllm_config(vllm_config) is not None
+    scheduling.patch_calls_of_workers(_note_call)
     scheduler_cls = EvictionAsyncScheduler if vllm_config.scheduler_config.async_scheduling else EvictionScheduler
     return scheduler_cls(*args, **kwargs)

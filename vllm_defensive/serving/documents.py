@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope
 
 from vllm_defensive.settings.engine import option_name
+from vllm_defensive.settings.request import UNPIN
 
 PATH = "/kv_eviction/documents"
 _REMEMBERED = 1000
@@ -114,7 +115,10 @@ class Documents:
     async def _delete(self, scope: Scope, receive: Receive, name: str) -> JSONResponse:
         told, request = self._posted[name], self._requests.get(name)
         if request is not None and told["pinned_until"] > time.time():
-            fields = {**request["vllm_xargs"], "kv_eviction_pin": 0}
+            fields = {
+                **request["vllm_xargs"],
+                "kv_eviction_pin": UNPIN,
+            }  # the document may be lost: not to be packed anew
             unpin = {**request, "prompt": request["prompt"].tolist(), "vllm_xargs": fields}
             status, answer = await self._call(scope, receive, "/v1/completions", unpin)
             if status != 200:

@@ -41,6 +41,10 @@ COUNTERS = {
     "repeats": ("vllm:kv_eviction_repeats", "Evictions of requests that had been evicted before."),
     "published": ("vllm:kv_eviction_published", "Packings that outlived their request."),
     "lost": ("vllm:kv_eviction_published_lost", "Those of them whose memory was needed by others."),
+    "dropped": (
+        "vllm:kv_eviction_published_dropped",
+        "Those of them that were forgotten: replaced, or by new weights, or with the prefix cache.",
+    ),
 }
 # Seconds are a histogram: `LLM.get_metrics()` cuts counters down to whole numbers.
 SECONDS = ("vllm:kv_eviction_seconds", "Seconds that a step spent on scoring and packing.")
@@ -119,6 +123,7 @@ class EvictionStatLogger(AggregateStatLoggerBase):
         for decile, pages in enumerate(increase.decile_pages):
             self._pages.labels(self._model, str(engine), str(decile)).inc(pages)
         if increase.state is not None:
+            recent.note_publishing(increase.state.publishes)
             for name, gauge in self._gauges.items():
                 gauge.labels(self._model, str(engine)).set(getattr(increase.state, name))
             if engine in self._fresh:

@@ -23,14 +23,15 @@ _KINDS = (
 _INTERNAL = [re.compile(rf"(?:\d+_)?({kind}(.+?))(?:{after})(?:-[0-9a-f]{{8}})?") for kind, after in _KINDS]
 
 _counted = False  # whether evictions are reported to this process
+_publishes = True  # whether packings can be found again, as far as an engine has said
 _records: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
 
 
 def forget() -> None:
     """Start anew, for another engine."""
-    global _counted
+    global _counted, _publishes
     _records.clear()
-    _counted = False
+    _counted, _publishes = False, True
 
 
 def count() -> None:
@@ -42,6 +43,17 @@ def count() -> None:
 def counted() -> bool:
     """Whether evictions are counted in this process."""
     return _counted
+
+
+def note_publishing(there: bool) -> None:
+    """An engine says whether packings can be found again: that depends on its layers."""
+    global _publishes
+    _publishes = there
+
+
+def publishes() -> bool:
+    """Whether packings can be found again, as an engine last said."""
+    return _publishes
 
 
 def remember(record: dict[str, Any]) -> None:

@@ -48,7 +48,8 @@ def configure(config: dict[str, Any]) -> None:
 def summary() -> dict[str, Any]:
     """The answer to `GET /kv_eviction`. Totals, and whether a learned score is stale, are None where nobody counts."""
     totals = read_totals() if recent.counted() else None
-    answer = {"config": dict(_config), "totals": totals, "last_evictions": recent.last(SHOWN), "covers": _covers()}
+    config = dict(_config) if recent.publishes() else {**_config, "reuse": "off"}
+    answer = {"config": config, "totals": totals, "last_evictions": recent.last(SHOWN), "covers": _covers()}
     if _learned:
         answer["learned"] = {**_learned, "stale": score_is_stale() if recent.counted() else None}
     return answer

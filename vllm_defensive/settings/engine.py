@@ -111,10 +111,11 @@ class EvictionConfig(BaseModel):
         description="leading blocks that other live requests use too: keep them whole, or evict them like the rest",
     )
     reuse: Reuse = Field(
-        "off",
+        "boundary",
         description="packings that outlive their request, for who asks about the same tokens later: off; boundary: "
-        "what was kept of a prompt up to the boundary that its request names; prefix: and a request that names none "
-        "begins with the longest of these that its prompt begins with; chat: and leaves its own end for the next turn",
+        "what was kept of a prompt up to the boundary that its request names (by default only with vLLM's prefix "
+        "cache); prefix: and a request that names none begins with the longest of these that its prompt begins with; "
+        "chat: and leaves its own end for the next turn",
     )
     pinned: float = Field(
         0.25, ge=0, le=0.9, description="share of the memory that packings may take which a request has pinned, at most"
@@ -245,8 +246,17 @@ class EvictionConfig(BaseModel):
         return listed and self.is_there(policy)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON, from which `parse` makes the same settings: vLLM hashes it, and prints it with its config."""
-        return self.model_dump(mode="json", exclude_none=True)
+        """Plain JSON, from which `parse` makes the same settings: vLLM hashes it, and prints it with its config.
+        `reuse` is left out as long as nobody has named it, nor settled what its default is (`settled`)."""
+        unsettled = {"reuse"}.difference(self.model_fields_set)
+        return self.model_dump(mode="json", exclude_none=True, exclude=unsettled)
+
+    def settled(self, prefix_caching: bool) -> EvictionConfig:
+        """These settings on an engine with or without vLLM's prefix cache: packings are found by its hashes, and the
+        default asks for nothing that is not there. What the user has named stays."""
+        if "reuse" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"reuse": self.reuse if prefix_caching else "off"})
 
     def region(self, stop: int, shared_blocks: int, block_tokens: int) -> Region:
         """What an eviction at `stop` chooses from, with this engine's window."""

@@ -14,7 +14,8 @@
                            kept, and is itself kept whole ("compress the document, then ask")
     kv_eviction_protect    leading prompt tokens that stay whole, in place and shared (a system prompt)
     kv_eviction_reuse      whether its packing outlives it, for later requests: "off", "boundary", "prefix", "chat"
-    kv_eviction_pin        seconds for which the packing at its boundary stays, used or not; 0: no longer
+    kv_eviction_pin        seconds for which the packing at its boundary stays, used or not; 0: no longer; -1: nor is
+                           anything else asked, and the answer is empty
     kv_eviction_report     1: the response tells what was kept
 
 Checked once in the API server, where a mistake is a 400; the scheduler resolves the same fields and must never raise.
@@ -49,6 +50,8 @@ _PREFIX = "kv_eviction"
 _INHERITED = ("policy", "keep", "reuse", "budget", "answers", "interval", "prompts", "prompt_interval")
 _ONCE = {"answers": "keep", "prompts": "whole"}
 _LATER = ("prefix", "chat")  # of such reuse, whatever a request packs or takes is asked about by others, later
+UNPIN = -1
+"""Instead of seconds, of a request that has nothing else to ask."""
 _LONGEST_PIN = 30 * 24 * 3600  # seconds: a month, which nobody remembers
 
 
@@ -72,7 +75,7 @@ class RequestSettings(BaseModel):
     prompts: Prompts = "whole"
     prompt_interval: int | None = Field(None, ge=1)
     reuse: Reuse = "off"
-    pin: float | None = Field(None, ge=0, le=_LONGEST_PIN)
+    pin: float | None = Field(None, ge=UNPIN, le=_LONGEST_PIN)
     report: bool | Literal[0, 1] = False
 
     @property
@@ -91,6 +94,13 @@ class RequestSettings(BaseModel):
     @classmethod
     def _known_policy(cls, name: str) -> str:
         return known_policy(name)
+
+    @field_validator("pin")
+    @classmethod
+    def _known_pin(cls, seconds: float | None) -> float | None:
+        if seconds is not None and UNPIN < seconds < 0:
+            raise ValueError
+        return seconds
 
     @field_validator("widths", mode="before")
     @classmethod
@@ -156,7 +166,9 @@ def resolve(
         if tokens is not None and tokens > num_prompt_tokens:
             raise _wrong(option_name(field), tokens, f"the prompt has {num_prompt_tokens} tokens")
     if settings.pin is not None and engine.reuse == "off":
-        raise _wrong("kv_eviction_pin", settings.pin, "this server pins nothing; it takes --kv-eviction-reuse")
+        raise _wrong(
+            "kv_eviction_pin", settings.pin, "this server pins nothing: --kv-eviction-reuse or the prefix cache is off"
+        )
     if settings.pin is not None and (settings.boundary is None or not settings.outlives):
         needs = "goes with kv_eviction_boundary and kv_eviction_reuse, and without kv_eviction_protect"
         raise _wrong("kv_eviction_pin", settings.pin, needs)
@@ -201,6 +213,11 @@ def _evicted_again(engine: EvictionConfig, settings: RequestSettings, own: Mappi
         if tokens is not None and tokens < engine.window:
             raise _wrong(option_name(field), tokens, f"choose {engine.window} or more, as its window has")
     return settings.model_copy(update={"policy": meant, "widths": "16", "reuse": "off"})
+
+
+def only_unpins(extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether a request asks for nothing but that a packing is no longer pinned."""
+    return extra_args is not None and extra_args.get("kv_eviction_pin") == UNPIN
 
 
 def refuse_items_behind(boundary: int | None, items: Iterable[tuple[int, int]]) -> None:
@@ -268,7 +285,7 @@ _ALLOWED = {
     "kv_eviction_boundary": "choose a whole number of prompt tokens, 1 or more",
     "kv_eviction_protect": "choose a whole number of prompt tokens, 0 or more",
     "kv_eviction_reuse": f"choose one of {', '.join(get_args(Reuse))}",
-    "kv_eviction_pin": f"choose a number of seconds, 0 to {_LONGEST_PIN}",
+    "kv_eviction_pin": f"choose a number of seconds, 0 to {_LONGEST_PIN}, or {UNPIN}",
     "kv_eviction_report": "choose 0 or 1",
 }
 _SWITCHES = ("kv_eviction_report",)  # a boolean is what they mean

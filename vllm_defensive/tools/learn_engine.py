@@ -26,6 +26,7 @@ def prepared(engine_args: Any) -> Any:
         "policies": [TEACHER, *learn_checks.POLICIES],
         "learning": True,
         "shared": "evict",  # what is compared shares its whole prompt, and must be evicted as if it were alone
+        "reuse": "off",  # and where it ends, to the token
         "window": _WINDOW,
         "min_tokens": _WINDOW,
     }

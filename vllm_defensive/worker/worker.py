@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_defensive import learned
 from vllm_defensive.compat import channels, contract
 from vllm_defensive.engine.spec import evictable_specs
-from vllm_defensive.limits import check_layers, evictable_group
+from vllm_defensive.limits import check_layers, evictable_group, of_one_size
 from vllm_defensive.policy import PRESETS, ReduceHeads
 from vllm_defensive.settings.engine import from_vllm_config
 from vllm_defensive.worker.evictor import Evictor, logger
@@ -100,13 +100,14 @@ class EvictionWorker(Worker):
         if any(PRESETS[policy].learned for policy in self.eviction.served):
             self.load_learned()
         logger.info(
-            "KV eviction is on: policy %s keeps %g of each prompt of %d tokens or more (window %d), in widths %s; "
-            "pages of %d tokens, %d layers x %d KV heads = %d pages a block",
+            "KV eviction is on: policy %s keeps %g of each prompt of %d tokens or more (window %d), in widths %s, "
+            "reuse %s; pages of %d tokens, %d layers x %d KV heads = %d pages a block",
             self.eviction.described,
             self.eviction.keep,
             self.eviction.min_tokens,
             self.eviction.window,
             self.eviction.described_widths,
+            self.eviction.reuse if of_one_size(groups) else "off (not all layers have blocks of one size)",
             spec.block_size,
             len(names),
             spec.num_kv_heads,
