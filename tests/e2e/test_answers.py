@@ -139,3 +139,46 @@ def test_memory_is_bounded(tiny_model: Path) -> None:
         assert found["vllm:num_preemptions"] == 0
         assert scheduler_of(llm).eviction_manager.lifecycle.totals.repeats > 3 * 10
         assert_all_returned(llm)
+
+
+BOUNDED = {"prompts": "bounded", "prompt_interval": 64, "budget": 96}
+
+
+@pytest.mark.parametrize("asynchronous", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sync", "async"])
+def test_prompts_of_three_times_the_pool(tiny_model: Path, tmp_path: Path, asynchronous: bool) -> None:
+    """Each token sees what had been kept when its part was read."""
+    reference, score, folder = ReferenceLlama(tiny_model), tmp_path / "score.safetensors", tmp_path / "audits"
+    score_of(reference, tiny_model, score)
+    policies = ["streamingllm", "halokv", "learnedkv"]
+    settings = {"per_request": True, "policies": policies, "learned": str(score), "audit": str(folder), **BOUNDED}
+    prompts = [random_prompts((length,), seed=i)[0] for i, length in enumerate((900, 700, 65))]
+    arguments = {"num_gpu_blocks_override": 10, "max_model_len": 1280, "asynchronous": asynchronous}
+    with engine(tiny_model, "none", dtype="float32", **arguments, **settings, **EVICT) as llm:
+        answers = generate(llm, prompts, 100, extra_args=[{"kv_eviction": policy} for policy in policies])
+        assert metrics_of(llm)["vllm:num_preemptions"] == 0
+        assert_all_returned(llm)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        audits = audits_of(folder, answer.request_id)
+        assert [a.stop for a in audits][:1] == ([128] if len(prompt) > 65 else [129])
+        seen = [(a.first_reader, a.mask()) for a in audits]
+        expected = decode_logprobs(reference, prompt, answer.tokens, None, again=seen)
+        assert float((answer.logprobs - expected).abs().max()) <= 1e-4
+        at_once = decode_logprobs(reference, prompt, answer.tokens, None, again=seen[-1:])
+        assert len(prompt) == 65 or float((answer.logprobs - at_once).abs().max()) > 0.1
+
+
+def test_what_would_not_fit_is_refused_or_ends(tiny_model: Path) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    arguments = {"num_gpu_blocks_override": 10, "max_model_len": 1280}
+    (long, short) = random_prompts((900, 100))
+    with engine(tiny_model, "streamingllm", **arguments, **BOUNDED) as llm:
+        for own in ({"kv_eviction": "none"}, {"kv_eviction_prompts": "whole"}):
+            with pytest.raises(VLLMValidationError, match=r"kv_eviction_prompts.*larger than the KV cache"):
+                generate(llm, [long], 10, extra_args=[own])
+        with pytest.raises(VLLMValidationError, match="kv_eviction_prompt_interval=8: choose 32 or more"):
+            generate(llm, [long], 10, extra_args=[{"kv_eviction_prompt_interval": 8}])
+        answers = generate(llm, [short], 400, extra_args=[{"kv_eviction": "none"}])
+        assert len(answers[0].tokens) == 9 * 32 - 4 * 32, "its answer ends where the memory does"
+        assert len(generate(llm, [long], 20)[0].tokens) == 20
+        assert_all_returned(llm)

@@ -187,20 +187,28 @@ class Again:
             most = cdiv(longest, tokens)
             if packed:
                 before = packed + region.shared_blocks
-                part = settings.interval
+                part = settings.interval if settings.answers == "evict" else longest - request.num_prompt_tokens
                 if life.bounded:
                     part = max(self._part(life), part)
                 else:
                     before = max(before, cdiv(request.num_prompt_tokens, tokens))
-                if settings.answers == "keep":
-                    part = max(part, longest - life.bounded)
                 most = min(before + cdiv(part, tokens) + 1, most)
             life.most_blocks = most, packed
         return life.most_blocks
 
+    def cap_answer(self, life: Life) -> None:
+        """A prompt may be larger than the memory here; an answer that is not evicted ends where the memory does."""
+        request, tokens = life.request, self._outlook.block_tokens
+        if life.again and life.settings.answers == "evict":
+            return
+        usable = self._pool.num_gpu_blocks - 1
+        held = self._most_blocks(life)[1] + 1 if life.bounded else cdiv(request.num_prompt_tokens, tokens)
+        request.max_tokens = max(1, min(request.max_tokens, (usable - held) * tokens))
+        life.most_blocks = None
+
     def caps(self, life: Life) -> int | None:
         """Blocks that are enough for a request whose prompt may be larger than the memory; None: it is none."""
-        return sum(self._most_blocks(life)) if life.bounded else None
+        return min(sum(self._most_blocks(life)), self._pool.num_gpu_blocks - 1) if life.bounded else None
 
     def forget(self, request_id: str) -> None:
         """The request will not come again."""

@@ -93,6 +93,10 @@ class _EvictionMixin(Scheduler):
                 return
             self.eviction_manager.outlook.relatives.add(request)
             self._amendments.expect(request)
+            if self.eviction_manager.eviction.prompts == "bounded":
+                life = self.eviction_manager.life(request.request_id)
+                assert life is not None
+                self._again.cap_answer(life)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.eviction_manager.release_processed()

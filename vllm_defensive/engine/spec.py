@@ -53,7 +53,9 @@ class EvictableSpec(FullAttentionSpec):
         whole = super().max_memory_usage_bytes(vllm_config) + packed * self.page_size_bytes
         if eviction.prompts == "whole":
             return whole
-        part = max(eviction.prompt_interval or vllm_config.scheduler_config.max_num_batched_tokens, eviction.interval)
+        part = eviction.prompt_interval or vllm_config.scheduler_config.max_num_batched_tokens
+        if eviction.answers == "evict":
+            part = max(part, eviction.interval)
         return min(whole, (2 * packed + cdiv(part, self.block_size) + 1) * self.page_size_bytes)
 
     @classmethod

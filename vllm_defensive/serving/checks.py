@@ -18,6 +18,7 @@ from vllm_defensive.settings.request import (
     refuse_items_behind,
     refuse_session,
     refuse_strays,
+    refuse_whole,
     resolve,
 )
 
@@ -30,17 +31,19 @@ def check_request(vllm_config: Any, prompt: Any, params: Any) -> None:
     vllm_config: of the engine that is asked. It may be a stock one, though another of the process evicts.
     """
     extra_args = getattr(params, "extra_args", None) or {}
-    settings = from_vllm_config(vllm_config) if extra_args else None
-    if settings is None:
+    settings = from_vllm_config(vllm_config)
+    if settings is None or not (extra_args or settings.prompts == "bounded"):
         return
     try:
         if _is_session(prompt):
             refuse_session(extra_args)
+            refuse_whole(settings, None, None)
         if (num_tokens := _length(prompt)) is None:
             return
         placeholders = prompt.get("mm_placeholders") or {}
         items = items_of((kind, place) for kind, places in placeholders.items() for place in places)
         own = resolve(settings, extra_args, num_tokens, items)
+        refuse_whole(settings, None if items else own, num_tokens, vllm_config.cache_config)
         if items and vllm_config.model_config.is_mm_prefix_lm and current() == PLATFORMS["cuda"]:
             refuse_items_behind(own.boundary, items)
     except RequestFieldError as error:

@@ -248,6 +248,24 @@ def refuse_strays(fields: Mapping[str, Any] | None) -> None:
             raise _wrong(name, value, "has no effect here; put it into vllm_xargs")
 
 
+def refuse_whole(
+    engine: EvictionConfig, own: RequestSettings | None, num_tokens: int | None, cache: Any = None
+) -> None:
+    """Raises RequestFieldError if a prompt is not read in parts, and the server relies on that: it may be larger than
+    the memory, and the request would wait for ever.
+
+    own: the request's settings; None: whatever they are, it cannot be read in parts. num_tokens: of its prompt, None if
+    that grows. cache: vLLM's `CacheConfig`.
+    """
+    parts = own is not None and own.prompts == "bounded" and own.policy != NONE
+    if engine.prompts == "whole" or parts:
+        return
+    blocks = getattr(cache, "num_gpu_blocks", None)
+    if num_tokens is None or (blocks is not None and num_tokens >= (blocks - 1) * cache.block_size):
+        why = "the prompt may be larger than the KV cache, which this server reads in parts: text, and with eviction on"
+        raise _wrong("kv_eviction_prompts", "whole", why)
+
+
 def refuse_beam_search(fields: Mapping[str, Any]) -> None:
     """Raises RequestFieldError for fields of ours in a beam search, of which every step is a request of one token over
     the whole cache."""
