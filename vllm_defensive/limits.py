@@ -8,7 +8,6 @@ from typing import Any
 
 from vllm_defensive.audit import make_folder
 from vllm_defensive.platforms import CPU_ONLY, PLATFORMS, Row, only_on_cpus, refusal, refused_drafts, refused_on_cuda
-from vllm_defensive.policy import PRESETS
 from vllm_defensive.settings.engine import AUTO, NONE, TURN_OFF, EvictionConfig, option_name
 
 _FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
@@ -92,7 +91,7 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
         )
     for field, once in (("answers", "keep"), ("prompts", "whole")):
         if getattr(settings, field) != once:
-            _check_repeats(field, settings, on_cuda)
+            _check_repeats(field, settings)
     if settings.audit is not None:
         _check_writable(settings.audit)
     if settings.window > settings.min_tokens:
@@ -102,15 +101,13 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
         )
 
 
-def _check_repeats(field: str, settings: EvictionConfig, on_cuda: bool) -> None:
+def _check_repeats(field: str, settings: EvictionConfig) -> None:
     """Refuse what cannot be evicted more than once. field: the setting that asks for it."""
-    meant = settings.meant(settings.policy, boundary=True)
-    able = [name for name in settings.served if PRESETS[name].evicts_answers_by is not None]
     way_out = None
-    if on_cuda:
+    if settings.repeats == "none":
         way_out = "supported on CPUs only; leave it out on a GPU"
-    elif settings.policy != NONE and PRESETS[meant].evicts_answers_by is None:
-        way_out = f"{settings.described} scores a prompt once, as a whole; choose one of {', '.join(able)}"
+    elif settings.policy != NONE and not settings.evicts_again(settings.meant(settings.policy, boundary=True)):
+        way_out = f"{settings.described} evicts a request once; choose one of {', '.join(settings.evict_again)}"
     elif settings.widths not in (AUTO, "16"):
         way_out = f"goes with {option_name('widths')} 16"
     if way_out is not None:

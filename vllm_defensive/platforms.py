@@ -71,7 +71,9 @@ def choose_widths(settings: EvictionConfig, platform: Platform) -> EvictionConfi
     """
     if platform == PLATFORMS["cuda"]:
         names = {"16", *(name for widths in settings.own_widths for name, _ in WIDTHS[widths])}
-        return settings.model_copy(update={"classes": tuple(name for name in CLASSES if name in names)})
+        return settings.model_copy(
+            update={"classes": tuple(name for name in CLASSES if name in names), "repeats": "none"}
+        )
     if compiler() is not None:
         return settings.model_copy(update={"auto_widths": not has_amx()})
     if any(widths != "16" for widths in settings.own_widths):

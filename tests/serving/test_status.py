@@ -51,6 +51,7 @@ def test_a_record_counts_whole_blocks_and_the_tail() -> None:
         "held_tokens": (2 + 5) * 32 + 8,
         "freed_blocks": 31 - 2 - 5,
         "adopted": False,
+        "repeat": 0,
     }
 
 

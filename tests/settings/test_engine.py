@@ -53,7 +53,7 @@ def test_wrong_values_name_option_value_and_what_is_allowed(raw: dict[str, Any],
 
 def test_unknown_settings_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"kv_eviction_kepp: unknown setting, choose from policy, score, learned, learn, keep, widths"
+        ValueError, match=r"kv_eviction_kepp: unknown setting, choose from policy, score, learned, learn, keep, budget"
     ):
         config.parse({"policy": "snapkv", "kepp": 0.3})
 

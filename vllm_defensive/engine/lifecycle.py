@@ -188,6 +188,7 @@ class Lifecycle:
         life.turn(Phase.PACKED)
         blocks, life.blocks, life.replaced = life.blocks, life.replaced, []
         life.eviction, life.former = life.former, None
+        life.stop = life.eviction.region.stop
         self.packed_blocks -= len(blocks)
         return blocks
 

@@ -37,13 +37,13 @@ def check_request(vllm_config: Any, prompt: Any, params: Any) -> None:
     try:
         if _is_session(prompt):
             refuse_session(extra_args)
-            refuse_whole(settings, None, None)
+            refuse_whole(settings, None, None, vllm_config)
         if (num_tokens := _length(prompt)) is None:
             return
         placeholders = prompt.get("mm_placeholders") or {}
         items = items_of((kind, place) for kind, places in placeholders.items() for place in places)
         own = resolve(settings, extra_args, num_tokens, items)
-        refuse_whole(settings, None if items else own, num_tokens, vllm_config.cache_config)
+        refuse_whole(settings, None if items else own, num_tokens, vllm_config)
         if items and vllm_config.model_config.is_mm_prefix_lm and current() == PLATFORMS["cuda"]:
             refuse_items_behind(own.boundary, items)
     except RequestFieldError as error:

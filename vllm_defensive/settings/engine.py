@@ -101,6 +101,9 @@ class EvictionConfig(BaseModel):
     classes: tuple[str, ...] | None = Field(
         None, description="set by the device: the kinds of pages that are compiled; none: any are"
     )
+    repeats: Literal["any", "lasting", "none"] = Field(
+        "any", description="set by the device: policies that can evict a request more than once"
+    )
     window: int = Field(
         32, ge=1, description="observation window: the last prompt tokens, whose attention scores all others"
     )
@@ -245,6 +248,16 @@ class EvictionConfig(BaseModel):
         listed = self.policies is None or policy in named or any(policy in self.stands_for(name) for name in named)
         return listed and self.is_there(policy)
 
+    def evicts_again(self, policy: str) -> bool:
+        """Whether requests that are evicted by this policy can be evicted more than once."""
+        name = PRESETS[policy].evicts_answers_by if policy in PRESETS else None
+        return name is not None and (self.repeats == "any" or (self.repeats == "lasting" and PRESETS[name].lasting))
+
+    @property
+    def evict_again(self) -> list[str]:
+        """The policies that requests may name and that can evict them more than once."""
+        return [name for name in self.choices if self.evicts_again(name)]
+
     def as_json(self) -> dict[str, Any]:
         """Plain JSON, from which `parse` makes the same settings: vLLM hashes it, and prints it with its config.
         `reuse` is left out as long as nobody has named it, nor settled what its default is (`settled`)."""
@@ -284,7 +297,7 @@ class EvictionConfig(BaseModel):
         return region.budget_blocks(keep, format, budget, held_blocks)
 
 
-_SET_AT_START = ("learning", "window_keep", "auto_widths", "classes")
+_SET_AT_START = ("learning", "window_keep", "auto_widths", "classes", "repeats")
 FLAGS = tuple(name for name in EvictionConfig.model_fields if name not in _SET_AT_START)
 """The fields that users set, each of which has a flag."""
 
@@ -365,6 +378,12 @@ _ALLOWED = {
     "widths": lambda: f"choose one of {listed((AUTO, *OFFERED))}",
     "auto_widths": lambda: "leave it out",
     "classes": lambda: "leave it out",
+    "budget": lambda: "choose a whole number of tokens, 1 or more",
+    "answers": lambda: f"choose one of {', '.join(get_args(Answers))}",
+    "interval": lambda: "choose a whole number of tokens, 1 or more",
+    "prompts": lambda: f"choose one of {', '.join(get_args(Prompts))}",
+    "prompt_interval": lambda: "choose a whole number of tokens, 1 or more",
+    "repeats": lambda: "leave it out",
     "window": lambda: "choose a whole number of tokens, 1 or more",
     "min_tokens": lambda: "choose a whole number of tokens, 1 or more",
     "audit": lambda: "name a folder",

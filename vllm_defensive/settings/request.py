@@ -30,7 +30,6 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_defensive.packing import OFFERED
-from vllm_defensive.policy import PRESETS
 from vllm_defensive.settings.engine import (
     AUTO,
     NONE,
@@ -196,9 +195,9 @@ def _evicted_again(engine: EvictionConfig, settings: RequestSettings, own: Mappi
     # Whatever will be read is asked for later.
     meant = engine.meant(settings.policy, boundary=True, score=settings.score, keep=settings.keep)
     widths, why = settings.widths or engine.widths, None
-    if not engine.is_there(meant) or PRESETS[meant].evicts_answers_by is None:
-        able = [name for name in engine.choices if name in PRESETS and PRESETS[name].evicts_answers_by is not None]
-        why = f"{settings.policy} scores a prompt once, as a whole; choose from {', '.join(able)}"
+    if not engine.is_there(meant) or not engine.evicts_again(meant):
+        able = f"; choose from {', '.join(engine.evict_again)}" if engine.evict_again else ", as all do on this device"
+        why = f"{settings.policy} evicts a request once{able}"
     elif widths not in (AUTO, "16"):
         why = f'goes with pages of 16 bits, not {widths}; choose kv_eviction_widths "16"'
         named = named or ("widths" if "widths" in own else None)
@@ -248,18 +247,17 @@ def refuse_strays(fields: Mapping[str, Any] | None) -> None:
             raise _wrong(name, value, "has no effect here; put it into vllm_xargs")
 
 
-def refuse_whole(
-    engine: EvictionConfig, own: RequestSettings | None, num_tokens: int | None, cache: Any = None
-) -> None:
+def refuse_whole(engine: EvictionConfig, own: RequestSettings | None, num_tokens: int | None, vllm_config: Any) -> None:
     """Raises RequestFieldError if a prompt is not read in parts, and the server relies on that: it may be larger than
     the memory, and the request would wait for ever.
 
     own: the request's settings; None: whatever they are, it cannot be read in parts. num_tokens: of its prompt, None if
-    that grows. cache: vLLM's `CacheConfig`.
+    that grows.
     """
     parts = own is not None and own.prompts == "bounded" and own.policy != NONE
     if engine.prompts == "whole" or parts:
         return
+    cache: Any = getattr(vllm_config, "cache_config", None)
     blocks = getattr(cache, "num_gpu_blocks", None)
     if num_tokens is None or (blocks is not None and num_tokens >= (blocks - 1) * cache.block_size):
         why = "the prompt may be larger than the KV cache, which this server reads in parts: text, and with eviction on"
