@@ -56,6 +56,22 @@ def test_an_evicted_request_holds_packed_blocks_tail_and_growth() -> None:
     assert after.full == 20 * 32 * (35 - 31 + 6)
 
 
+def test_an_answer_that_is_evicted_holds_its_budget_and_an_interval() -> None:
+    """A prompt of 4 blocks; looked at at 384 (12 blocks, fewer than the budget's 16), 640, and so on."""
+    settings = {"policy": "streamingllm", "keep": 1.0, "budget": 512, "answers": "evict"}
+    found = plan(MODEL, 10**7, 128, 2000, EvictionConfig(**settings))
+    assert found.full == 20 * 32 * (16 + 8), "just before an eviction"
+    assert found.prefill == 20 * 32 * (16 + 8 + 16), "in one"
+    assert found.mean == 20 * 32 * (16 + 8), "at token 1,128, eight blocks behind the eviction at 896"
+
+
+def test_a_bounded_prompt_holds_its_budget_twice_and_a_part() -> None:
+    settings = {"policy": "streamingllm", "keep": 1.0, "budget": 96, "prompts": "bounded", "prompt_interval": 64, "min_tokens": 64}
+    found = plan(MODEL, 10**7, 1000, 100, EvictionConfig(**settings))
+    assert found.prefill == 20 * 32 * (3 + 2 + 3)
+    assert found.full == 20 * 32 * (3 + 4), "the answer, and the prompt's last, partial block"
+
+
 def test_widths_are_more_tokens_in_as_many_bytes() -> None:
     sixteen, eight, four = (
         plan(MODEL, 10**6, 1000, 100, EvictionConfig(policy="snapkv", keep=0.2, widths=widths))

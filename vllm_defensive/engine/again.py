@@ -186,7 +186,8 @@ class Again:
             )
             most = cdiv(longest, tokens)
             if packed:
-                before = packed + region.shared_blocks
+                # Shorter ones than this are not evicted at all.
+                before = max(packed + region.shared_blocks, cdiv(self._outlook.settings.min_tokens, tokens))
                 part = settings.interval if settings.answers == "evict" else longest - request.num_prompt_tokens
                 if life.bounded:
                     part = max(self._part(life), part)

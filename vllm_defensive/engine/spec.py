@@ -56,7 +56,8 @@ class EvictableSpec(FullAttentionSpec):
         part = eviction.prompt_interval or vllm_config.scheduler_config.max_num_batched_tokens
         if eviction.answers == "evict":
             part = max(part, eviction.interval)
-        return min(whole, (2 * packed + cdiv(part, self.block_size) + 1) * self.page_size_bytes)
+        most = max(packed, cdiv(eviction.min_tokens, self.block_size)) + cdiv(part, self.block_size) + 1
+        return min(whole, (most + packed) * self.page_size_bytes)
 
     @classmethod
     def merge(cls, specs: list[EvictableSpec]) -> EvictableSpec:

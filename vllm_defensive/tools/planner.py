@@ -37,7 +37,8 @@ _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 class Plan:
     """Bytes of one request on one GPU, and how many requests the memory holds.
 
-    full, mean: at the end of its output, and half-way through it. prefill: at most, while the prompt is computed.
+    full: the most while it generates, which is at its end unless its answer is evicted. mean: half-way through its
+    output. prefill: at most, while the prompt is computed, or while it is packed once more.
     at_once: requests that reach their end together, none preempted. at_once_mean: requests that are half-way through.
     kept: tokens of the prompt that are kept, on average over layers and heads.
     """
@@ -70,17 +71,43 @@ def plan(
     eviction None: stock vLLM. Slots are counted in whole blocks; prefixes that requests share are not considered.
     """
     packing = _packing(model, context, eviction, block_size)
-    packed, kept = (len(packing.blocks), packing.kept_tokens) if packing else (0, context)
+    kept = packing.kept_tokens if packing else context
 
-    def slots(tokens: int, first: int) -> int:
-        return (math.ceil(tokens / block_size) - first) * block_size
+    def size(blocks: int, tokens: int) -> int:
+        return model.bytes(blocks * block_size, tokens)
 
-    def held(tokens: int) -> int:
-        evicted = context // block_size if packed else 0
-        return model.bytes(slots(tokens, evicted) + packed * block_size, tokens)
+    if eviction is not None and (eviction.answers == "evict" or eviction.prompts == "bounded"):
+        held, most, peak = _walk(eviction, context, output, block_size)
+        return Plan(size(peak, context), size(held, context + output), size(most, context + output), memory, kept)
+    packed = len(packing.blocks) if packing else 0
+    evicted = context // block_size if packed else 0
+    prefill, mean, full = (
+        size(math.ceil(tokens / block_size) + packed - gone, tokens)
+        for tokens, gone in ((context, 0), (context + math.ceil(output / 2), evicted), (context + output, evicted))
+    )
+    return Plan(prefill, mean, full, memory, kept)
 
-    prefill = model.bytes(slots(context, 0) + packed * block_size, context)
-    return Plan(prefill, held(context + math.ceil(output / 2)), held(context + output), memory, kept)
+
+def _walk(eviction: EvictionConfig, context: int, output: int, block_size: int) -> tuple[int, int, int]:
+    """Blocks of a request that is evicted more than once, from stop to stop: half-way through its output, at most while
+    it generates, and at most with what it is packed into beside."""
+    part = (eviction.prompt_interval or context) if eviction.prompts == "bounded" else context
+    stops = [*range(part, context, part), context]
+    if eviction.answers == "evict":
+        stops += range(context + eviction.interval, context + output, eviction.interval)
+    held = most = peak = packed = full = 0
+    half = context + math.ceil(output / 2)
+    middle: int | None = None
+    for stop in [*stops, context + output]:
+        if middle is None and stop >= half:
+            middle = packed + math.ceil(half / block_size) - full
+        held = packed + math.ceil(stop / block_size) - full
+        region = eviction.region(stop, 0, block_size)
+        whole = packed + region.full_blocks - full
+        count = eviction.budget_blocks(region, held_blocks=whole) if stop in stops else 0
+        most, peak = max(most, held if stop > context else 0), max(peak, held + count)
+        packed, full = (count, region.full_blocks) if count else (packed, full)
+    return middle or held, most, peak
 
 
 def _packing(model: Model, stop: int, eviction: EvictionConfig | None, block_size: int) -> Packing | None:
@@ -145,9 +172,9 @@ def report(before: Plan, after: Plan) -> str:
     gib = 2**30
     rows = [("", "stock", "evicted")]
     for label, name in (
-        ("a request at its end, GiB", "full"),
+        ("a request at its largest, GiB", "full"),
         ("half-way through its output, GiB", "mean"),
-        ("while its prompt is computed, GiB", "prefill"),
+        ("while it is computed or packed, GiB", "prefill"),
     ):
         rows.append((label, f"{getattr(before, name) / gib:.3f}", f"{getattr(after, name) / gib:.3f}"))
     rows.append(("tokens of its prompt that it keeps", str(before.kept), str(after.kept)))
@@ -186,13 +213,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=int, required=True, help="new tokens of a request; with --documents, of question and answer"
     )
-    parser.add_argument("--keep", type=float, default=default["keep"].default, help="as --kv-eviction-keep")
+    parser.add_argument("--keep", type=float, help="as --kv-eviction-keep")
     parser.add_argument(
         "--widths",
         default="16",
         help=f"as --kv-eviction-widths: {listed((AUTO, *OFFERED))}; auto: a CPU server's with --kv-eviction auto; "
         "default: 16",
     )
+    for name, kind in (
+        ("budget", int),
+        ("answers", str),
+        ("interval", int),
+        ("prompts", str),
+        ("prompt_interval", int),
+    ):
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=kind, default=default[name].default, help=f"as --kv-eviction-{flag[2:]}")
     parser.add_argument("--window", type=int, default=default["window"].default, help="as --kv-eviction-window")
     parser.add_argument("--block-size", type=int, default=32, help="tokens a block")
     parser.add_argument("--kv-dtype", default="auto", help="of the KV cache; auto: the model's")
@@ -218,9 +254,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         whole = read_model(load_config(args.model), args.tp, args.kv_dtype)
         model = whole.served(args.context + args.output)
         # Any policy: they differ in what they keep, not in how much.
-        given = {"keep": args.keep, "widths": args.widths, "window": args.window}
-        settings = {"policy": AUTO, "auto_widths": True, **given}
-        eviction = EvictionConfig.model_validate(settings)
+        names = ("keep", "widths", "window", "budget", "answers", "interval", "prompts", "prompt_interval")
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        if args.budget is not None:
+            given.setdefault("keep", 1.0)
+        if (args.answers, args.prompts) != ("keep", "whole") and args.widths != "16":
+            raise ValueError(f"--widths {args.widths}: choose 16 with --answers evict or --prompts bounded")
+        eviction = EvictionConfig.model_validate({"policy": AUTO, "auto_widths": True, **given})
         sizes = args.context, args.output
         before, after = (plan(model, memory, *sizes, e, args.block_size) for e in (None, eviction))
         if args.documents is not None:
