@@ -80,10 +80,10 @@ def test_answers_equal_the_masked_reference(tiny_model: Path, tmp_path: Path) ->
     score_of(reference, tiny_model, score)
     settings = {"per_request": True, "policies": ABLE, "learned": str(score), "audit": str(folder), "budget": 128}
     policies = ["none", *ABLE]
-    prompts = [random_prompts(((100, 300, 40)[i % 3],), seed=i)[0] for i in range(len(policies))]
+    prompts = [random_prompts(((100, 300, 70)[i % 3],), seed=i)[0] for i in range(len(policies))]
     with engine(tiny_model, "none", dtype="float32", **settings, **EVICT) as llm:
         own = [{"kv_eviction": policy} for policy in policies]
-        answers = generate(llm, prompts, 150, extra_args=own)
+        answers = generate(llm, prompts, 200, extra_args=own)
         assert_all_returned(llm)
     errors = {}
     for policy, prompt, answer in zip(policies, prompts, answers, strict=True):

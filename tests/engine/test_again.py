@@ -128,3 +128,38 @@ def test_a_worker_that_declines_leaves_what_was_packed(tiny_model: Path) -> None
     h.run()
     assert len(h.evictions) > 2 and h.evictions[2].score.since == h.evictions[1].region
     h.assert_all_returned()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_who_was_thrown_out_passes_its_stops_again(tiny_model: Path, asynchronous: bool) -> None:
+    """Each token sees what it saw before: the same stops, with the same first readers."""
+    settings = {"budget": 96, "answers": "evict", "interval": 64, "window": 32}
+    arguments = {"num_blocks": 24, "asynchronous": asynchronous, "chunk": 512, "max_model_len": 1024}
+    h = Harness(tiny_model, policy="streamingllm", **arguments, **settings)
+    first = h.add(text(100, 1), max_tokens=300)
+    while len(h.evictions) < 4:
+        h.step()
+    h.scheduler._preempt_request(h.scheduler.requests[first], 0.0)
+    h.scheduler.running.clear()
+    h.run()
+    h.assert_all_returned()
+    seen = [(e.region.stop, e.first_reader) for e in h.evictions]
+    assert seen[4:] == seen[:4]
+    assert all(reader == stop for stop, reader in seen[1:4])
+
+
+def test_all_that_stand_still_give_way(tiny_model: Path) -> None:
+    """Two prompts that are read in parts, and blocks that somebody else holds: no eviction finds room."""
+    settings = {"budget": 96, "prompts": "bounded", "prompt_interval": 128, "window": 32}
+    h = Harness(tiny_model, num_blocks=30, policy="streamingllm", max_model_len=1024, chunk=512, **settings)
+    for seed in range(2):
+        h.add(text(600, seed), max_tokens=8)
+    h.step()
+    taken = h.pool.get_new_blocks(h.free)
+    preempted = 0
+    for _ in range(6):
+        preempted += len(h.step().preempted_req_ids or ())
+    assert preempted, "or they would wait for each other"
+    h.pool.free_blocks(taken)
+    h.run()
+    h.assert_all_returned()

@@ -66,7 +66,14 @@ def test_an_answer_that_is_evicted_holds_its_budget_and_an_interval() -> None:
 
 
 def test_a_bounded_prompt_holds_its_budget_twice_and_a_part() -> None:
-    settings = {"policy": "streamingllm", "keep": 1.0, "budget": 96, "prompts": "bounded", "prompt_interval": 64, "min_tokens": 64}
+    settings = {
+        "policy": "streamingllm",
+        "keep": 1.0,
+        "budget": 96,
+        "prompts": "bounded",
+        "prompt_interval": 64,
+        "min_tokens": 64,
+    }
     found = plan(MODEL, 10**7, 1000, 100, EvictionConfig(**settings))
     assert found.prefill == 20 * 32 * (3 + 2 + 3)
     assert found.full == 20 * 32 * (3 + 4), "the answer, and the prompt's last, partial block"

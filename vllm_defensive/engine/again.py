@@ -42,6 +42,7 @@ class Again:
         # The scheduler's, set by it: draft tokens of a request in a step, at most; tokens of a step, at most; whether a
         # step is scheduled before the one before it has been processed.
         self.drafts, self.step_tokens, self.ahead = 0, 0, False
+        self._stuck = False  # nobody could be scheduled, as all wait for room to be evicted
 
     def expect(self, life: Life) -> None:
         """A request is about to begin, perhaps anew."""
@@ -76,24 +77,25 @@ class Again:
             self._due[life.request.request_id] = life
 
     def chunk(self, life: Life, computed: int, num_new: int) -> int:
-        """How many of these tokens a request may compute in a step. A prompt that is bounded ends a step at each stop,
-        and stands still there until it was evicted. So does a request that was preempted, and passes its stops again,
-        but it does not wait for room."""
-        reads = computed < life.bounded
-        if reads and life.phase is Phase.PACKING:
-            return 0
-        if computed >= life.again and (reads or num_new > 1):
-            return 0 if reads or life.phase is Phase.PACKING else num_new
-        return min(num_new, max(life.again - computed, 1))
+        """How many of these tokens a request may compute in a step. Who reads ends a step at each of its stops, and
+        stands still there until it was evicted: a bounded prompt, whose peak is planned so, and a request that was
+        preempted, and comes to see what it saw before. Unless nobody can move: then vLLM is to throw somebody out."""
+        reads = computed < life.bounded or life.request.num_tokens - computed > 1
+        if not reads or self._stuck:
+            return num_new
+        waits = life.phase is Phase.PACKING if computed < life.again else computed >= life.again
+        return 0 if waits else min(num_new, life.again - computed)
 
     def begin(self, scheduled: Mapping[str, int], running: Sequence[Request]) -> None:
         """A step was scheduled: plan the evictions that are due with it, as far as there is room. scheduled: tokens of
         each request in the step."""
+        self._stuck = False
         if not self._due:
             return
         room = self._pool.get_num_free_blocks()
         if self.ahead:
             room -= sum(self._next_blocks(request) for request in running)
+        planned = False
         for request_id, life in list(self._due.items()):
             if self._lifecycle.lives.get(request_id) is not life:
                 del self._due[request_id]
@@ -107,8 +109,11 @@ class Again:
                 if taken is not None:
                     del self._due[request_id]
                     room -= taken
+                    planned = True
                 elif life.again_window and end >= life.again:
                     self._lifecycle.hold(request_id)
+        idle = not scheduled and not any(request.num_in_flight_tokens for request in running)
+        self._stuck = idle and not planned
 
     def _next_blocks(self, request: Request) -> int:
         """Blocks that a request may take in the next step, beside those that it has."""

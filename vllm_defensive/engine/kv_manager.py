@@ -302,9 +302,9 @@ class EvictionBlockManager(FullAttentionManager):
     def next_stop(self, request_id: str) -> int:
         """The stop of a request that is still to be evicted: no chunk may run past it. 0 for all others."""
         life = self.life(request_id)
-        if life is not None and life.bounded:
-            return life.again
-        return life.stop if life is not None and life.ahead and life.published is None else 0
+        if life is None or life.published is not None:
+            return 0
+        return life.stop if life.ahead else life.again
 
     def lasting_blocks(self, request: Request) -> tuple[int, int]:
         """Blocks that the request holds, or would if it were let in, at its present length and once its originals are
