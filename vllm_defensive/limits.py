@@ -91,7 +91,7 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
             "a 16-bit KV cache"
         )
     if settings.answers == "evict":
-        _check_answers(settings, on_cuda)
+        _check_answers(settings)
     if settings.audit is not None:
         _check_writable(settings.audit)
     if settings.window > settings.min_tokens:
@@ -101,14 +101,12 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
         )
 
 
-def _check_answers(settings: EvictionConfig, on_cuda: bool) -> None:
+def _check_answers(settings: EvictionConfig) -> None:
     """Refuse what cannot be evicted while it generates."""
     meant = settings.meant(settings.policy, boundary=True)
     able = [name for name in settings.served if PRESETS[name].evicts_answers_by is not None]
     way_out = None
-    if on_cuda:
-        way_out = CPU_ONLY
-    elif settings.policy != NONE and PRESETS[meant].evicts_answers_by is None:
+    if settings.policy != NONE and PRESETS[meant].evicts_answers_by is None:
         way_out = f"{settings.described} scores a prompt once; choose a policy whose scores last: {', '.join(able)}"
     elif settings.widths not in (AUTO, "16"):
         way_out = f"goes with {option_name('widths')} 16"

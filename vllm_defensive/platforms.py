@@ -82,6 +82,14 @@ def choose_widths(settings: EvictionConfig, platform: Platform) -> EvictionConfi
     return settings.model_copy(update={"classes": ("16",)})
 
 
+def choose_answers(settings: EvictionConfig, platform: Platform) -> EvictionConfig:
+    """The settings, with whether requests may have their answers evicted: on GPUs where the server's own settings say
+    so, for it takes kernels, which are compiled at start, and memory, which is set aside then."""
+    if platform != PLATFORMS["cuda"] or settings.answers == "evict":
+        return settings
+    return settings.model_copy(update={"kept_answers": True})
+
+
 @cache
 def compiler() -> str | None:
     """The machine's C++ compiler, looked for as torch.compile does, that makes libraries with OpenMP; None: there is

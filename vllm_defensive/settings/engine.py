@@ -89,6 +89,9 @@ class EvictionConfig(BaseModel):
     classes: tuple[str, ...] | None = Field(
         None, description="set by the device: the kinds of pages that are compiled; none: any are"
     )
+    kept_answers: Literal[True] | None = Field(
+        None, description="set by the device: no request's answers are evicted, as nothing is compiled and set aside for it"
+    )
     window: int = Field(
         32, ge=1, description="observation window: the last prompt tokens, whose attention scores all others"
     )
@@ -148,9 +151,11 @@ class EvictionConfig(BaseModel):
 
     @property
     def served(self) -> list[str]:
-        """The policies that a request may be evicted by, those included that serve who cannot be repeated."""
+        """The policies that a request may be evicted by, those included that serve who cannot be repeated, and those that
+        evict what is generated."""
         named = [policy for name in self.choices if name != NONE for policy in self.stands_for(name)]
-        return list(dict.fromkeys([*named, *(other for name in named if (other := PRESETS[name].fallback))]))
+        others = (other for name in named for other in (PRESETS[name].fallback, PRESETS[name].later) if other)
+        return list(dict.fromkeys([*named, *others]))
 
     @property
     def described(self) -> str:
@@ -262,7 +267,7 @@ class EvictionConfig(BaseModel):
         return region.budget_blocks(keep, format, budget, held_blocks)
 
 
-_SET_AT_START = ("learning", "window_keep", "auto_widths", "classes")
+_SET_AT_START = ("learning", "window_keep", "auto_widths", "classes", "kept_answers")
 FLAGS = tuple(name for name in EvictionConfig.model_fields if name not in _SET_AT_START)
 """The fields that users set, each of which has a flag."""
 
@@ -343,6 +348,7 @@ _ALLOWED = {
     "widths": lambda: f"choose one of {listed((AUTO, *OFFERED))}",
     "auto_widths": lambda: "leave it out",
     "classes": lambda: "leave it out",
+    "kept_answers": lambda: "leave it out",
     "window": lambda: "choose a whole number of tokens, 1 or more",
     "min_tokens": lambda: "choose a whole number of tokens, 1 or more",
     "audit": lambda: "name a folder",

@@ -175,6 +175,8 @@ def _evicted_again(
     if settings.answers == "keep" or settings.policy == NONE:
         return None
     named, wants = "kv_eviction_answers", "answers" in own
+    if engine.kept_answers:
+        raise _wrong(named, "evict", "this server, on a GPU, was started without --kv-eviction-answers evict")
     # Whatever will be read is asked for later.
     meant = engine.meant(settings.policy, boundary=True, score=settings.score, keep=settings.keep)
     if not engine.is_there(meant) or PRESETS[meant].evicts_answers_by is None:
