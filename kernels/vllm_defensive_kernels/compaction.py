@@ -1,4 +1,4 @@
-"""Packs the kept tokens of all heads, head after head, into the whole pages of fresh blocks: those of a prompt, or those
+"""Packs the kept tokens of all heads, head after head, into the whole pages of fresh blocks: of a prompt's, or of those
 that are packed already and some behind them."""
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def _converted(value, scale, target_ptr, LIMIT: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens", "packed_pages"])
 def _compact_kernel(
     key_to_ptr, value_to_ptr, key_ptr, value_ptr, table_ptr, owner_ptr, token_ptr, fresh_ptr,
-    layer_page_ptr, layer_page_to_ptr, packed_fresh_ptr, packed_offset_ptr, packed_pages, tokens, key_scale, value_scale,
+    layer_page_ptr, layer_page_to_ptr, packed_fresh_ptr, packed_offset_ptr, packed_pages, tokens,
+    key_scale, value_scale,
     key_page_stride, key_token_stride, value_page_stride, value_token_stride, block_pages, head_pages,
     key_to_page_stride, key_to_token_stride, value_to_page_stride, value_to_token_stride, block_pages_to, head_pages_to,
     LH: tl.constexpr, H: tl.constexpr, N_FROM: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -90,7 +90,7 @@ class EvictionConfig(BaseModel):
         None, description="set by the device: the kinds of pages that are compiled; none: any are"
     )
     kept_answers: Literal[True] | None = Field(
-        None, description="set by the device: no request's answers are evicted, as nothing is compiled and set aside for it"
+        None, description="set by the device: no request's answers are evicted, as nothing was made ready for it at start"
     )
     window: int = Field(
         32, ge=1, description="observation window: the last prompt tokens, whose attention scores all others"
@@ -151,8 +151,8 @@ class EvictionConfig(BaseModel):
 
     @property
     def served(self) -> list[str]:
-        """The policies that a request may be evicted by, those included that serve who cannot be repeated, and those that
-        evict what is generated."""
+        """The policies that a request may be evicted by, those included that serve who cannot be repeated, and those
+        that evict what is generated."""
         named = [policy for name in self.choices if name != NONE for policy in self.stands_for(name)]
         others = (other for name in named for other in (PRESETS[name].fallback, PRESETS[name].later) if other)
         return list(dict.fromkeys([*named, *others]))

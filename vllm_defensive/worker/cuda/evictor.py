@@ -159,8 +159,8 @@ class CUDAEvictor(CUDAScorer):
             lessons.add(layer, key_HSD, value_HSD, peak_HS)
 
     def _score_again(self, score: Score) -> ScoredAgain:
-        """Weigh what is not packed yet of a request that is evicted by one policy again and again. No window is read, for
-        what lasts goes by none."""
+        """Weigh what is not packed yet of a request that is evicted by one policy again and again. No window is read,
+        for what lasts goes by none."""
         region, since, policy = score.region, score.since, PRESETS[score.policy]
         if since is None:
             kept, begin = self._nothing_kept(), region.shared_blocks
@@ -211,7 +211,8 @@ class CUDAEvictor(CUDAScorer):
         return Selection(pages_R.view(layers, -1), kept.position_PN), kept
 
     def _note_kept(self, scored: Scored, eviction: Eviction, chosen: Selection, fresh_K: Tensor) -> None:
-        """A request will be evicted again, by another policy: keep positions, and scores by that one, of what is packed."""
+        """A request will be evicted again, by another policy: keep positions and scores by that one of what is
+        packed."""
         score, policy = scored.prompt.score, scored.prompt.policy
         assert score.later is not None
         first, layers = eviction.region.tokens[0], self._pages.num_layers

@@ -43,7 +43,8 @@ class Step:
 
 class Placed(NamedTuple):
     """Where an eviction has put each head's pages. offsets: of each part of its format, int32 `[L*H + 1]`, first pages
-    of the heads, and how many pages there are, of which the last ones may be nobody's. fresh_K: int32 ids of the blocks. Both on the device."""
+    of the heads, and how many pages there are, the last of which may be nobody's. fresh_K: int32 ids of the blocks.
+    Tensors are on the device."""
 
     offsets: tuple[tuple[Tensor, int], ...]
     fresh_K: Tensor
