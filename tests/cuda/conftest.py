@@ -71,7 +71,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
         return call
 
-    scores = "window_scores", "value_norm", "reconstruction_scores", "learned_scores"
+    scores = "window_scores", "value_norm", "reconstruction_scores", "learned_scores", "learned_page_scores"
     for name in (*scores, "ragged_paged_decode", "list_kept", "compact", "compact_quantised"):
         monkeypatch.setattr(launches, name, counted(name, getattr(launches, name)))
     yield calls

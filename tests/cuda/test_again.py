@@ -1,4 +1,4 @@
-"""Packed tokens chosen from again, event after event, on plain tensors: what each head then reads is what was chosen."""
+"""Packed tokens chosen from again, event after event, on plain tensors: each head then reads what was chosen."""
 
 from __future__ import annotations
 

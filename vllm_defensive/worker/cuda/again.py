@@ -6,8 +6,8 @@ generate. Scores are fp32: some are compared that were made at different times, 
 
 How many pages a head has is not known here, only how many it may have. So each head has a row of *places*: first those
 of as many packed pages as any head may have, then those of the tokens behind, as `compact` takes them. No page has room
-left, for a request is packed from whole blocks, and what comes behind are whole blocks, too. So a head has a page or has
-it not, and what is read in decode follows from its pages as ever.
+left, for a request is packed from whole blocks, and what comes behind are whole blocks, too. So a head has a page or
+has it not, and what is read in decode follows from its pages as ever.
 
 Axes: as in `packing.py`; R = L*H rows, J packed pages that a head may have, C places of a row, B tokens behind.
 """
