@@ -11,6 +11,7 @@ import torch
 
 from vllm_defensive import limits, platforms
 from vllm_defensive.settings import engine as config
+from vllm_defensive.settings import request
 
 SETTINGS = config.parse({"policy": "snapkv", "window": 32, "min_tokens": 256})
 assert SETTINGS is not None
@@ -180,3 +181,23 @@ def test_vllms_own_classes_get_through_the_check(tiny_model: Path) -> None:
         part = getattr(vllm_config(), name)
         for attribute in vars(part) if isinstance(part, SimpleNamespace) else ():
             assert hasattr(getattr(real, name), attribute), f"{name}.{attribute}"
+
+
+def test_on_a_gpu_answers_are_evicted_where_the_server_says_so_and_nowhere_else() -> None:
+    """It takes kernels and memory, which are there from the start or not at all."""
+    gpu, asks = platforms.PLATFORMS["cuda"], {"kv_eviction_answers": "evict"}
+    for answers in ("keep", "evict"):
+        settings = config.parse({"policy": "streamingllm", "answers": answers})
+        assert settings is not None
+        limits.check(vllm_config(**ON_GPU), settings)
+        assert request.resolve(settings, asks, 300).answers == "evict"
+        on_gpu = platforms.choose_answers(settings, gpu)
+        assert platforms.choose_answers(settings, platforms.PLATFORMS["cpu"]) == settings
+        if answers == "evict":
+            assert on_gpu == settings
+            continue
+        with pytest.raises(
+            ValueError, match=r"^kv_eviction_answers='evict': this server, on a GPU, was started without"
+        ):
+            request.resolve(on_gpu, asks, 300)
+        assert request.resolve(on_gpu, {"kv_eviction_keep": 0.5}, 300).answers == "keep"
