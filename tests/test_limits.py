@@ -11,6 +11,7 @@ import torch
 
 from vllm_defensive import limits, platforms
 from vllm_defensive.settings import engine as config
+from vllm_defensive.settings import request
 
 SETTINGS = config.parse({"policy": "snapkv", "window": 32, "min_tokens": 256})
 assert SETTINGS is not None
@@ -180,3 +181,46 @@ def test_vllms_own_classes_get_through_the_check(tiny_model: Path) -> None:
         part = getattr(vllm_config(), name)
         for attribute in vars(part) if isinstance(part, SimpleNamespace) else ():
             assert hasattr(getattr(real, name), attribute), f"{name}.{attribute}"
+
+
+def test_on_a_gpu_answers_are_evicted_where_the_server_says_so_and_nowhere_else() -> None:
+    """It takes kernels and memory, which are there from the start or not at all."""
+    gpu, asks = platforms.PLATFORMS["cuda"], {"kv_eviction_answers": "evict"}
+    for answers in ("keep", "evict"):
+        settings = config.parse({"policy": "streamingllm", "answers": answers, "policies": ["snapkv"]})
+        assert settings is not None
+        assert request.resolve(settings, asks, 300).answers == "evict"
+        on_gpu = platforms.choose_repeats(settings, gpu)
+        limits.check(vllm_config(**ON_GPU), on_gpu)
+        assert platforms.choose_repeats(settings, platforms.PLATFORMS["cpu"]) == settings
+        if answers == "keep":
+            with pytest.raises(
+                ValueError, match=r"^kv_eviction_answers='evict': this server, on a GPU, was started without"
+            ):
+                request.resolve(on_gpu, asks, 300)
+            assert request.resolve(on_gpu, {"kv_eviction_keep": 0.5}, 300).answers == "keep"
+            continue
+        assert request.resolve(on_gpu, asks, 300).answers == "evict"
+        with pytest.raises(ValueError, match=r"snapkv evicts a request once; choose from streamingllm$"):
+            request.resolve(on_gpu, {**asks, "kv_eviction": "snapkv"}, 300)
+        assert request.resolve(on_gpu, {"kv_eviction": "snapkv"}, 300).answers == "keep"
+
+
+@pytest.mark.parametrize(
+    "given, on_gpu, told",
+    [
+        ({"policy": "kvzip", "answers": "evict"}, False, "kv_eviction_answers=evict: kvzip evicts a request once"),
+        ({"policy": "rdkv", "prompts": "bounded"}, False, "kv_eviction_prompts=bounded: rdkv evicts a request once"),
+        ({"policy": "snapkv", "answers": "evict"}, True, "kv_eviction_answers=evict: snapkv evicts a request once"),
+        ({"policy": "random", "prompts": "bounded"}, True, "kv_eviction_prompts=bounded: supported on CPUs only"),
+        ({"policy": "random", "answers": "evict", "widths": "8"}, False, "answers=evict: goes with kv_eviction_widths"),
+        ({"policy": "random", "answers": "evict", "interval": 16}, False, "kv_eviction_interval=16: choose at least"),
+        ({"policy": "random", "prompts": "bounded", "prompt_interval": 9}, False, "prompt_interval=9: choose at least"),
+    ],
+)
+def test_what_cannot_be_evicted_more_than_once_is_refused(given: dict[str, Any], on_gpu: bool, told: str) -> None:
+    settings = config.parse(given)
+    assert settings is not None
+    settings = platforms.choose_repeats(settings, platforms.PLATFORMS["cuda" if on_gpu else "cpu"])
+    with pytest.raises(ValueError, match=told):
+        limits.check(vllm_config(**(ON_GPU if on_gpu else {})), settings)

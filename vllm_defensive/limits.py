@@ -104,7 +104,7 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
 def _check_repeats(field: str, settings: EvictionConfig) -> None:
     """Refuse what cannot be evicted more than once. field: the setting that asks for it."""
     way_out = None
-    if settings.repeats == "none":
+    if field == "prompts" and settings.repeats != "any":
         way_out = "supported on CPUs only; leave it out on a GPU"
     elif settings.policy != NONE and not settings.evicts_again(settings.meant(settings.policy, boundary=True)):
         way_out = f"{settings.described} evicts a request once; choose one of {', '.join(settings.evict_again)}"

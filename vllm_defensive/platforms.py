@@ -71,9 +71,7 @@ def choose_widths(settings: EvictionConfig, platform: Platform) -> EvictionConfi
     """
     if platform == PLATFORMS["cuda"]:
         names = {"16", *(name for widths in settings.own_widths for name, _ in WIDTHS[widths])}
-        return settings.model_copy(
-            update={"classes": tuple(name for name in CLASSES if name in names), "repeats": "none"}
-        )
+        return settings.model_copy(update={"classes": tuple(name for name in CLASSES if name in names)})
     if compiler() is not None:
         return settings.model_copy(update={"auto_widths": not has_amx()})
     if any(widths != "16" for widths in settings.own_widths):
@@ -82,6 +80,14 @@ def choose_widths(settings: EvictionConfig, platform: Platform) -> EvictionConfi
             "and no C++ compiler was found (g++, clang++, or the one that CXX names); install one, or choose 16"
         )
     return settings.model_copy(update={"classes": ("16",)})
+
+
+def choose_repeats(settings: EvictionConfig, platform: Platform) -> EvictionConfig:
+    """The settings, with what can evict a request more than once: on GPUs policies whose scores last, where the
+    server's own settings say so, for it takes kernels, which are compiled at start, and memory, which is set aside."""
+    if platform != PLATFORMS["cuda"]:
+        return settings
+    return settings.model_copy(update={"repeats": "lasting" if settings.answers == "evict" else "none"})
 
 
 @cache

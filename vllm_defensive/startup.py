@@ -37,7 +37,7 @@ def prepare(engine_args: Any) -> EvictionConfig | None:
     platform = platforms.current()
     worker, block = platform
     settings = platforms.choose_policies(with_learned_score(settings, engine_args), platform)
-    settings = platforms.choose_widths(settings, platform)
+    settings = platforms.choose_repeats(platforms.choose_widths(settings, platform), platform)
     if settings.classes == ("16",) and platform == platforms.PLATFORMS["cpu"]:
         logger.warning_once(
             "KV eviction packs 16 bits only: no C++ compiler with OpenMP was found (g++, clang++, or CXX)"

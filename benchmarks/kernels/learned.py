@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.kernels.cases import Case, Shape, close, make_cache, shuffled
 from vllm_defensive.worker.cuda import launches
-from vllm_defensive_kernels import RaggedTokens, Rotation, learned_page_scores, reference
+from vllm_defensive_kernels import RaggedTokens, Rotation, reference
 from vllm_defensive_kernels.learned import foretold_peaks
 
 CHECKED = 512  # tokens
@@ -52,7 +52,8 @@ def learned_cases(shape: Shape, tokens: int) -> Iterator[Case]:
     position_PN = torch.arange(tokens // N * N, dtype=torch.int32, device=shape.device).view(-1, N).repeat(H, 1)
 
     def packed() -> Tensor:
-        return learned_page_scores(pages, page_P, head_P, position_PN, weight_HX, rotation)
+        pages_of = page_P, head_P, position_PN
+        return launches.foretell_pages(weight_HX, rotation, pages, *pages_of, key_scale=1.0, value_scale=1.0)
 
     def check_packed() -> None:
         some = slice(0, len(page_P), max(1, len(page_P) * N // CHECKED))  # of all heads

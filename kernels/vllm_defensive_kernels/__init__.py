@@ -35,6 +35,7 @@ _EXPORTS = {
     "PageAddresses": "pages",
     "PagedKV": "pages",
     "PackedState": "pages",
+    "PackedSource": "pages",
     "RaggedTokens": "pages",
     "WindowScores": "window",
     "window_scores": "window",

@@ -237,6 +237,19 @@ class PackedState:
 
 
 @dataclass(frozen=True)
+class PackedSource:
+    """Pages of one request that are packed as the cache has them, where they are to be packed from again.
+
+    fresh_K: int32, ids of their blocks. offset_O: int32 `[L*H + 1]`, first page of each head, and where the last one's
+    end. Both on the device. most_pages: no head has more of them.
+    """
+
+    fresh_K: Tensor
+    offset_O: Tensor
+    most_pages: int
+
+
+@dataclass(frozen=True)
 class RaggedTokens:
     """Row r of a batch covers prompt tokens `[0, counts[r])`; they lie at `start_R[r] + t` of a ragged token axis.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_defensive_kernels import echo, formulas, quantised
 from vllm_defensive_kernels.learned import Rotation, foretold_peaks
-from vllm_defensive_kernels.pages import PackedState, PagedKV, RaggedTokens
+from vllm_defensive_kernels.pages import PackedSource, PackedState, PagedKV, RaggedTokens
 
 
 def gather_head(pages_PND: Tensor, pages: PagedKV, layer: int, head: int, table_B: Tensor, tokens: int) -> Tensor:
@@ -128,18 +128,30 @@ def list_kept(
 
 def compact(
     source: PagedKV, table_B: Tensor, offset_O: Tensor, token_T: Tensor, target: PagedKV, fresh_K: Tensor, *,
-    key_scale: float, value_scale: float,
+    packed: PackedSource | None = None, key_scale: float, value_scale: float,
 ) -> None:  # fmt: skip
     """Reference of `compaction.compact`."""
     target_P, heads = target.of_packed(fresh_K), source.num_kv_heads
     flat = torch.arange(len(target_P), dtype=offset_O.dtype, device=token_T.device)
     owner_P1 = torch.searchsorted(offset_O[1:].contiguous(), flat, right=True)[:, None]
     token_PN = token_T.view(-1, target.page_tokens).long()
-    source_PN = source.page_of(owner_P1 // heads, owner_P1 % heads, table_B[token_PN // source.page_tokens])
+    there_PN, token_PN = token_PN >= 0, token_PN.clamp_min(0)
+    nth_PN = token_PN // source.page_tokens
+    if packed is None:
+        source_PN = source.page_of(owner_P1 // heads, owner_P1 % heads, table_B[nth_PN])
+    else:
+        owner_P1 = owner_P1.clamp_max(len(offset_O) - 2)  # of pages behind all heads', which stay as they are
+        packed_P, behind_PN = source.of_packed(packed.fresh_K), (nth_PN - packed.most_pages).clamp_min(0)
+        flat_PN = (packed.offset_O[owner_P1] + nth_PN).clamp_max(len(packed_P) - 1)
+        source_PN = torch.where(
+            nth_PN < packed.most_pages,
+            packed_P[flat_PN],
+            source.page_of(owner_P1 // heads, owner_P1 % heads, table_B[behind_PN.clamp_max(len(table_B) - 1)]),
+        )
     pairs = ((source.key_PND, target.key_PND, key_scale), (source.value_PND, target.value_PND, value_scale))
     for source_PND, target_PND, scale in pairs:
-        kept_PND = source_PND[source_PN, token_PN % source.page_tokens]
-        target_PND[target_P] = rescale(kept_PND, target_PND.dtype, scale)
+        kept_PND = rescale(source_PND[source_PN, token_PN % source.page_tokens], target_PND.dtype, scale)
+        target_PND[target_P] = torch.where(there_PN[:, :, None], kept_PND, target_PND[target_P])
 
 
 def compact_quantised(

@@ -18,10 +18,11 @@ MODE = os.environ.get("CUDA_TESTS", "")
 assert MODE in ("", "gpu", "pretend"), f"CUDA_TESTS={MODE}: choose gpu or pretend, or leave it unset"
 # What needs no platform is not run once more by the process that pretends; vLLM's modules on a GPU's platform want
 # tensors on the GPU, which tests of modules do not give them.
+PLAIN = ("again", "blocks", "memory", "metadata", "own_process", "runtime", "wheels")
 collect_ignore_glob = {
     "": ["test_engine_*.py"],
     "gpu": ["test_own_process.py", "test_engine_rotation.py"],
-    "pretend": [f"test_{name}.py" for name in ("blocks", "memory", "metadata", "own_process", "runtime", "wheels")],
+    "pretend": [f"test_{name}.py" for name in PLAIN],
 }[MODE]
 if MODE == "gpu":
     os.environ.setdefault(
@@ -70,7 +71,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
         return call
 
-    scores = "window_scores", "value_norm", "reconstruction_scores", "learned_scores"
+    scores = "window_scores", "value_norm", "reconstruction_scores", "learned_scores", "learned_page_scores"
     for name in (*scores, "ragged_paged_decode", "list_kept", "compact", "compact_quantised"):
         monkeypatch.setattr(launches, name, counted(name, getattr(launches, name)))
     yield calls

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from vllm_defensive.plan import Reconstruction
-from vllm_defensive.worker.cuda.memory import BesideCache, Model
+from vllm_defensive.worker.cuda.again import Kept
+from vllm_defensive.worker.cuda.memory import AGAIN_COPIES, BesideCache, Model, kept_share
 from vllm_defensive.worker.cuda.runtime import CUDARuntime
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.window import WindowQueries
@@ -66,3 +67,14 @@ def test_memory_grows_with_the_longest_prompt_and_stays_small_beside_a_gpu() -> 
     # 8 copies of 256 heads' scores, and 17 of those that are weighed at a time, which are all of a short prompt's
     assert short.scores == (8 + 17) * 256 * 8192 * 4
     assert short.total < 0.6 * 2**30 < long.total < 2 * 2**30
+
+
+def test_evicting_answers_takes_more_scores_at_a_time_and_a_share_of_the_cache() -> None:
+    """Of packed pages, wherever they are: what is known of a page is so many bytes, whoever has it."""
+    sizes = {"window": 32, "max_tokens": 8192, "max_requests": 256, "prompts_at_once": 32, "echoes_at_once": 0}
+    kept, evicted = (BesideCache.of(LLAMA_8B, NOTHING, **sizes, answers=answers) for answers in (False, True))
+    assert evicted.scores - kept.scores == AGAIN_COPIES * 256 * 8192 * 4
+    assert kept_share(128, torch.bfloat16.itemsize) == 8 / 512
+    one_page, of_nobody = torch.zeros(1, N, 2 * D, dtype=torch.float16), Kept.nothing(L * H, N, torch.device("cpu"))
+    known = of_nobody.position_PN.nbytes + of_nobody.score_PN.nbytes  # which has one page as well
+    assert known == kept_share(D, torch.float16.itemsize) * one_page.nbytes

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from vllm_defensive_kernels import (
+    PackedSource,
     PackedState,
     PagedKV,
     RaggedTokens,
@@ -160,6 +161,15 @@ def copy(source: torch.dtype, target: torch.dtype, page_tokens: int, head_size: 
     compact(next(pair), int32(64), int32(2 * heads + 1), token, next(pair), int32(4), key_scale=scale)
 
 
+def repack(dtype: torch.dtype, page_tokens: int, head_size: int, heads: int = 8, most: tuple[int, ...] = (64,)) -> None:
+    """Of heads that have so many packed pages at most, one after the other."""
+    pages, offset = cache(dtype, heads, page_tokens, head_size), int32(2 * heads + 1)
+    token = int32(4 * 2 * heads * page_tokens)
+    for pages_most in most:
+        packed = PackedSource(int32(4), offset, pages_most)
+        compact(pages, int32(8), offset, token, pages, int32(4), packed=packed)
+
+
 def copy_codes(
     kv: torch.dtype, page_tokens: int, head_size: int, page_class: str, heads: int = 8, apart: bool = False
 ) -> None:
@@ -188,6 +198,7 @@ QUICK: dict[str, Callable[[], None]] = {
     "learned bf16": lambda: learned(16, 128, BF16),
     "list_kept": listing,
     "compact bf16": lambda: copy(BF16, BF16, 16, 128),
+    "compact bf16 again": lambda: repack(BF16, 16, 128),
     "list_kept 39 behind": lambda: listing(39, behind=True),
     **{f"codes bf16 D={size} {name}": partial(copy_codes, BF16, 16, size, name) for size, name in CODED.items()},
     **{
@@ -228,6 +239,8 @@ ALL: dict[str, Callable[[], None]] = QUICK | {
     "learned bf16 D=256 N=544": lambda: learned(544, 256, BF16, heads=2),
     "learned of any number": lambda: learned(16, 128, BF16, 64, heads=1, counts=(64, 1, 2, 5, 16, 300, 4001)),
     "compact fp16 to fp8": lambda: copy(FP16, FP8, 16, 128),
+    "compact fp8 again": lambda: repack(FP8, 16, 128),
+    "compact fp16 D=64 N=32 again of any number": lambda: repack(FP16, 32, 64, most=(1, 5, 16, 64)),
     "compact fp8": lambda: copy(FP8, FP8, 16, 128),
     "compact fp32 D=80": lambda: copy(FP32, FP32, 16, 80),
     "compact bf16 N=64": lambda: copy(BF16, BF16, 64, 128),

@@ -81,7 +81,7 @@ def test_shares_and_the_whole_eviction_follow_from_the_rows(tmp_path: Path) -> N
 
 def test_what_is_timed_is_what_an_engine_calls() -> None:
     """Both reach the kernels through one module, which needs no vLLM: a call that changes there changes in both."""
-    scores = {"window_scores", "reconstruction_scores", "learned_scores", "value_norm"}
+    scores = {"window_scores", "reconstruction_scores", "learned_scores", "learned_page_scores", "value_norm"}
     calls = {*scores, "list_kept", "compact", "ragged_paged_decode"}
     files = [path for folder in ("vllm_defensive", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     assert {path.relative_to(ROOT).as_posix() for path in files if imported_names(path) & calls} == {LAUNCHES}

@@ -79,6 +79,13 @@ def test_learned_scores_of_any_number_of_tokens_have_the_same_kernels(tmp_path: 
     assert len(reports) == 2
 
 
+@pytest.mark.slow
+def test_what_is_packed_anew_has_one_kernel_whatever_its_size(tmp_path: Path) -> None:
+    (report,) = compile_for_hopper(tmp_path, "--all", "again of any number")
+    assert report["kernel"] == "compact_kernel"
+    check(report)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_every_head_size_compiles_for_hopper(head_size: int, tmp_path: Path) -> None:

@@ -164,9 +164,11 @@ class EvictionConfig(BaseModel):
 
     @property
     def served(self) -> list[str]:
-        """The policies that a request may be evicted by, those included that serve who cannot be repeated."""
+        """The policies that a request may be evicted by, those included that serve who cannot be repeated, and those
+        that evict what is generated."""
         named = [policy for name in self.choices if name != NONE for policy in self.stands_for(name)]
-        return list(dict.fromkeys([*named, *(other for name in named if (other := PRESETS[name].fallback))]))
+        others = (other for name in named for other in (PRESETS[name].fallback, PRESETS[name].later) if other)
+        return list(dict.fromkeys([*named, *others]))
 
     @property
     def described(self) -> str:

@@ -195,9 +195,13 @@ def _evicted_again(engine: EvictionConfig, settings: RequestSettings, own: Mappi
     # Whatever will be read is asked for later.
     meant = engine.meant(settings.policy, boundary=True, score=settings.score, keep=settings.keep)
     widths, why = settings.widths or engine.widths, None
-    if not engine.is_there(meant) or not engine.evicts_again(meant):
-        able = f"; choose from {', '.join(engine.evict_again)}" if engine.evict_again else ", as all do on this device"
-        why = f"{settings.policy} evicts a request once{able}"
+    if engine.repeats == "none":
+        why = "this server, on a GPU, was started without --kv-eviction-answers evict"
+    elif engine.repeats == "lasting" and settings.prompts != "whole":
+        why = "supported on CPUs only"
+        named = named and "prompts"
+    elif not engine.is_there(meant) or not engine.evicts_again(meant):
+        why = f"{settings.policy} evicts a request once; choose from {', '.join(engine.evict_again)}"
     elif widths not in (AUTO, "16"):
         why = f'goes with pages of 16 bits, not {widths}; choose kv_eviction_widths "16"'
         named = named or ("widths" if "widths" in own else None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,30 +19,24 @@ from vllm_defensive.compat import worker as compat
 from vllm_defensive.counts import WorkerReport
 from vllm_defensive.packing import WIDTHS, Format, Packing
 from vllm_defensive.plan import Eviction, Score
-from vllm_defensive.policy import (
-    PRESETS,
-    Attention,
-    LayerScores,
-    Policy,
-    ReduceHeads,
-    score_layer,
-    settle,
-)
+from vllm_defensive.policy import PRESETS, ReduceHeads, Selection
 from vllm_defensive.settings.engine import EvictionConfig
 from vllm_defensive.worker.cuda import launches
+from vllm_defensive.worker.cuda.again import Candidates, Kept
 from vllm_defensive.worker.cuda.launches import EchoRow
-from vllm_defensive.worker.cuda.prompt import LayerScales, Prompt, Scored, kernels_know
+from vllm_defensive.worker.cuda.prompt import LayerScales, Scored, ScoredAgain
 from vllm_defensive.worker.cuda.runtime import CUDARuntime, Placed
-from vllm_defensive.worker.evictor import Evictor, Selections
+from vllm_defensive.worker.cuda.scoring import CUDAScorer
+from vllm_defensive.worker.evictor import Selections
 from vllm_defensive.worker.learned import Lessons
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.report import layer_deciles
-from vllm_defensive_kernels import RaggedTokens
+from vllm_defensive.worker.window import IncompleteError
 
 LONG_PROMPT = 8192 + 256  # `window.tiling` changes at 8192 scored tokens
 
 
-class CUDAEvictor(Evictor):
+class CUDAEvictor(CUDAScorer):
     """Evictions on one worker."""
 
     def __init__(
@@ -62,6 +55,7 @@ class CUDAEvictor(Evictor):
         self._runtime = runtime
         self._pages = pages
         self._scales = scales
+        self._kept: dict[str, Kept] = {}  # of requests that are evicted again
         # Per step with evictions: start, end, and pages by decile in host memory, there once the end is reached
         self._queued: deque[tuple[Any, Any, np.ndarray]] = deque()
 
@@ -105,6 +99,10 @@ class CUDAEvictor(Evictor):
         looks = {PRESETS[policy].reconstruction for policy in policies} - {"none"}
         for normalised in sorted(looks) if max_tokens > self._config.window else ():
             self._warm_up_echoes(normalised, max_tokens)
+        if self._config.answers == "evict" and lengths[0] <= max_tokens:
+            able = {PRESETS[policy].evicts_answers_by for policy in policies if self._config.evicts_again(policy)}
+            for policy in sorted(filter(None, able)):
+                self._warm_up_again(policy, lengths[0])
 
     @property
     def _formats(self) -> list[Format]:
@@ -126,8 +124,25 @@ class CUDAEvictor(Evictor):
         scales = self._scales[0]
         launches.reconstruct(row, query_TQD, pages, 0, scale=scales.logits, key_scale=scales.key)
 
-    def _score(self, score: Score) -> Scored:
+    def _warm_up_again(self, policy: str, stop: int) -> None:
+        """A prompt of so many tokens is packed, and then once more with two blocks behind it."""
+        first, since = self._config.region(stop, 0, self._pages.page_tokens), None
+        packed = self._config.budget_blocks(first, policy)
+        for blocks in (first.full_blocks, first.full_blocks + 2) if packed else ():
+            region = self._config.region(blocks * first.block_tokens, 0, self._pages.page_tokens)
+            behind = region.full_blocks - (since.full_blocks if since is not None else 0)
+            score = Score("warm-up", policy, self._config.keep, region, (0,) * behind, policy, since)
+            _, kept = self._copy_again(self._score_again(score), Packing(region, (0,) * packed, region.plain))
+            self._kept["warm-up"], since = kept, region
+        self._forget_kept("warm-up")
+
+    def _forget_kept(self, request_id: str) -> None:
+        self._kept.pop(request_id, None)
+
+    def _score(self, score: Score) -> Scored | ScoredAgain:
         policy, peak_LHS, window_LWQD = PRESETS[score.policy], None, None
+        if score.since is not None or score.later == score.policy:
+            return self._score_again(score)
         if policy.reconstructs:
             peak_LHS = self._runtime.reconstructions.pop(score.request_id, score.region)
             if self.lessons is not None:
@@ -136,22 +151,6 @@ class CUDAEvictor(Evictor):
             window_LWQD = self._runtime.windows.pop(score.request_id)
         return self._weigh(score, window_LWQD, peak_LHS)
 
-    def _weigh(self, score: Score, window_LWQD: Tensor | None, peak_LHS: Tensor | None) -> Scored:
-        device, region = self._pages.key_PND.device, score.region
-        table_1B = compat.to_device(score.source_blocks, device)[None]
-        policy, scored = PRESETS[score.policy], region.stop - region.window
-        value_table_1B, value_tokens = table_1B, tokens = table_1B, RaggedTokens.of([scored], device)
-        if first_value := policy.first_value(region.shared_blocks):
-            # A copy, as kernels are compiled for where a tensor begins: anew for the middle of one.
-            value_table_1B = table_1B[:, first_value:].clone()
-            value_tokens = RaggedTokens.of([max(scored - first_value * region.block_tokens, 0)], device)
-        prompt = Prompt(score, policy, window_LWQD, peak_LHS, table_1B, tokens, value_table_1B, value_tokens)
-        return Scored(prompt, self._scores(prompt))
-
-    def _scores_by(self, scored: Scored, policy: Policy) -> list[LayerScores]:
-        window_LWQD = scored.prompt.window_LWQD if policy.needs_window else None
-        return self._scores(replace(scored.prompt, policy=policy, window_LWQD=window_LWQD))
-
     def _teach(self, lessons: Lessons, score: Score, peak_LHS: Tensor) -> None:
         table_1B = compat.to_device(score.source_blocks, self._pages.key_PND.device)[None]
         for layer, (peak_HS, scales) in enumerate(zip(peak_LHS, self._scales, strict=True)):
@@ -159,9 +158,37 @@ class CUDAEvictor(Evictor):
             key_HSD, value_HSD = (self._read(table_1B, score.region.stop, layer, *part) for part in parts)
             lessons.add(layer, key_HSD, value_HSD, peak_HS)
 
-    def _pack(self, scored: Scored, eviction: Eviction) -> Selections:
+    def _score_again(self, score: Score) -> ScoredAgain:
+        """Weigh what is not packed yet of a request that is evicted by one policy again and again. No window is read,
+        for what lasts goes by none."""
+        region, since, policy = score.region, score.since, PRESETS[score.policy]
+        if since is None:
+            kept, begin = self._nothing_kept(), region.shared_blocks
+            behind = score.source_blocks[begin : region.full_blocks]
+        else:
+            if score.request_id not in self._kept:
+                raise IncompleteError("nothing is known of what it holds packed")
+            kept, begin = self._kept[score.request_id], since.full_blocks
+            behind = score.source_blocks[: region.full_blocks - begin]  # without the tail
+        table_B = compat.to_device(behind, self._pages.key_PND.device)
+        candidates = Candidates(kept, begin * region.block_tokens, self._lasting(score, policy))
+        return ScoredAgain(policy, table_B, candidates)
+
+    def _nothing_kept(self) -> Kept:
+        rows = self._pages.num_layers * self._pages.num_kv_heads
+        return Kept.nothing(rows, self._pages.page_tokens, self._pages.key_PND.device)
+
+    def _pack(self, scored: Scored | ScoredAgain, eviction: Eviction) -> Selections:
         assert eviction.packing.format in self._formats, "as every request's fields were checked"
+        if isinstance(scored, ScoredAgain):
+            selection, kept = self._copy_again(scored, eviction.packing)
+            self._kept[eviction.request_id] = kept
+            placed = Placed(((kept.source.offset_O, len(kept.position_PN)),), kept.source.fresh_K)
+            self._runtime.place(eviction, placed)
+            return (selection,)
         selections, fresh_K = self._copy(scored, eviction.packing)
+        if scored.prompt.score.later is not None:
+            self._note_kept(scored, eviction, selections[0], fresh_K)
         offsets = tuple((selection.offset_O, len(selection.tokens_PN)) for selection in selections)
         self._runtime.place(eviction, Placed(offsets, fresh_K))
         return selections
@@ -173,134 +200,24 @@ class CUDAEvictor(Evictor):
         launches.pack(self._pages, scored.prompt.table_1B[0], selections, fresh_K, packing)
         return selections, fresh_K
 
-    # -- scores -------------------------------------------------------------------------------------------------------
+    def _copy_again(self, scored: ScoredAgain, packing: Packing) -> tuple[Selection, Kept]:
+        """The same, of what is packed and what lies behind."""
+        layers, policy, candidates = self._pages.num_layers, scored.policy, scored.candidates
+        fresh_K = compat.to_device(packing.blocks, self._pages.key_PND.device)
+        offset_O, place_PN = candidates.choose(policy, packing, layers)
+        launches.pack_again(self._pages, scored.table_B, candidates.kept.source, offset_O, place_PN, fresh_K)
+        kept = candidates.follow(policy, packing, layers, offset_O, place_PN, fresh_K)
+        pages_R = kept.pages_R
+        pages_R[-1] += len(place_PN) - offset_O[-1]  # pages that are nobody's stand behind the last head's
+        return Selection(pages_R.view(layers, -1), kept.position_PN), kept
 
-    def _scores(self, prompt: Prompt) -> list[LayerScores]:
-        """Of every layer, by the kernels where they know the formula."""
-        layers = range(self._pages.num_layers)
-        if not kernels_know(prompt.policy):
-            return [self._score_in_torch(prompt, layer) for layer in layers]
-        weighed_L = [prompt.policy.value_weight != "none" and self._projections.found(layer) for layer in layers]
-        # A launch takes one scale of each kind, and layers with value norms are not weighed with layers that have none.
-        apart = len({(s.key, s.logits) for s in self._scales}) > 1 or len(set(weighed_L)) > 1
-        scores = []
-        for group in launches.layer_groups(self._pages, prompt.tokens.total, apart=apart):
-            scores += self._score_some(prompt, group, weighed_L[group.start])
-        return scores
-
-    def _score_some(self, prompt: Prompt, group: slice, weighed: bool) -> list[LayerScores]:
-        """A group of layers, their attention in one launch. weighed: by the norms of their values."""
-        policy, peak_LHT = prompt.policy, self._peaks(prompt, group)
-        if prompt.window_LWQD is None:
-            assert peak_LHT is not None, "of policies whose formula the kernels have"
-            attention = Attention(peak_LHT)
-        else:
-            attention = replace(self._observe(prompt, prompt.window_LWQD, group), echo_HT=peak_LHT)
-        return settle(
-            policy,
-            attention,
-            self._norms(prompt, range(group.start, group.stop)) if weighed else None,
-            window=prompt.score.region.window,
-            keep_ratio=prompt.score.keep,
-            evictable=prompt.score.region.tokens,
-            reduce_heads=self._reduce_heads,
-        ).apart()
-
-    def _observe(self, prompt: Prompt, window_LWQD: Tensor, group: slice) -> Attention:
-        """What the window's queries say of a group of layers."""
-        scales = self._scales[group.start]
-        observed = launches.observe(
-            prompt.policy,
-            window_LWQD,
-            self._pages,
-            group,
-            prompt.table_1B,
-            prompt.tokens,
-            scale=scales.logits,
-            key_scale=scales.key,
+    def _note_kept(self, scored: Scored, eviction: Eviction, chosen: Selection, fresh_K: Tensor) -> None:
+        """A request will be evicted again, by another policy: keep positions and scores by that one of what is
+        packed."""
+        score, policy = scored.prompt.score, scored.prompt.policy
+        assert score.later is not None
+        first, layers = eviction.region.tokens[0], self._pages.num_layers
+        candidates = Candidates(self._nothing_kept(), first, self._lasting(score, PRESETS[score.later]))
+        self._kept[eviction.request_id] = candidates.follow(
+            policy, eviction.packing, layers, chosen.offset_O, chosen.tokens_PN - first, fresh_K
         )
-        return Attention.of(prompt.policy, observed.score_LHT, observed.mean_LHT, prompt.score.region.window)
-
-    def _peaks(self, prompt: Prompt, group: slice) -> Tensor | None:
-        """What a second look saw, or would see, in a group of layers: fp32 `[L, H, T]`; None without either."""
-        if prompt.peak_LHS is not None:
-            return prompt.peak_LHS[group, :, : prompt.tokens.total]
-        if not prompt.policy.learned:
-            return None
-        assert self.learned is not None, f"{prompt.policy.name} needs a learned score"
-        shape = (group.stop - group.start, self._pages.num_kv_heads, prompt.tokens.total)
-        peak_LHT = torch.empty(shape, dtype=torch.float32, device=prompt.table_1B.device)
-        for layer, peak_HT in enumerate(peak_LHT, group.start):
-            scales = self._scales[layer]
-            launches.foretell(
-                self.learned.weight_LHX[layer],
-                self.learned.rotations[layer],
-                self._pages,
-                layer,
-                prompt.table_1B,
-                prompt.tokens,
-                key_scale=scales.key,
-                value_scale=scales.value,
-                out_HT=peak_HT,
-            )
-        return peak_LHT.mul_(self.learned.balance)
-
-    def _norms(self, prompt: Prompt, layers: range) -> Tensor:
-        """Value norms of neighbouring layers, fp32 `[L, H, T]`."""
-        gram, tokens = prompt.policy.value_weight == "l2-gram", prompt.value_tokens
-        shape = (len(layers), self._pages.num_kv_heads, tokens.total)
-        norm_LHT = torch.empty(shape, dtype=torch.float32, device=prompt.table_1B.device)
-        for layer, norm_HT in zip(layers, norm_LHT, strict=True):
-            # One after the other: what slices of quantised weights are written to is the next layer's, too.
-            weights = self._projections.factor(layer) if gram else self._projections.slices(layer)
-            assert weights is not None, "of layers whose projections were found"
-            launches.weigh(
-                prompt.policy,
-                self._pages,
-                layer,
-                prompt.value_table_1B,
-                tokens,
-                weights,
-                value_scale=self._scales[layer].value,
-                out_HT=norm_HT,
-            )
-        return norm_LHT
-
-    def _score_in_torch(self, prompt: Prompt, layer: int) -> LayerScores:
-        """For policies that read no tensor of the model, and formulas that the kernels do not have."""
-        policy, scales = prompt.policy, self._scales[layer]
-        window_LWQD, peak_LHS = prompt.window_LWQD, prompt.peak_LHS
-        where = prompt.table_1B, prompt.score.region.stop, layer
-        key_HSD = self._read(*where, self._pages.key_PND, scales.key if policy.needs_keys else None)
-        value_HSD = self._read(*where, self._pages.value_PND, scales.value if policy.needs_values else None)
-        echo_HS = None if peak_LHS is None else peak_LHS[layer]
-        if policy.learned:
-            assert self.learned is not None, f"{policy.name} needs a learned score"
-            echo_HS = self.learned.peaks(layer, key_HSD, value_HSD)
-        return score_layer(
-            policy,
-            layer=layer,
-            query_WQD=window_LWQD[layer] if window_LWQD is not None and policy.needs_queries else None,
-            echo_HS=echo_HS,
-            key_HSD=key_HSD,
-            value_HSD=value_HSD,
-            output_QDM=self._projections.slices(layer) if policy.needs_projection else None,
-            factor_QDC=self._projections.factor(layer) if policy.value_weight == "l2-gram" else None,
-            scale=scales.logits,
-            keep_ratio=prompt.score.keep,
-            evictable=prompt.score.region.tokens,
-            reduce_heads=self._reduce_heads,
-            window=prompt.score.region.window,
-            first_head=self._rank[0] * self._pages.num_kv_heads,
-        )
-
-    def _read(self, table_1B: Tensor, stop: int, layer: int, data_PND: Tensor, scale: float | None) -> Tensor:
-        """Keys or values of a prompt, `[H, S, D]`, those of fp8 in fp32 and multiplied by `scale`; without one, of
-        that shape and no more: nobody looks at them."""
-        heads = self._pages.num_kv_heads
-        if scale is None:
-            return data_PND.new_empty(1).expand(heads, stop, self._pages.head_size)
-        heads_H1 = torch.arange(heads, device=data_PND.device)[:, None]
-        page_HB = self._pages.page_of(layer, heads_H1, table_1B)
-        data_HSD = data_PND[page_HB].flatten(1, 2)[:, :stop]
-        return data_HSD if data_HSD.dtype.itemsize > 1 else data_HSD.float() * scale

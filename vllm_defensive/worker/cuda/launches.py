@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from vllm_defensive.packing import Packing
 from vllm_defensive.policy import LayerScores, Policy, Selection, select_packed
 from vllm_defensive_kernels import (
     DecodeWorkspace,
+    PackedSource,
     PackedState,
     PagedKV,
     RaggedTokens,
     WindowScores,
     compact,
     compact_quantised,
+    learned_page_scores,
     learned_scores,
     list_kept,
     ragged_paged_decode,
@@ -153,6 +157,24 @@ def foretell(
     )
 
 
+def foretell_pages(
+    weight_RX: Tensor,
+    rotation: Rotation | None,
+    pages: PagedKV,
+    page_P: Tensor,
+    row_P: Tensor,
+    position_PN: Tensor,
+    *,
+    key_scale: float,
+    value_scale: float,
+) -> Tensor:
+    """Learned scores of the tokens of any pages, whose layers turn their keys alike and have one scale: fp32 `[P, N]`.
+    weight_RX: of this rank's heads, all layers."""
+    return learned_page_scores(
+        pages, page_P, row_P, position_PN, weight_RX, rotation, key_scale=key_scale, value_scale=value_scale
+    )
+
+
 def choose(policy: Policy, scores: Sequence[LayerScores], packing: Packing) -> tuple[Selection, ...]:
     """What fills the packed pages, of each part of the format. scores: of all layers."""
     return select_packed(
@@ -176,6 +198,44 @@ def pack(pages: PagedKV, table_B: Tensor, selections: Sequence[Selection], fresh
         else:
             compact(*kept[:3], selection.tokens_PN.flatten(), pages, fresh_K)
         first_page += len(selection.tokens_PN)
+
+
+def choose_again(
+    policy: Policy, score_RC: Tensor, packing: Packing, pages_R: Tensor, layers: int
+) -> tuple[Tensor, Tensor]:
+    """What fills the packed pages, of candidates that lie packed themselves, or behind. score_RC: fp32, of each row's
+    places, far below all others where there is nobody. pages_R: int32, full pages' worth of a row that there are.
+
+    Returns offset_O, int32 `[R + 1]`, the first page of each row, and place_PN, int32, ascending within a row. A row
+    that was granted more pages than there are has those that there are; so the last pages may be nobody's, with -1.
+    """
+
+    def there_O(pages_granted_R: Tensor) -> Tensor:
+        there_R = torch.minimum(pages_granted_R, pages_R)
+        return torch.nn.functional.pad(there_R.cumsum(0), (1, 0)).int()
+
+    def list_there(score_RE: Tensor, last_R1: Tensor, offset_O: Tensor, **options: Any) -> Tensor:
+        return list_kept(score_RE, last_R1, there_O(offset_O.diff()), **options)
+
+    (chosen,) = select_packed(
+        policy,
+        [LayerScores(score_HC) for score_HC in score_RC.unflatten(0, (layers, -1))],
+        packing.format,
+        head_pages=packing.head_pages,
+        forced_tokens=packing.region.forced_tokens if policy.keeps_window else 0,
+        evictable=(0, score_RC.shape[1]),
+        list_kept=list_there,
+    )
+    offset_O, place_PN = there_O(chosen.pages_LH.flatten()), chosen.tokens_PN
+    page_P = torch.arange(len(place_PN), device=place_PN.device)
+    return offset_O, place_PN.masked_fill_((page_P >= offset_O[-1])[:, None], -1)
+
+
+def pack_again(
+    pages: PagedKV, table_B: Tensor, source: PackedSource, offset_O: Tensor, place_PN: Tensor, fresh_K: Tensor
+) -> None:
+    """Copy what was chosen so, all layers and heads in one launch. table_B: int32, the blocks behind what is packed."""
+    compact(pages, table_B, offset_O, place_PN.flatten(), pages, fresh_K, packed=source)
 
 
 def attend(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vllm_defensive.plan import Score
 from vllm_defensive.policy import LayerScores, Policy
+from vllm_defensive.worker.cuda.again import Candidates
 from vllm_defensive_kernels import RaggedTokens
 
 KERNEL_AGGREGATES = ("mean", "defensive")
@@ -35,7 +36,10 @@ class LayerScales:
 @dataclass(frozen=True)
 class Prompt:
     """One request's tensors: window queries `[L, W, Q, D]` and what a second look saw, fp32 `[L, H, S]`, None if they
-    are not read; block table int32 `[1, blocks]` and its scored tokens; the part of both whose values weigh."""
+    are not read; block table int32 `[1, blocks]` and its scored tokens; the part of both whose values weigh.
+
+    window: tokens behind those, which are not scored. evictable: `[start, stop)` of these tokens, by their number here.
+    first_token: position of the first of them; 0 but of lasting policies."""
 
     score: Score
     policy: Policy
@@ -45,6 +49,13 @@ class Prompt:
     tokens: RaggedTokens
     value_table_1B: Tensor
     value_tokens: RaggedTokens
+    window: int
+    evictable: tuple[int, int]
+    first_token: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.tokens.total + self.window
 
 
 @dataclass(frozen=True)
@@ -53,3 +64,13 @@ class Scored:
 
     prompt: Prompt
     layers: list[LayerScores]
+
+
+@dataclass(frozen=True)
+class ScoredAgain:
+    """A request whose packed tokens will be, or are, chosen from again, between `score` and `pack`. table_B: int32, the
+    blocks behind what is packed."""
+
+    policy: Policy
+    table_B: Tensor
+    candidates: Candidates

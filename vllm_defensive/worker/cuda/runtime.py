@@ -43,7 +43,8 @@ class Step:
 
 class Placed(NamedTuple):
     """Where an eviction has put each head's pages. offsets: of each part of its format, int32 `[L*H + 1]`, first pages
-    of the heads, and how many pages there are. fresh_K: int32 ids of the blocks. Both on the device."""
+    of the heads, and how many pages there are, the last of which may be nobody's. fresh_K: int32 ids of the blocks.
+    Tensors are on the device."""
 
     offsets: tuple[tuple[Tensor, int], ...]
     fresh_K: Tensor
@@ -117,8 +118,10 @@ class CUDARuntime(Runtime[Placed]):
                 own_O, pages = placed_of[name]
                 torch.add(own_O, first_page, out=offset_O)
                 first_page += pages
-            else:
-                offset_O.fill_(first_page)
+            elif c == 0:
+                offset_O.zero_()
+            else:  # where the last class's pages end, which only the device knows if some are nobody's
+                offset_O[1:] = offset_O[:1]
 
     def step(self, common: Any) -> Step:
         """What this batch asks for. common: vLLM's `CommonAttentionMetadata`, of which only what the host has is read.

@@ -14,7 +14,7 @@ from vllm_defensive.platforms import PLATFORMS
 from vllm_defensive.policy import PRESETS
 from vllm_defensive.worker.cuda.backend import EvictionImpl
 from vllm_defensive.worker.cuda.evictor import CUDAEvictor
-from vllm_defensive.worker.cuda.memory import BesideCache, Model
+from vllm_defensive.worker.cuda.memory import BesideCache, Model, kept_share
 from vllm_defensive.worker.cuda.prompt import LayerScales
 from vllm_defensive.worker.cuda.runtime import CUDARuntime
 from vllm_defensive.worker.projections import Projections
@@ -40,12 +40,15 @@ class EvictionGPUWorker(EvictionWorker):
         available: int = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes:
             return available
-        names = [name for name, spec in self.get_kv_cache_spec().items() if isinstance(spec, EvictableSpec)]
-        if not names:
+        specs = {name: spec for name, spec in self.get_kv_cache_spec().items() if isinstance(spec, EvictableSpec)}
+        if not specs:
             return available  # such a model is refused later, by the layers that it has
-        reserved = self._beside_cache(names)
-        logger.info("KV eviction sets %.2f GiB aside, most of it for the longest prompt", reserved.total / 2**30)
-        return available - reserved.total
+        left = available - self._beside_cache(list(specs)).total
+        if self.eviction.answers == "evict":
+            spec = next(iter(specs.values()))
+            left = int(left / (1 + kept_share(spec.head_size, spec.dtype.itemsize)))
+        logger.info("KV eviction sets %.2f GiB aside, most of it for the longest prompt", (available - left) / 2**30)
+        return left
 
     def _beside_cache(self, names: list[str]) -> BesideCache:
         """For the layers of these names."""
@@ -65,6 +68,7 @@ class EvictionGPUWorker(EvictionWorker):
             prompts_at_once=min(prompts + ECHO_REQUESTS * waits, scheduler.max_num_seqs),
             echoes_at_once=echoes if self.eviction.reconstructs else 0,
             classes=len(self._classes),
+            answers=self.eviction.answers == "evict",
         )
 
     @property
