@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,10 +134,13 @@ class CUDAEvictor(CUDAScorer):
             score = Score("warm-up", policy, self._config.keep, region, (0,) * behind, policy, since)
             _, kept = self._copy_again(self._score_again(score), Packing(region, (0,) * packed, region.plain))
             self._kept["warm-up"], since = kept, region
-        self._forget_kept("warm-up")
+        self.forget(["warm-up"])
 
-    def _forget_kept(self, request_id: str) -> None:
-        self._kept.pop(request_id, None)
+    def forget(self, request_ids: Iterable[str], numbers: Iterable[int] = ()) -> None:
+        request_ids = list(request_ids)
+        super().forget(request_ids, numbers)
+        for request_id in request_ids:
+            self._kept.pop(request_id, None)
 
     def _score(self, score: Score) -> Scored | ScoredAgain:
         policy, peak_LHS, window_LWQD = PRESETS[score.policy], None, None
