@@ -23,19 +23,31 @@ FP8 = "fp8"  # not a policy: stock vLLM with its cache in fp8, half the memory a
 @dataclass(frozen=True)
 class Setting:
     """What happens to a prompt's cache. boundary: evict there; None: at the end of the prompt. reuse: whether what is
-    kept is for later prompts, too."""
+    kept is for later prompts, too.
+
+    budget: tokens of 16 bits that are kept a head, on average; it takes the place of the ratio. interval: if not 0, the
+    answer is evicted as well, each time that it has so many more tokens. protect: leading prompt tokens that stay.
+    """
 
     policy: str = NONE
     keep: float = 1.0
     boundary: int | None = None
     reuse: str = "off"
+    budget: int | None = None
+    interval: int = 0
+    protect: int = 0
 
     def extra_args(self) -> dict[str, Any]:
         if self.policy == NONE:
             return {"kv_eviction": NONE}
-        extra: dict[str, Any] = {"kv_eviction": self.policy, "kv_eviction_keep": self.keep}
+        extra: dict[str, Any] = {"kv_eviction": self.policy}
+        extra |= {"kv_eviction_keep": self.keep} if self.budget is None else {"kv_eviction_budget": self.budget}
         if self.reuse != "off":
             extra["kv_eviction_reuse"] = self.reuse
+        if self.interval:
+            extra |= {"kv_eviction_answers": "evict", "kv_eviction_interval": self.interval}
+        if self.protect:
+            extra["kv_eviction_protect"] = self.protect
         return extra if self.boundary is None else {**extra, "kv_eviction_boundary": self.boundary}
 
 

@@ -40,10 +40,11 @@ class ForcedAnswers(LogitsProcessor):
         process_dict_updates(self._rows, batch_update, state)
 
     def apply(self, logits: Tensor) -> Tensor:
-        for row, (forced, output) in self._rows.items():
+        # What others are compared with comes first: it may be in the same batch.
+        for row, (forced, output) in sorted(self._rows.items(), key=lambda item: not item[1][0].keep):
             position = len(output)
             if position < len(forced.tokens) and row < len(logits):
-                forced.record(position, logits[row].log_softmax(dim=-1))
+                forced.record(position, logits[row])
                 logits[row] = float("-inf")
                 logits[row, forced.tokens[position]] = 0.0
         return logits

@@ -4,6 +4,7 @@ Resumable: rounds whose records are there are not measured again. `--report` alo
 
 The preset `documents` asks questions about documents that come again, more of them than the pool holds; `chats` has
 chats whose turns do. Rows are servers there as well: stock vLLM with its prefix cache, and those of `--rows`.
+In the preset `answers` requests are evicted again and again while they generate.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def main() -> None:
 def _add_sizes(parser: argparse.ArgumentParser) -> None:
     """The fields of `Sizes`."""
     default = Sizes()
-    group = parser.add_argument_group("presets documents and chats; the sizes are those of documents")
+    group = parser.add_argument_group(
+        "presets documents, chats and answers; sizes are those of documents, the last five those of answers"
+    )
 
     def add(flag: str, text: str, **how: Any) -> None:
         value = getattr(default, flag.removeprefix("--").replace("-", "_"))
@@ -92,6 +95,11 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     add("--pools", "documents that each holds, beside what runs; default a quarter of all, and all", type=lists.ints)
     add("--orders", f"in which documents are asked about, of {', '.join(ORDERS)}", type=lists.names)
     add("--rows", f"beside stock vLLM, of {rows}. A pool of all documents has stock and reuse only", type=lists.names)
+    add("--requests", "so many", type=int)
+    add("--generated-tokens", "of each request", type=int)
+    add("--pool-tokens", "that the pool holds", type=int)
+    add("--budget", "tokens a head that a request keeps", type=int)
+    add("--interval", "tokens that it generates between two evictions", type=int)
 
 
 def _flags(sizes: Sizes) -> str:

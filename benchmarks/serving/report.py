@@ -31,6 +31,9 @@ def cells(records: Sequence[Record]) -> list[dict[str, Any]]:
         # What answers take beyond the prompts; nothing is left to compare where that drowns in the noise.
         beyond = r["duration"] - r["prefill_seconds"]
         r["decode_throughput"] = r["total_output_tokens"] / beyond if beyond > 0.05 * r["duration"] else None
+        # While any runs: the load generator takes a while to start, and the last looks may find the server idle.
+        running = [sample[1] for sample in r["samples"] if sample[1]]
+        r["mean_running"] = statistics.fmean(running) if running else None
     for scenario in dict.fromkeys(r["scenario"] for r in records):
         rounds = [r for r in records if r["scenario"] == scenario]
         stock = {r["repeat"]: r for r in rounds if r["row"] == STOCK}
@@ -64,7 +67,8 @@ def cells(records: Sequence[Record]) -> list[dict[str, Any]]:
                     **{
                         name: median(name)
                         for name in (
-                            "peak_running", "peak_pool", "preemptions", "evicted", "freed_blocks", "eviction_seconds",
+                            "peak_running", "mean_running", "peak_pool", "preemptions", "evicted", "freed_blocks",
+                            "eviction_seconds",
                             "request_throughput", "output_throughput", "median_ttft_ms", "p99_ttft_ms",
                             "median_tpot_ms", "p99_tpot_ms", "median_itl_ms", "p99_itl_ms",
                         )
@@ -152,8 +156,8 @@ def markdown(table: Sequence[Record], commands: Sequence[str], again: Sequence[R
     """The report's text. again: of `told_apart`."""
     columns = (
         "model", "load", "pool", "server", "output tokens/s, ratio", "bound", "decode phase, ratio", "TTFT, ratio",
-        "TPOT, ratio", "running at peak", "planned", "pool in use at peak", "preemptions", "blocks freed",
-        "eviction's share of the time",
+        "TPOT, ratio", "running at peak", "running, mean", "planned", "pool in use at peak", "preemptions",
+        "blocks freed", "eviction's share of the time",
     )  # fmt: skip
     lines = [
         "# Serving: stock vLLM and vLLM with eviction, side by side", "",
@@ -170,7 +174,8 @@ def markdown(table: Sequence[Record], commands: Sequence[str], again: Sequence[R
         ratios.insert(1, f"{cell['bound'][0]:.2f}" if cell["bound"] and cell["row"] != STOCK else "-")
         lines.append(
             f"| {cell['model']} | {load} | {cell['pool']:g} | `{cell['row']}` | {' | '.join(ratios)} "
-            f"| {cell['peak_running']:.0f} | {_planned(cell)} | {cell['peak_pool']:.0%} "
+            f"| {cell['peak_running']:.0f} | {_or_dash(cell['mean_running'], '.1f')} | {_planned(cell)} "
+            f"| {cell['peak_pool']:.0%} "
             f"| {_or_dash(cell['preemptions'], '.0f')} | {_or_dash(cell['freed_blocks'], '.0f')} "
             f"| {_or_dash(cell['eviction_share'], '.1%')} |"
         )
@@ -195,10 +200,11 @@ def _planned(cell: Record) -> str:
 def planned(record: Record) -> list[int]:
     """Requests at once that the planner predicts for a record's pool: at their end, and half-way through their output.
 
-    At most those that are offered; empty where prompts share a prefix or the cache is quantised, which it leaves out.
+    At most those that are offered; empty where prompts share a prefix, the cache is quantised or a request is evicted
+    to a budget, which it leaves out.
     """
     row = record["row"]
-    if record["shares"] or "fp8" in row:
+    if record["shares"] or "fp8" in row or "budget" in row:
         return []
     model = read_model(load_config(str(model_folder(record["model"]))))
     eviction = None

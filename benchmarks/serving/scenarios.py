@@ -45,6 +45,13 @@ def reusing(row: Row, reuse: str) -> Row:
     return Row(f"{row.name} reuse {reuse}", (*row.args, "--kv-eviction-reuse", reuse))
 
 
+def evicting_answers(policy: str, budget: int, interval: int) -> Row:
+    """Requests keep so many tokens a head, and are evicted again each time that they have generated `interval` more."""
+    flags = ("--kv-eviction-budget", str(budget), "--kv-eviction-answers", "evict")
+    name = f"{policy} budget {budget} every {interval}"
+    return Row(name, ("--kv-eviction", policy, *flags, "--kv-eviction-interval", str(interval)))
+
+
 STOCK = Row("stock")
 FP8 = Row("stock, fp8 cache", ("--kv-cache-dtype", "fp8"), room=2)
 
@@ -82,7 +89,8 @@ class Scenario:
     @property
     def pool_blocks(self) -> int:
         """Blocks of the pool; vLLM keeps one for itself, and a prompt comes out a few tokens longer than asked for."""
-        blocks = int(self.pool * _blocks(self.prompt + self.output + 16))
+        # Rounded first, as a pool that was given in tokens is a share of no round number.
+        blocks = int(round(self.pool * _blocks(self.prompt + self.output + 16), 6))
         if self.documents is not None:
             # A document counts with a question and its answer, which the prefix cache keeps as well: without room for
             # those it would lose the documents that a pool is said to hold.
@@ -167,10 +175,12 @@ DOCUMENT_ROWS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the command line says of the presets `documents` and `chats`.
+    """What the command line says of the presets `documents`, `chats` and `answers`.
 
     documents to rounds: as in `Documents`, tokens; answer: tokens; pools: documents that each holds, by default a
-    quarter and all; orders, rows: of `ORDERS`, `DOCUMENT_ROWS`. Chats take model, policy and concurrency.
+    quarter and all; orders, rows: of `ORDERS`, `DOCUMENT_ROWS`. Chats take model, policy and concurrency; answers take
+    the model and the rest: requests, tokens that each generates and that the pool holds, tokens that a request keeps,
+    and that it generates between two evictions.
     """
 
     model: str = HEAVY
@@ -184,6 +194,11 @@ class Sizes:
     pools: tuple[int, ...] = ()
     orders: tuple[str, ...] = tuple(ORDERS)
     rows: tuple[str, ...] = tuple(DOCUMENT_ROWS)
+    requests: int = 64
+    generated_tokens: int = 4096
+    pool_tokens: int = 16384
+    budget: int = 512
+    interval: int = 256
 
     def __post_init__(self) -> None:
         """Raises ValueError."""
@@ -197,6 +212,8 @@ class Sizes:
                 raise ValueError(f"{flag} {','.join(wrong)}: choose from {', '.join(known)}")
         if min((self.answer_tokens, self.concurrency, *self.pools)) < 1:
             raise ValueError("--answer-tokens, --concurrency, --pools: choose 1 or more")
+        if min(self.requests, self.generated_tokens, self.pool_tokens, self.budget, self.interval) < 1:
+            raise ValueError("--requests, --generated-tokens, --pool-tokens, --budget, --interval: choose 1 or more")
 
     @property
     def told(self) -> str:
@@ -242,6 +259,19 @@ def _chats(sizes: Sizes) -> Scenario:
     return Scenario(
         f"20 chats of 5 turns, a pool of 5{sizes.told}", sizes.model, 3072, 64, 100, 5,
         (STOCK, ours, reusing(ours, "chat")), concurrency=sizes.concurrency, turns=5, rounds=5,
+    )  # fmt: skip
+
+
+def _answers(sizes: Sizes) -> Scenario:
+    """Short prompts and answers that are much longer: what stock vLLM preempts, as all of them grow at once."""
+    prompt = 128
+    policy = "learnedkv" if sizes.model == SMOLLM2 else "streamingllm"  # dummies have no learned score
+    told = "" if sizes.model == HEAVY else f", model {sizes.model}"
+    return Scenario(
+        f"{sizes.requests} answers of {sizes.generated_tokens:,}, a pool of {sizes.pool_tokens:,} tokens{told}",
+        sizes.model, prompt, sizes.generated_tokens, sizes.requests,
+        sizes.pool_tokens // BLOCK_SIZE / _blocks(prompt + sizes.generated_tokens + 16),
+        (STOCK, evicting_answers(policy, sizes.budget, sizes.interval)),
     )  # fmt: skip
 
 
@@ -316,6 +346,7 @@ def scenarios(preset: str, sizes: Sizes = Sizes()) -> list[Scenario]:
         ],
         "documents": document_scenarios(sizes),
         "chats": [_chats(sizes)],
+        "answers": [_answers(sizes)],
     }  # fmt: skip
     if preset not in presets:
         raise ValueError(f"--preset {preset}: choose from {', '.join(presets)}")
@@ -339,4 +370,5 @@ PRESETS = (
     "smollm2",
     "documents",
     "chats",
+    "answers",
 )

@@ -111,6 +111,24 @@ def test_every_cross_of_a_contract_runs_on_the_same_answers(runner: Runner) -> N
     assert abs(found["budget"]["margin"]) > 1e-6, "another choice keeps other tokens"
 
 
+def test_answers_differ_behind_their_first_eviction_and_not_before(engine) -> None:
+    from benchmarks.answers.__main__ import Choice, measure
+    from benchmarks.answers.texts import Asked, ForcedText
+
+    tokens = prompt_of(engine)
+    running = ForcedText("prose/0", tokens[:256], tokens[256:600])
+    asking = ForcedText("needles/0", tokens[:256], tokens[256:600], (Asked(10, 300, 310),))
+    choices = [Choice("none", 0), Choice("streamingllm", 320), Choice("random", 448), Choice("random@prompt", 320)]
+    rows = list(measure(engine, [(running, choices), (asking, choices)], 64))
+    assert [(row["text"], row["policy"]) for row in rows] == [
+        (text.name, choice.policy) for text in (running, asking) for choice in choices
+    ]
+    assert [row.get("first") for row in rows[:4]] == [0, 129, 257, 129]
+    for row in rows[1:4]:
+        assert row["kl_before"] < 1e-6 and row["kl_parts"][0] > 1e-3, row
+    assert rows[0]["kl"] < 1e-6 and rows[4]["kl"] < 1e-6 and all(row["kl"] > 1e-3 for row in rows[5:])
+
+
 def test_documents_from_files_run_both_protocols(engine, tmp_path: Path) -> None:
     records = [[f"key {i} of {i * i}", f"value {i * 7}"] for i in range(60)]
     sample = {"ordered_kv_records": records, "key": records[7][0], "value": records[7][1]}

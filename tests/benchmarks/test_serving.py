@@ -532,6 +532,26 @@ def test_a_report_without_such_texts_has_no_such_table() -> None:
     assert "come again" not in report.markdown(report.cells([record("stock", 0)]), [])
 
 
+def test_answers_are_evicted_to_a_budget_in_a_pool_of_so_many_tokens() -> None:
+    (full,) = scenarios("answers")
+    assert (full.requests, full.prompt, full.output, (full.pool_blocks - 1) * BLOCK_SIZE) == (64, 128, 4096, 16384)
+    sizes = Sizes(model=SMOLLM2, requests=8, generated_tokens=512, pool_tokens=2048, budget=128, interval=64)
+    (few,) = scenarios("answers", sizes)
+    assert (few.requests, few.output, (few.pool_blocks - 1) * BLOCK_SIZE) == (8, 512, 2048)
+    flags = "--kv-eviction learnedkv --kv-eviction-budget 128 --kv-eviction-answers evict --kv-eviction-interval 64"
+    assert [" ".join(row.args) for row in few.rows] == ["", flags]
+    assert full.rows[1].args[:2] == ("--kv-eviction", "streamingllm"), "a dummy has no learned score"
+    with pytest.raises(ValueError, match="--budget"):
+        Sizes(budget=0)
+
+
+def test_the_mean_of_running_requests_leaves_out_when_none_runs() -> None:
+    rows = [record("stock", 0, samples=[[0.5, 0, 0], [1, 4, 0.1], [1.5, 2, 0.1], [2, 0, 0]])]
+    (cell,) = report.cells(rows)
+    assert cell["mean_running"] == 3
+    assert "| 1 | 3.0 | " in report.markdown([cell], [])
+
+
 def test_reuse_is_a_flag_of_the_row() -> None:
     row = reusing(OURS, "chat")
     assert row == Row(f"{OURS.name} reuse chat", (*OURS.args, "--kv-eviction-reuse", "chat"))

@@ -1,0 +1,1 @@
+"""What evicting costs that goes on while a request generates: `python -m benchmarks.answers`."""
