@@ -152,3 +152,14 @@ def test_widths_take_no_more_than_their_share_and_no_less_than_a_page(
     packing = Packing(region, tuple(range(packed)), format)
     assert region.tail + region.tokens[0] < packing.kept_tokens <= region.stop
     assert packing.held_tokens <= packing.kept_tokens or packing.kept_tokens == region.stop
+
+
+@pytest.mark.parametrize("shared", [0, 4])
+def test_a_budget_counts_what_stays_in_place(shared: int) -> None:
+    """In blocks of 32: 1,000 tokens, of which a ratio of 1 would keep all and a budget of 512 keeps 16 blocks, those
+    that stay in place, and the tail of 8 tokens, among them."""
+    region = Region(1000, shared, 32, 32, 32)
+    packed = region.budget_blocks(1.0, region.plain, most_tokens=512)
+    assert (shared + packed) * 32 == 512 and region.budget_blocks(0.1, region.plain, most_tokens=512) < packed
+    assert region.budget_blocks(1.0, region.plain, most_tokens=512, held_blocks=packed) == 0, "that many are held"
+    assert region.budget_blocks(1.0, region.plain, most_tokens=512, held_blocks=packed + 1) == packed

@@ -196,14 +196,14 @@ class Region:
         back. `keep` counts bytes, those of the window and of the tail too, as the papers do; every head is granted at
         least as many pages as hold its forced tokens, and no more blocks are taken than hold all tokens.
 
-        most_tokens: whose bytes are not exceeded either, as they lie in the cache. held_blocks: that are chosen from,
-        where what came before is packed already.
+        most_tokens: whose bytes are not exceeded either, as they lie in the cache, by these blocks and the leading ones
+        that stay. held_blocks: that are chosen from, where what came before is packed already.
         """
         held_blocks = self.blocks if held_blocks is None else held_blocks
         if self.stop <= self.window or held_blocks <= 0:
             return 0
         tokens = keep * (self.stop - self.tokens[0])
-        tokens = tokens if most_tokens is None else min(tokens, most_tokens)
+        tokens = tokens if most_tokens is None else min(tokens, most_tokens - self.tokens[0])
         wanted = math.ceil((tokens - self.tail) / self.block_tokens)
         forced_pages = math.ceil(self.forced_tokens / format.parts[0].tokens)
         needed = max(wanted, math.ceil(forced_pages / self.pages_per_block), 1)

@@ -3,6 +3,7 @@ gone, from when it is gone; and keeping everything changes nothing, however ofte
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -103,31 +104,39 @@ def test_answers_equal_the_masked_reference(tiny_model: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_thrown_out_and_evicted_anew_it_keeps_the_same(tiny_model: Path, tmp_path: Path, asynchronous: bool) -> None:
-    """Beside requests that grow without bounds and push them out; scores that last, so that none depends on who was
-    there."""
-    prompts, grows = random_prompts((90, 200, 60), seed=3), random_prompts((120, 130), seed=4)
-    settings = {"budget": 96, "dtype": "float32", "max_model_len": 1024, **EVICT}
-    with engine(tiny_model, "streamingllm", audit=str(tmp_path / "calm"), **settings) as llm:
-        calm = generate(llm, prompts, 300)
-    with engine(
-        tiny_model,
-        "streamingllm",
-        audit=str(tmp_path / "full"),
-        num_gpu_blocks_override=38,
-        asynchronous=asynchronous,
-        **settings,
-    ) as llm:
-        # The growing ones come first: who came last is thrown out.
-        own = [{"kv_eviction": "none"}] * 2 + [None] * 3
-        answers = generate(llm, grows + prompts, 300, extra_args=own)[2:]
-        assert metrics_of(llm)["vllm:num_preemptions"] > 0
-        assert_all_returned(llm)
-    assert largest_difference(answers, calm) <= 1e-4
-    for one, other in zip(answers, calm, strict=True):
-        kept = [audits_of(tmp_path / name, a.request_id) for name, a in (("full", one), ("calm", other))]
-        assert [a.stop for a in kept[0]] == [a.stop for a in kept[1]]
-        assert all(torch.equal(a.kept_indices, b.kept_indices) for a, b in zip(*kept, strict=True))
+@pytest.mark.parametrize("policy", ["streamingllm", "halokv"])
+def test_thrown_out_and_evicted_anew_it_keeps_the_same(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, asynchronous: bool
+) -> None:
+    """All at once, when each was evicted several times: what they had generated follows from what they keep."""
+    prompts = random_prompts((90, 200, 60), seed=3)
+    found: dict[bool, list[Answer]] = {}
+    for throw in (False, True):
+        folder = str(tmp_path / str(throw))
+        settings = {"budget": 96, "dtype": "float32", "audit": folder, "asynchronous": asynchronous, **EVICT}
+        with engine(tiny_model, policy, **settings) as llm:
+            scheduler, steps = scheduler_of(llm), itertools.count()
+            schedule = scheduler.schedule
+
+            def throwing_out(
+                *args: Any, scheduler: Any = scheduler, steps: Any = steps, schedule: Any = schedule
+            ) -> Any:
+                if next(steps) == 210:
+                    scheduler.reset_prefix_cache(reset_running_requests=True)
+                return schedule(*args)
+
+            if throw:
+                monkeypatch.setattr(scheduler, "schedule", throwing_out)
+            found[throw] = generate(llm, prompts, 300)
+            assert metrics_of(llm)["vllm:num_preemptions"] == (len(prompts) if throw else 0)
+            assert_all_returned(llm)
+    assert largest_difference(found[True], found[False]) <= 1e-4
+    for pair in zip(found[True], found[False], strict=True):
+        one, other = (
+            audits_of(tmp_path / str(throw), a.request_id) for throw, a in zip((True, False), pair, strict=True)
+        )
+        assert [(a.stop, a.first_reader) for a in one] == [(a.stop, a.first_reader) for a in other]
+        assert all(torch.equal(a.kept_indices, b.kept_indices) for a, b in zip(one, other, strict=True))
 
 
 def test_memory_is_bounded(tiny_model: Path) -> None:
