@@ -55,8 +55,7 @@ class Choice:
             return Setting()
         protect = prompt if self.policy.endswith(WHOLE_PROMPT) else 0
         name = self.policy.removesuffix(WHOLE_PROMPT)
-        # The request's own budget is one of what is evicted.
-        return Setting(name, budget=self.budget - protect, interval=interval, protect=protect)
+        return Setting(name, budget=self.budget, interval=interval, protect=protect)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -115,28 +115,29 @@ def test_thrown_out_and_evicted_anew_it_keeps_the_same(
         folder = str(tmp_path / str(throw))
         settings = {"budget": 96, "dtype": "float32", "audit": folder, "asynchronous": asynchronous, **EVICT}
         with engine(tiny_model, policy, **settings) as llm:
-            scheduler, steps = scheduler_of(llm), itertools.count()
-            schedule = scheduler.schedule
-
-            def throwing_out(
-                *args: Any, scheduler: Any = scheduler, steps: Any = steps, schedule: Any = schedule
-            ) -> Any:
-                if next(steps) == 210:
-                    scheduler.reset_prefix_cache(reset_running_requests=True)
-                return schedule(*args)
-
             if throw:
-                monkeypatch.setattr(scheduler, "schedule", throwing_out)
+                scheduler = scheduler_of(llm)
+                monkeypatch.setattr(scheduler, "schedule", throwing_out(scheduler, 210))
             found[throw] = generate(llm, prompts, 300)
             assert metrics_of(llm)["vllm:num_preemptions"] == (len(prompts) if throw else 0)
             assert_all_returned(llm)
     assert largest_difference(found[True], found[False]) <= 1e-4
     for pair in zip(found[True], found[False], strict=True):
-        one, other = (
-            audits_of(tmp_path / str(throw), a.request_id) for throw, a in zip((True, False), pair, strict=True)
-        )
+        one, other = (audits_of(tmp_path / name, a.request_id) for name, a in zip(("True", "False"), pair, strict=True))
         assert [(a.stop, a.first_reader) for a in one] == [(a.stop, a.first_reader) for a in other]
         assert all(torch.equal(a.kept_indices, b.kept_indices) for a, b in zip(one, other, strict=True))
+
+
+def throwing_out(scheduler: Any, step: int) -> Any:
+    """Its `schedule`, which throws everybody out at one step."""
+    schedule, steps = scheduler.schedule, itertools.count()
+
+    def call(*args: Any) -> Any:
+        if next(steps) == step:
+            scheduler.reset_prefix_cache(reset_running_requests=True)
+        return schedule(*args)
+
+    return call
 
 
 def test_memory_is_bounded(tiny_model: Path) -> None:
