@@ -54,11 +54,11 @@ def test_running_texts_go_on_where_their_prompt_ends(tmp_path: Path) -> None:
     assert [text.name for text in both] == ["prose/0", "longbench/0", "prose/1", "longbench/1"]
 
 
-def test_a_prompt_that_stays_takes_its_share_of_the_budget() -> None:
+def test_a_prompt_that_stays_is_part_of_the_budget() -> None:
     choice = Choice("random@prompt", 512)
     asked = choice.setting(256, 64).extra_args()
     assert asked["kv_eviction"] == "random"
-    assert (asked["kv_eviction_protect"], asked["kv_eviction_budget"]) == (256, 256)
+    assert (asked["kv_eviction_protect"], asked["kv_eviction_budget"]) == (256, 512)
     assert "kv_eviction_keep" not in asked, "a budget alone"
     assert (asked["kv_eviction_answers"], asked["kv_eviction_interval"]) == ("evict", 64)
     assert choice.leaves_room(256) and not Choice("random@prompt", 256).leaves_room(256)
