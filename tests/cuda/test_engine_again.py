@@ -93,7 +93,10 @@ def test_answers_follow_the_plain_model(model: Path, tmp_path: Path, kernels: st
 
 
 @REFERENCE
-@pytest.mark.parametrize("ahead", [False, True], ids=["one step at a time", "a step ahead"])
+@pytest.mark.parametrize(
+    "ahead",
+    [pytest.param(False, id="one step at a time", marks=pytest.mark.nightly), pytest.param(True, id="a step ahead")],
+)
 def test_requests_that_are_thrown_out_pass_the_same_evictions_again(
     model: Path, tmp_path: Path, kernels: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,8 +48,8 @@ def stock(tiny_model: Path) -> list[Answer]:
         pytest.param({}, id="sync"),
         pytest.param({"asynchronous": True}, id="async"),
         pytest.param({"max_num_batched_tokens": 96, "asynchronous": True}, id="chunks", marks=pytest.mark.slow),
-        pytest.param({"block_size": 128, "interval": 200}, id="blocks128", marks=pytest.mark.slow),
-        pytest.param({"interval": 33}, id="uneven", marks=pytest.mark.slow),
+        pytest.param({"block_size": 128, "interval": 200}, id="blocks128", marks=pytest.mark.nightly),
+        pytest.param({"interval": 33}, id="uneven", marks=pytest.mark.nightly),
     ],
 )
 def test_keep_all_equals_stock(tiny_model: Path, stock: list[Answer], arguments: dict[str, Any]) -> None:
@@ -103,8 +103,9 @@ def test_answers_equal_the_masked_reference(tiny_model: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("policy", ["streamingllm", "halokv"])
+@pytest.mark.parametrize(
+    "policy, asynchronous", [("halokv", True), pytest.param("streamingllm", False, marks=pytest.mark.nightly)]
+)
 def test_thrown_out_and_evicted_anew_it_keeps_the_same(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, asynchronous: bool
 ) -> None:

@@ -127,25 +127,52 @@ def test_a_worker_that_declines_leaves_what_was_packed(tiny_model: Path) -> None
     h.ghost.declines.clear()
     h.run()
     assert len(h.evictions) > 2 and h.evictions[2].score.since == h.evictions[1].region
+    assert [e.repeat for e in h.evictions] == list(range(len(h.evictions)))
     h.assert_all_returned()
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_who_was_thrown_out_passes_its_stops_again(tiny_model: Path, asynchronous: bool) -> None:
-    """Each token sees what it saw before: the same stops, with the same first readers."""
-    settings = {"budget": 96, "answers": "evict", "interval": 64, "window": 32}
-    arguments = {"num_blocks": 24, "asynchronous": asynchronous, "chunk": 512, "max_model_len": 1024}
-    h = Harness(tiny_model, policy="streamingllm", **arguments, **settings)
-    first = h.add(text(100, 1), max_tokens=300)
-    while len(h.evictions) < 4:
+@pytest.mark.parametrize("policy", ["streamingllm", "snapkv"])
+@pytest.mark.parametrize("prompt, budget", [(100, 96), (96, 96), (100, 256), (200, 96)])
+def test_who_was_thrown_out_passes_its_stops_again(
+    tiny_model: Path, prompt: int, budget: int, policy: str, asynchronous: bool
+) -> None:
+    """Each token sees what it saw before: the same stops, with the same first readers, whatever the prefix cache
+    has."""
+    settings = {"budget": budget, "answers": "evict", "interval": 64, "window": 32}
+    arguments = {"num_blocks": 40, "asynchronous": asynchronous, "chunk": 512, "max_model_len": 1024}
+    h = Harness(tiny_model, policy=policy, **arguments, **settings)
+    first = h.add(text(prompt, 1), max_tokens=420)
+    while len(h.evictions) < 3:
         h.step()
     h.scheduler._preempt_request(h.scheduler.requests[first], 0.0)
     h.scheduler.running.clear()
     h.run()
     h.assert_all_returned()
-    seen = [(e.region.stop, e.first_reader) for e in h.evictions]
-    assert seen[4:] == seen[:4]
-    assert all(reader == stop for stop, reader in seen[1:4])
+    assert h.manager.lifecycle.totals.cancelled == 0
+    seen = [(e.region.stop, e.first_reader or e.region.stop) for e in h.evictions]
+    assert seen[3:6] == seen[:3] and all(reader == stop for stop, reader in seen)
+
+
+def test_what_cannot_be_served_ends_and_holds_up_nobody(tiny_model: Path) -> None:
+    """On a server whose prompts may be larger than its memory, requests whose own fields make theirs too large."""
+    settings = {"budget": 96, "answers": "evict", "interval": 64, "prompts": "bounded", "prompt_interval": 64}
+    h = Harness(tiny_model, num_blocks=12, policy="streamingllm", max_model_len=2048, **settings)
+    for own in (
+        {"kv_eviction_keep": 1.0, "kv_eviction_budget": 10**6},
+        {"kv_eviction_prompt_interval": 10**6},
+        {"kv_eviction_protect": 880},
+        {"kv_eviction_boundary": 100},
+        {"kv_eviction": "none"},
+    ):
+        h.add(text(900, 1), max_tokens=50, extra_args=own)
+    assert not h.live, "each of them alone takes more than there is"
+    grows = h.add(text(100, 3), max_tokens=1000, extra_args={"kv_eviction_interval": 10**6})
+    last = h.add(text(900, 2), max_tokens=50)
+    h.run()
+    h.assert_all_returned()
+    assert [e.request_id for e in h.evictions].count(last) > 10
+    assert len(h.manager.lifecycle.lives) == 0 and grows not in h.live
 
 
 def test_all_that_stand_still_give_way(tiny_model: Path) -> None:

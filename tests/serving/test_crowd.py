@@ -12,7 +12,7 @@ import pytest
 from benchmarks.server import Server
 from tests.e2e.engines import random_prompts
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+pytestmark = [pytest.mark.nightly, pytest.mark.e2e]
 
 FLAGS = (
     "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048",

@@ -8,20 +8,22 @@ step, in which the request goes on as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
+from vllm_defensive.compat.base import get_logger
 from vllm_defensive.engine.life import Life, Phase
 from vllm_defensive.engine.lifecycle import Lifecycle
 from vllm_defensive.engine.outlook import Outlook
 from vllm_defensive.packing import Region
 from vllm_defensive.policy import PRESETS
 from vllm_defensive.settings.engine import NONE
+
+logger = get_logger("kv_eviction")
 
 _SETTLED = (Phase.PACKED, Phase.WHOLE)
 
@@ -42,6 +44,7 @@ class Again:
         # The scheduler's, set by it: draft tokens of a request in a step, at most; tokens of a step, at most; whether a
         # step is scheduled before the one before it has been processed.
         self.drafts, self.step_tokens, self.ahead = 0, 0, False
+        self.starved = False  # an eviction of the last step found no room
         self._stuck = False  # nobody could be scheduled, as all wait for room to be evicted
 
     def expect(self, life: Life) -> None:
@@ -50,8 +53,8 @@ class Again:
         if settings.policy == NONE or (settings.answers == "keep" and settings.prompts == "whole"):
             return
         name = PRESETS[settings.policy].evicts_answers_by
-        if name is None:  # what it falls back to cannot
-            return
+        if name is None or not self._outlook.settings.evicts_again(settings.policy):
+            return  # what it falls back to cannot
         if settings.prompts == "bounded" and life.stop > self._part(life) and not life.request.mm_features:
             life.bounded, life.key, life.echo_tokens = life.stop, None, 0
             if life.ahead:
@@ -83,18 +86,16 @@ class Again:
         reads = computed < life.bounded or life.request.num_tokens - computed > 1
         if not reads or self._stuck:
             return num_new
-        waits = life.phase is Phase.PACKING if computed < life.again else computed >= life.again
+        waits = computed >= life.again or life.phase is Phase.PACKING
         return 0 if waits else min(num_new, life.again - computed)
 
     def begin(self, scheduled: Mapping[str, int], running: Sequence[Request]) -> None:
         """A step was scheduled: plan the evictions that are due with it, as far as there is room. scheduled: tokens of
         each request in the step."""
-        self._stuck = False
+        self._stuck = self.starved = False
         if not self._due:
             return
-        room = self._pool.get_num_free_blocks()
-        if self.ahead:
-            room -= sum(self._next_blocks(request) for request in running)
+        room: int | None = None  # counted if somebody asks
         planned = False
         for request_id, life in list(self._due.items()):
             if self._lifecycle.lives.get(request_id) is not life:
@@ -105,8 +106,12 @@ class Again:
                     self._lifecycle.observe(request_id, (life.again - life.again_window, life.again))
                 # Of what is computed for sure: drafts may turn out wrong.
                 certain = end - (life.request.num_in_flight_tokens if self.drafts else 0)
-                taken = self._evict(life, room) if certain >= life.again and life.phase in _SETTLED else None
-                if taken is not None:
+                taken = None
+                if certain >= life.again and life.phase in _SETTLED:
+                    room = self._room(running) if room is None else room
+                    taken = self._evict(life, room)
+                    self.starved = self.starved or taken is None
+                if room is not None and taken is not None:
                     del self._due[request_id]
                     room -= taken
                     planned = True
@@ -114,6 +119,11 @@ class Again:
                     self._lifecycle.hold(request_id)
         idle = not scheduled and not any(request.num_in_flight_tokens for request in running)
         self._stuck = idle and not planned
+
+    def _room(self, running: Sequence[Request]) -> int:
+        """Blocks that nobody needs before those that go back have come back."""
+        room = self._pool.get_num_free_blocks()
+        return room - sum(self._next_blocks(request) for request in running) if self.ahead else room
 
     def _next_blocks(self, request: Request) -> int:
         """Blocks that a request may take in the next step, beside those that it has."""
@@ -164,11 +174,12 @@ class Again:
 
     # -- who is let in ------------------------------------------------------------------------------------------------
 
-    def lets_in(self, life: Life, running: Iterable[Request], lasting: Any) -> bool:
+    def lets_in(self, life: Life, running: Iterable[Request], lasting: Callable[[Request], int]) -> bool:
         """Whether those that run never take more than there is, with this one: what each takes at most before one of
-        its evictions, and what one of these takes beside. lasting: blocks of a request that is not evicted again."""
-        own, packed = self._most_blocks(life)
-        total = own
+        its evictions, and what one of these takes beside. lasting: blocks of a request that is not evicted again, at
+        its present length."""
+        total, packed = self._most_blocks(life)
+        total += self._outlook.blocks_beside(life.request.num_tokens)
         for request in running:
             other = self._lifecycle.get(request.request_id)
             if other is None or not other.again:
@@ -176,45 +187,60 @@ class Again:
                 continue
             blocks, beside = self._most_blocks(other)
             total, packed = total + blocks, max(packed, beside)
-        return total + packed <= self._pool.num_gpu_blocks - 1
+            total += self._outlook.blocks_beside(request.num_tokens)
+        return total + packed <= self._usable - self._lifecycle.library.pins.idle_blocks
+
+    @property
+    def _usable(self) -> int:
+        return self._pool.num_gpu_blocks - 1  # one is vLLM's null block
 
     def _most_blocks(self, life: Life) -> tuple[int, int]:
         """(Blocks that a request holds at most while it generates, blocks that one of its evictions packs at most.)"""
         if life.most_blocks is None:
             request, settings, tokens = life.request, life.settings, self._outlook.block_tokens
             longest = min(request.num_prompt_tokens + request.max_tokens, self._outlook.max_model_len)
+            most, packed = cdiv(longest, tokens), 0
             protected = min(cdiv(settings.protect, tokens), longest // tokens)
             region = self._outlook.settings.region(longest, protected, tokens)
-            policy = PRESETS[settings.policy].evicts_answers_by
-            packed = self._outlook.settings.budget_blocks(
-                region, policy, settings.keep, self._outlook.format(settings), settings.budget, region.blocks
-            )
-            most = cdiv(longest, tokens)
-            if packed:
+            if settings.policy != NONE:
+                policy = PRESETS[settings.policy].evicts_answers_by if life.again else settings.policy
+                format, blocks = self._outlook.format(settings), region.blocks
+                packed = self._outlook.settings.budget_blocks(
+                    region, policy, settings.keep, format, settings.budget, blocks
+                )
+            if packed and life.again:
                 # Shorter ones than this are not evicted at all.
                 before = max(packed + region.shared_blocks, cdiv(self._outlook.settings.min_tokens, tokens))
                 part = settings.interval if settings.answers == "evict" else longest - request.num_prompt_tokens
                 if life.bounded:
+                    before += cdiv(request.num_prompt_tokens - life.bounded, tokens)
                     part = max(self._part(life), part)
                 else:
                     before = max(before, cdiv(request.num_prompt_tokens, tokens))
-                most = min(before + cdiv(part, tokens) + 1, most)
+                most = min(before + cdiv(part + self.drafts, tokens) + 1, most)
             life.most_blocks = most, packed
         return life.most_blocks
 
-    def cap_answer(self, life: Life) -> None:
-        """A prompt may be larger than the memory here; an answer that is not evicted ends where the memory does."""
-        request, tokens = life.request, self._outlook.block_tokens
-        if life.again and life.settings.answers == "evict":
-            return
-        usable = self._pool.num_gpu_blocks - 1
-        held = self._most_blocks(life)[1] + 1 if life.bounded else cdiv(request.num_prompt_tokens, tokens)
-        request.max_tokens = max(1, min(request.max_tokens, (usable - held) * tokens))
-        life.most_blocks = None
+    def fits(self, life: Life) -> bool:
+        """Whether a request can be served at all, where prompts may be larger than the memory. Its answer ends where
+        the memory does, if it is not evicted."""
+        request, usable = life.request, self._usable - self._outlook.blocks_beside(self._outlook.max_model_len)
+        wanted = request.max_tokens
+        for request.max_tokens in (wanted, 1):
+            life.most_blocks = None
+            if (room := usable - sum(self._most_blocks(life))) >= 0:
+                break
+        if request.max_tokens < wanted:
+            request.max_tokens = max(1, min(wanted, room * self._outlook.block_tokens))
+            life.most_blocks = None
+        if room < 0:
+            told = "%s is not served: it does not fit into the KV cache, nor can it be read in parts that would"
+            logger.warning("KV eviction: " + told, request.request_id)
+        return room >= 0
 
     def caps(self, life: Life) -> int | None:
         """Blocks that are enough for a request whose prompt may be larger than the memory; None: it is none."""
-        return min(sum(self._most_blocks(life)), self._pool.num_gpu_blocks - 1) if life.bounded else None
+        return min(sum(self._most_blocks(life)), self._usable) if life.bounded else None
 
     def forget(self, request_id: str) -> None:
         """The request will not come again."""

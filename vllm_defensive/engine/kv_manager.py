@@ -224,13 +224,12 @@ class EvictionBlockManager(FullAttentionManager):
         alone, seen or foretold, leaves hits as they are, but for the last token, whose step is the one that evicts.
         """
         life = self.life(request_id)
-        if life is not None and life.bounded:
-            return life.again - 1  # what comes behind is read in parts
-        if life is None or not life.ahead:
-            return None
-        if not self.plan(life)[1]:
+        if life is not None and life.ahead and not self.plan(life)[1]:
             life.turn(Phase.WHOLE)
-            return None
+        if life is None or not life.ahead:
+            # What comes behind its next stop is read in parts, by one that was preempted, or whose prompt is bounded.
+            parts = life is not None and life.again and life.request.num_tokens > life.looked_at_from
+            return max(0, life.looked_at_from) if parts and life is not None else None
         return 0 if life.accumulates else max(0, life.stop - (self.eviction.window if life.reads_window else 1))
 
     def unpin(self, request: Request) -> bool:

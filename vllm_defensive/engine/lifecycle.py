@@ -185,6 +185,7 @@ class Lifecycle:
         """What it was packed into before is still there."""
         assert life.former is not None
         self.totals.cancelled += 1
+        life.evictions -= 1
         life.turn(Phase.PACKED)
         blocks, life.blocks, life.replaced = life.blocks, life.replaced, []
         life.eviction, life.former = life.former, None
@@ -194,6 +195,7 @@ class Lifecycle:
 
     def _leave_whole(self, life: Life) -> list[KVCacheBlock]:
         self.totals.cancelled += 1
+        life.evictions = 0
         life.cached = False  # what is computed from now on may be hashed like any other
         self.stay_whole(life)
         blocks, life.blocks, life.eviction = self._give_back(life), [], None

@@ -50,7 +50,6 @@ class _EvictionMixin(Scheduler):
         self._longest_hit: int | None = None
         self._starved = False  # in this step there was no memory for somebody
         self._ended_at_once: list[Request] = []  # since the last step that was processed
-        self._told_of_weights = False  # by who has changed them; the workers will say the same once more
         self._waits_for: Key | None = None  # whose packing the request that is looked at waits for
         self._parking = Parking(self, manager.lifecycle.is_being_packed)
         # A request must have a token left to compute; with one, vLLM would fill the row up with placeholders for
@@ -93,10 +92,10 @@ class _EvictionMixin(Scheduler):
                 return
             self.eviction_manager.outlook.relatives.add(request)
             self._amendments.expect(request)
-            if self.eviction_manager.eviction.prompts == "bounded":
-                life = self.eviction_manager.life(request.request_id)
-                assert life is not None
-                self._again.cap_answer(life)
+            life = self.eviction_manager.life(request.request_id)
+            if life is not None and self.eviction_manager.eviction.prompts == "bounded" and not self._again.fits(life):
+                self._ended_at_once.append(request)
+                self.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.eviction_manager.release_processed()
@@ -177,7 +176,7 @@ class _EvictionMixin(Scheduler):
                 return min(num_new_tokens, self._echoes.most_tokens)
             return self._again.chunk(life, num_computed_tokens, num_new_tokens) if life.again else num_new_tokens
         stop = self.eviction_manager.next_stop(request.request_id)
-        return min(num_new_tokens, stop - num_computed_tokens) if stop else num_new_tokens
+        return min(num_new_tokens, max(stop - num_computed_tokens, 1)) if stop else num_new_tokens
 
     def _admits(self, request: Request) -> bool:
         """Whether the request has blocks already, or may have its first ones: where admission is steady, if none run,
@@ -191,6 +190,8 @@ class _EvictionMixin(Scheduler):
         life = self.eviction_manager.life(request.request_id)
         if not self._echoes.lets_in(life):
             return False
+        if self.running and self._again.starved:
+            return False  # who is to give memory back comes first
         if life is not None and life.again:
             lasting = self.eviction_manager.lasting_blocks
             return not self.running or self._again.lets_in(life, self.running, lambda other: lasting(other)[0])
@@ -239,9 +240,7 @@ class _EvictionMixin(Scheduler):
         if report is not None:
             self._ledger.note_worker(report)
             if report.other_weights:
-                if not self._told_of_weights:
-                    self.eviction_manager.lifecycle.library.forget_all()
-                self._told_of_weights = False
+                self.eviction_manager.lifecycle.library.forget_all()
             for eviction in channels.read_message(scheduler_output).evictions if report.cancelled else ():
                 if eviction.request_id in report.cancelled:
                     self.eviction_manager.cancel(eviction)
@@ -260,7 +259,6 @@ class _EvictionMixin(Scheduler):
         """The workers were called by this name, or with a function."""
         if method in WEIGHT_CALLS:
             self.eviction_manager.lifecycle.library.forget_all()
-            self._told_of_weights = True
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
         """vLLM's; all blocks are to be free then, and an echo may hold some though it waits."""

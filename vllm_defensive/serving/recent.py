@@ -58,10 +58,9 @@ def publishes() -> bool:
 
 def remember(record: dict[str, Any]) -> None:
     """Add `counts.record_of` an eviction; one that followed on another of the request stands in its place."""
-    places = range(len(_records) - 1, -1, -1) if record["repeat"] else ()
-    for place in places:
-        if _records[place]["request_id"] == record["request_id"]:
-            del _records[place]
+    for place, other in enumerate(reversed(_records)) if record["repeat"] else ():
+        if other["request_id"] == record["request_id"]:
+            del _records[len(_records) - 1 - place]
             break
     _records.append(record)
 

@@ -80,7 +80,8 @@ class EvictionConfig(BaseModel):
     answers: Answers = Field(
         "keep",
         description="evict: what is generated is evicted like the prompt, again and again, by policies whose scores "
-        "last (learnedkv, with which learned-halokv goes on; streamingllm, random); keep: never",
+        "last (learnedkv, with which learned-halokv goes on; streamingllm, random), on CPUs also by those that look at "
+        "a window; keep: never",
     )
     interval: int = Field(256, ge=1, description="tokens that are generated between two evictions of a request")
     prompts: Prompts = Field(

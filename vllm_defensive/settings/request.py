@@ -189,8 +189,13 @@ def _evicted_again(engine: EvictionConfig, settings: RequestSettings, own: Mappi
     """What becomes of the settings of a request that is evicted more than once; None: it is not. own: fields that it
     named. Raises RequestFieldError if it asks for that and cannot have it."""
     several = [field for field, once in _ONCE.items() if getattr(settings, field) != once]
+    for field, wants in (("interval", "answers"), ("prompt_interval", "prompts")):
+        if field in own and wants not in several:
+            raise _wrong(option_name(field), own[field], f"goes with {option_name(wants)}; leave it out")
     if not several or settings.policy == NONE:
         return None
+    if settings.outlives and several == ["answers"] and "answers" not in own:
+        return None  # who names a document's end wants it for later, and that is one packing
     named = next((field for field in several if field in own), None)
     # Whatever will be read is asked for later.
     meant = engine.meant(settings.policy, boundary=True, score=settings.score, keep=settings.keep)
@@ -262,7 +267,9 @@ def refuse_whole(engine: EvictionConfig, own: RequestSettings | None, num_tokens
     if engine.prompts == "whole" or parts:
         return
     cache: Any = getattr(vllm_config, "cache_config", None)
-    blocks = getattr(cache, "num_gpu_blocks", None)
+    blocks = getattr(cache, "num_gpu_blocks", None)  # of all engines together
+    if blocks is not None:
+        blocks //= vllm_config.parallel_config.data_parallel_size
     if num_tokens is None or (blocks is not None and num_tokens >= (blocks - 1) * cache.block_size):
         why = "the prompt may be larger than the KV cache, which this server reads in parts: text, and with eviction on"
         raise _wrong("kv_eviction_prompts", "whole", why)
