@@ -1,9 +1,10 @@
-"""Evictions of requests that generate: when, how many blocks they take, and that none of them is in anybody's way.
+"""Requests that are evicted more than once: when, how many blocks that takes, and that it is in nobody's way.
 
-A request whose answers are evicted is looked at each time that it has generated `interval` more tokens. What it holds
-packed and the whole blocks behind that are then chosen from together, by scores that last, and packed anew. The blocks
-that this takes are free ones, left when everybody has been scheduled: an eviction that finds none waits for the next
-step, in which the request goes on as it is.
+One whose answers are evicted is looked at each time that it has generated `interval` more tokens, one whose prompt is
+bounded after each part of it. What it holds packed and the whole blocks behind that are then chosen from together, and
+packed anew. The blocks that this takes are free ones, left when everybody has been scheduled: an eviction that finds
+none waits, and so does whoever would be let in meanwhile. A request that generates goes on as it is; one that reads
+stands still.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _SETTLED = (Phase.PACKED, Phase.WHOLE)
 
 
 class Again:
-    """The requests of one scheduler that are evicted while they generate."""
+    """Those of one scheduler."""
 
     def __init__(
         self,

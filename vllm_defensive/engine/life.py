@@ -9,8 +9,8 @@
     WHOLE     the same                                 all                                   none
 
 ECHOING are those whose policy looks at the document again (`echo.py`); all others go on to PACKING at once. A request
-is WHOLE if nothing is to be gained by its eviction, or if it could not be carried out. A request whose answers are
-evicted (`again.py`) is PACKING time and again: then it holds the blocks that it packs into beside those that it packed
+is WHOLE if nothing is to be gained by its eviction, or if it could not be carried out. One that is evicted more than
+once (`again.py`) is PACKING time and again: then it holds the blocks that it packs into beside those that it packed
 before. One that finds the packing of an
 earlier request (`published.py`) is PACKED with its first allocation. From every phase a request may
 be finished, aborted or preempted, which gives all its blocks back and ends its life; one that is resumed begins anew,
@@ -40,7 +40,7 @@ class Phase(Enum):
     ECHOING = "its stop was reached, and it stands still: others repeat its prompt for it"
     PACKING = "its stop was reached: originals and packed blocks are there side by side"
     PACKED = "its originals have gone back"
-    WHOLE = "nothing of it will be evicted"
+    WHOLE = "all of it is in place, and no eviction of it is under way"
 
 
 # Names by themselves: members of an enumeration are slow to find, and these are asked for all the time.
@@ -60,8 +60,8 @@ class Life:
     """stop: `T`, where the request is evicted: its boundary, or the end of its prompt (again, if it was preempted);
     from its second eviction on, that of the last one.
     again: tokens at which it is looked at next while it generates; 0: never. again_window: of these, the last ones
-    whose queries are looked at then. evictions: so far. bounded: tokens of its prompt that are evicted as
-    they are read; 0: it is evicted once it is there as a whole.
+    whose queries are looked at then. evictions: so far. bounded: tokens of its prompt that are evicted as they are
+    read; 0: it is evicted once it is there as a whole.
     former, replaced: while it is packed anew, what it was packed into before.
     exact_tokens: before this one what it holds in place was computed over all that came before.
     most_blocks: what it holds at most, and packs at most, while it generates; None: not asked for yet.
