@@ -41,6 +41,7 @@ SLOTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "score": (
             *("aggregate", "score", "window_bias", "stages", "reconstruction", "learned", "keeps_window", "sinks"),
             "fallback",
+            "later",
         ),
         "value": ("value_weight", "weight_across", "normalise"),
         "neighbours": ("pool", "pool_kernel", "halo_tokens", "halo_weight"),

@@ -50,6 +50,7 @@ class _EvictionMixin(Scheduler):
         self._longest_hit: int | None = None
         self._starved = False  # in this step there was no memory for somebody
         self._ended_at_once: list[Request] = []  # since the last step that was processed
+        self._told_of_weights = False  # by who has changed them; the workers say the same with the next step
         self._waits_for: Key | None = None  # whose packing the request that is looked at waits for
         self._parking = Parking(self, manager.lifecycle.is_being_packed)
         # A request must have a token left to compute; with one, vLLM would fill the row up with placeholders for
@@ -239,11 +240,12 @@ class _EvictionMixin(Scheduler):
         report = channels.read_report(model_runner_output)
         if report is not None:
             self._ledger.note_worker(report)
-            if report.other_weights:
+            if report.other_weights and not self._told_of_weights:
                 self.eviction_manager.lifecycle.library.forget_all()
             for eviction in channels.read_message(scheduler_output).evictions if report.cancelled else ():
                 if eviction.request_id in report.cancelled:
                     self.eviction_manager.cancel(eviction)
+        self._told_of_weights = False  # what comes later is of another change
         hashed_tokens = self._amendments.hashed_tokens(scheduler_output.num_scheduled_tokens)
         self.eviction_manager.lifecycle.processed += 1  # a request that ends with this step has been packed in it
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -259,6 +261,7 @@ class _EvictionMixin(Scheduler):
         """The workers were called by this name, or with a function."""
         if method in WEIGHT_CALLS:
             self.eviction_manager.lifecycle.library.forget_all()
+            self._told_of_weights = True
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
         """vLLM's; all blocks are to be free then, and an echo may hold some though it waits."""
