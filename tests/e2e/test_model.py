@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.engines import engine
+
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 NUM_TOKENS = 48
@@ -65,7 +67,7 @@ def test_chat_template_opens_the_assistants_turn(tokenizer) -> None:
 def test_vllm_and_transformers_choose_the_same_greedy_tokens(tokenizer, smollm2: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     prompts = chat_prompts(tokenizer)
     # float32: in bf16 the two round differently, and near-ties between tokens go either way.
@@ -76,10 +78,10 @@ def test_vllm_and_transformers_choose_the_same_greedy_tokens(tokenizer, smollm2:
         expected.append(tokens[0, len(prompt) :].tolist())
     del model
 
-    llm = LLM(str(smollm2), dtype="float32", max_model_len=512, enforce_eager=True)
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts], SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
-    )
+    with engine(smollm2, dtype="float32", max_model_len=512) as llm:
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
+        )
     assert [list(output.outputs[0].token_ids) for output in outputs] == expected
     # Ends of answers come from generation_config.json; without it the model would run on to NUM_TOKENS.
     assert any(tokens[-1] == tokenizer.eos_token_id for tokens in expected)
