@@ -33,6 +33,7 @@ PROMPTS = random_prompts((100, 300, 33, 517))
 TOKENS = 230
 # Repetitive, so that drafts are sometimes right.
 LOOPS = [(random_prompts((20,), seed=n)[0] * 30)[:length] for n, length in enumerate((250, 90))]
+ROUNDING = 1e-4  # a few hundred float32 roundings of logits up to 16
 ABLE = [name for name in public_names() if PRESETS[name].evicts_answers_by is not None]
 
 
@@ -56,7 +57,7 @@ def test_keep_all_equals_stock(tiny_model: Path, stock: list[Answer], arguments:
     with engine(tiny_model, "keep-all", dtype="float32", **{**EVICT, **arguments}) as llm:
         for turn in range(2):  # the second time prompts come from the prefix cache
             answers = generate(llm, PROMPTS, TOKENS)
-            assert largest_difference(answers, stock) <= 1e-4
+            assert largest_difference(answers, stock) <= ROUNDING
             assert (sum(a.cached_tokens for a in answers) > 500) == bool(turn)
         repeats = scheduler_of(llm).eviction_manager.lifecycle.totals.repeats
         assert repeats >= (4 if "block_size" in arguments else 24)
@@ -69,7 +70,7 @@ def test_keep_all_equals_stock_with_drafts(tiny_model: Path) -> None:
         expected = generate(llm, LOOPS, TOKENS)
     with engine(tiny_model, "keep-all", dtype="float32", speculative_config=DRAFTS, **EVICT) as llm:
         answers = generate(llm, LOOPS, TOKENS)
-        assert largest_difference(answers, expected) <= 1e-4
+        assert largest_difference(answers, expected) <= ROUNDING
         assert metrics_of(llm)["vllm:spec_decode_num_accepted_tokens"] > 0
         assert scheduler_of(llm).eviction_manager.lifecycle.totals.repeats >= 6
         assert_all_returned(llm)
@@ -99,7 +100,8 @@ def test_answers_equal_the_masked_reference(tiny_model: Path, tmp_path: Path) ->
             without = decode_logprobs(reference, prompt, answer.tokens, None, again=seen[:-1])
             assert float((answer.logprobs - without).abs().max()) > 0.1, policy
     print(errors)
-    assert max(errors.values()) <= 5 * errors["none"] <= 5e-4
+    # Both are noise of float32, and maxima of few samples, which vary.
+    assert max(errors.values()) <= 5 * errors["none"] <= 5 * ROUNDING
 
 
 @pytest.mark.slow
@@ -122,7 +124,7 @@ def test_thrown_out_and_evicted_anew_it_keeps_the_same(
             found[throw] = generate(llm, prompts, 300)
             assert metrics_of(llm)["vllm:num_preemptions"] == (len(prompts) if throw else 0)
             assert_all_returned(llm)
-    assert largest_difference(found[True], found[False]) <= 1e-4
+    assert largest_difference(found[True], found[False]) <= ROUNDING
     for pair in zip(found[True], found[False], strict=True):
         one, other = (audits_of(tmp_path / name, a.request_id) for name, a in zip(("True", "False"), pair, strict=True))
         assert [(a.stop, a.first_reader) for a in one] == [(a.stop, a.first_reader) for a in other]
@@ -173,7 +175,7 @@ def test_prompts_of_three_times_the_pool(tiny_model: Path, tmp_path: Path, async
         assert [a.stop for a in audits][:1] == ([128] if len(prompt) > 65 else [129])
         seen = [(a.first_reader, a.mask()) for a in audits]
         expected = decode_logprobs(reference, prompt, answer.tokens, None, again=seen)
-        assert float((answer.logprobs - expected).abs().max()) <= 1e-4
+        assert float((answer.logprobs - expected).abs().max()) <= ROUNDING
         at_once = decode_logprobs(reference, prompt, answer.tokens, None, again=seen[-1:])
         assert len(prompt) == 65 or float((answer.logprobs - at_once).abs().max()) > 0.1
 

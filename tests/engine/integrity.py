@@ -37,7 +37,7 @@ def check_integrity(manager: EvictionBlockManager) -> None:
     by_phase = {phase: [r for r, life in lifecycle.lives.items() if life.phase is phase] for phase in Phase}
     assert set(lifecycle.packing) == set(by_phase[Phase.PACKING])
     assert set(lifecycle.echoing) == set(by_phase[Phase.ECHOING])
-    assert not lifecycle._held and not lifecycle._reconstruct
+    assert not lifecycle._held and not lifecycle._passed and not lifecycle._observe and not lifecycle._reconstruct
     assert not lifecycle._planned, "the message of the step has taken them"
     assert lifecycle._watched <= set(by_phase[Phase.PREFILL])
     assert set(lifecycle.waiting) <= set(manager.requests) - set(lifecycle.lives)

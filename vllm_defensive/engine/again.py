@@ -96,35 +96,33 @@ class Again:
         self._stuck = self.starved = False
         if not self._due:
             return
-        room: int | None = None  # counted if somebody asks
-        planned = False
+        room, planned = -1, False  # counted once somebody asks
         for request_id, life in list(self._due.items()):
             if self._lifecycle.lives.get(request_id) is not life:
                 del self._due[request_id]
-            else:
-                end, count = life.request.num_computed_tokens, scheduled.get(request_id, 0)
-                if life.again_window and end - count < life.again and end > life.looked_at_from and count:
-                    self._lifecycle.observe(request_id, (life.again - life.again_window, life.again))
-                # Of what is computed for sure: drafts may turn out wrong.
-                certain = end - (life.request.num_in_flight_tokens if self.drafts else 0)
-                taken = None
-                if certain >= life.again and life.phase in _SETTLED:
-                    room = self._room(running) if room is None else room
-                    taken = self._evict(life, room)
-                    self.starved = self.starved or taken is None
-                if room is not None and taken is not None:
-                    del self._due[request_id]
-                    room -= taken
-                    planned = True
-                elif life.again_window and end >= life.again:
-                    self._lifecycle.hold(request_id)
+                continue
+            end, window = life.request.num_computed_tokens, (life.again - life.again_window, life.again)
+            if life.again_window and end > window[0] and end - scheduled.get(request_id, 0) < window[1]:
+                self._lifecycle.observe(request_id, window)
+            # Of what is computed for sure: drafts may turn out wrong.
+            certain = end - (life.request.num_in_flight_tokens if self.drafts else 0)
+            taken = None
+            if certain >= life.again and life.phase in _SETTLED:
+                room = self._room(running) if room < 0 else room
+                taken = self._evict(life, room)
+                self.starved |= taken is None
+            if taken is not None:
+                del self._due[request_id]
+                room, planned = room - taken, True
+            elif life.again_window and end >= life.again:
+                self._lifecycle.hold(request_id)
         idle = not scheduled and not any(request.num_in_flight_tokens for request in running)
         self._stuck = idle and not planned
 
     def _room(self, running: Sequence[Request]) -> int:
         """Blocks that nobody needs before those that go back have come back."""
         room = self._pool.get_num_free_blocks()
-        return room - sum(self._next_blocks(request) for request in running) if self.ahead else room
+        return max(0, room - sum(self._next_blocks(request) for request in running)) if self.ahead else room
 
     def _next_blocks(self, request: Request) -> int:
         """Blocks that a request may take in the next step, beside those that it has."""
@@ -210,15 +208,16 @@ class Again:
                     region, policy, settings.keep, format, settings.budget, blocks
                 )
             if packed and life.again:
-                # Shorter ones than this are not evicted at all.
-                before = max(packed + region.shared_blocks, cdiv(self._outlook.settings.min_tokens, tokens))
                 part = settings.interval if settings.answers == "evict" else longest - request.num_prompt_tokens
                 if life.bounded:
-                    before += cdiv(request.num_prompt_tokens - life.bounded, tokens)
-                    part = max(self._part(life), part)
+                    read, part = 0, max(self._part(life), part)
                 else:
-                    before = max(before, cdiv(request.num_prompt_tokens, tokens))
-                most = min(before + cdiv(part + self.drafts, tokens) + 1, most)
+                    read = cdiv(request.num_prompt_tokens, tokens)
+                between = self._outlook.settings.blocks_between(
+                    max(packed + region.shared_blocks, read), part + self.drafts, tokens
+                )
+                behind = cdiv(request.num_prompt_tokens - life.bounded, tokens) if life.bounded else 0
+                most = min(between + behind, most)
             life.most_blocks = most, packed
         return life.most_blocks
 
@@ -239,10 +238,6 @@ class Again:
             logger.warning("KV eviction: " + told, request.request_id)
         return room >= 0
 
-    def caps(self, life: Life) -> int | None:
-        """Blocks that are enough for a request whose prompt may be larger than the memory; None: it is none."""
-        return min(sum(self._most_blocks(life)), self._usable) if life.bounded else None
-
-    def forget(self, request_id: str) -> None:
-        """The request will not come again."""
-        self._due.pop(request_id, None)
+    def caps(self, life: Life) -> int:
+        """Blocks that are enough for a request whose prompt may be larger than the memory."""
+        return min(sum(self._most_blocks(life)), self._usable)

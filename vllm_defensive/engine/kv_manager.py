@@ -71,7 +71,7 @@ class EvictionBlockManager(FullAttentionManager):
         )
         life = self.life(request_id)
         if life is not None and life.bounded and kwargs.get("apply_admission_cap"):
-            return min(positional, self.again.caps(life) or positional)
+            return min(positional, self.again.caps(life))
         if life is None or not life.ahead:
             return positional
         if life.published is not None:
@@ -224,13 +224,15 @@ class EvictionBlockManager(FullAttentionManager):
         alone, seen or foretold, leaves hits as they are, but for the last token, whose step is the one that evicts.
         """
         life = self.life(request_id)
-        if life is not None and life.ahead and not self.plan(life)[1]:
+        if life is None:
+            return None
+        if life.ahead and not self.plan(life)[1]:
             life.turn(Phase.WHOLE)
-        if life is None or not life.ahead:
-            # What comes behind its next stop is read in parts, by one that was preempted, or whose prompt is bounded.
-            parts = life is not None and life.again and life.request.num_tokens > life.looked_at_from
-            return max(0, life.looked_at_from) if parts and life is not None else None
-        return 0 if life.accumulates else max(0, life.stop - (self.eviction.window if life.reads_window else 1))
+        if life.ahead:
+            return 0 if life.accumulates else max(0, life.stop - (self.eviction.window if life.reads_window else 1))
+        # What comes behind its next stop is read in parts, by one that was preempted, or whose prompt is bounded.
+        in_parts = life.again and life.request.num_tokens > life.looked_at_from
+        return max(0, life.looked_at_from) if in_parts else None
 
     def unpin(self, request: Request) -> bool:
         """Take back the pin of what a request that has just come would begin with, if it asks for nothing else. Returns

@@ -39,8 +39,10 @@ class Lifecycle:
         self.echoing: dict[str, Life] = {}
         self.packing: dict[str, Life] = {}
         self.scheduled = self.processed = 0  # steps
-        # Since the workers were last told: requests that began to stand still, and that were given up.
+        # Since the workers were last told: windows of requests that generate, and who has passed its own and is evicted
+        # in a later step; requests that began to stand still, and that were given up.
         self._observe: dict[str, tuple[int, int]] = {}
+        self._passed: list[str] = []
         self._held: list[str] = []
         self._released: list[str] = []
         self._clear: list[int] = []  # blocks of quantised pages that have gone back
@@ -86,10 +88,8 @@ class Lifecycle:
             self.packed_blocks += len(packed)
         life.stop, life.exact_tokens = made.region.stop, made.region.tokens[1]
         self._pin(life)
-        token_ids = tuple(life.request.all_token_ids[: life.stop]) if self._with_token_ids else None
-        life.eviction = replace(
-            made, score=replace(made.score, request_id=request_id, source_blocks=()), token_ids=token_ids
-        )
+        score = replace(made.score, request_id=request_id, source_blocks=())
+        life.eviction = replace(made, score=score, token_ids=self._token_ids(life, life.stop))
         life.blocks, life.adopted, life.echo_tokens = list(packed), True, 0
         life.turn(Phase.PACKED)
         self._adopted[request_id] = life.eviction
@@ -104,7 +104,7 @@ class Lifecycle:
     ) -> None:
         """The request's stop is reached by what was allocated just now: it holds packed blocks beside its originals."""
         request_id, settings = life.request.request_id, life.settings
-        token_ids = tuple(life.request.all_token_ids[: life.stop]) if self._with_token_ids else None
+        token_ids = self._token_ids(life, life.stop)
         later = PRESETS[settings.policy].evicts_answers_by if life.again else None
         score = Score(request_id, settings.policy, settings.keep, region, tuple(source_blocks), later)
         packing = Packing(region, tuple(block.block_id for block in blocks), format)
@@ -130,7 +130,7 @@ class Lifecycle:
     ) -> None:
         """A request has generated enough, by the step that was scheduled just now: what it holds packed, if anything,
         and what lies in `source_blocks` is packed into these blocks."""
-        token_ids = tuple(life.request.all_token_ids[: region.stop]) if self._with_token_ids else None
+        token_ids = self._token_ids(life, region.stop)
         life.former, life.replaced = life.eviction, life.blocks
         since = None if life.former is None else life.former.region
         score = Score(life.request.request_id, policy, life.settings.keep, region, tuple(source_blocks), policy, since)
@@ -145,6 +145,10 @@ class Lifecycle:
         self.packed_blocks += len(blocks)
         self._plan(life)
 
+    def _token_ids(self, life: Life, stop: int) -> tuple[int, ...] | None:
+        """For an audit, if there is to be one."""
+        return tuple(life.request.all_token_ids[:stop]) if self._with_token_ids else None
+
     def _plan(self, life: Life) -> None:
         """The step that was scheduled, or is being scheduled, packs this request."""
         assert life.eviction is not None
@@ -158,7 +162,7 @@ class Lifecycle:
 
     def hold(self, request_id: str) -> None:
         """A request that generates is evicted in a later step, by the window that it has passed."""
-        self._held.append(request_id)
+        self._passed.append(request_id)
 
     def serve(self, echo: Request) -> None:
         """An echo begins, over the blocks of the request that it serves: it is never evicted itself, nor hashed."""
@@ -309,12 +313,12 @@ class Lifecycle:
         evictions, self._planned = list(self._planned.values()), {}
         message = StepMessage(scores=[eviction.score for eviction in evictions], evictions=evictions)
         message.reconstruct, self._reconstruct = self._reconstruct, {}
-        message.held, self._held = [r for r in self._held if r in self.echoing or self._generates(r)], []
+        message.held, self._held = [r for r in self._held if r in self.echoing] + self._passed, []
         message.released, self._released = self._released, []
         message.clear, self._clear = self._clear, []
         message.adopted, self._adopted = list(self._adopted.values()), {}
         message.forgotten = self.library.take_gone()
-        message.observe, self._observe = self._observe, {}
+        message.observe, self._observe, self._passed = self._observe, {}, []
         for request_id in [r for r in self._watched if r in num_scheduled_tokens]:
             life = self.lives[request_id]
             end = life.request.num_computed_tokens
@@ -325,10 +329,6 @@ class Lifecycle:
             if end >= life.stop:
                 self._watched.discard(request_id)
         return message
-
-    def _generates(self, request_id: str) -> bool:
-        life = self.lives.get(request_id)
-        return life is not None and life.phase in (Phase.PACKED, Phase.WHOLE, Phase.PACKING) and bool(life.again)
 
     def _count(self, life: Life) -> None:
         """An eviction can be declined until its step has been processed; from then on it counts."""

@@ -93,10 +93,13 @@ class _EvictionMixin(Scheduler):
                 return
             self.eviction_manager.outlook.relatives.add(request)
             self._amendments.expect(request)
-            life = self.eviction_manager.life(request.request_id)
-            if life is not None and self.eviction_manager.eviction.prompts == "bounded" and not self._again.fits(life):
+            if self.eviction_manager.eviction.prompts == "bounded" and not self._can_be_served(request):
                 self._ended_at_once.append(request)
                 self.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+
+    def _can_be_served(self, request: Request) -> bool:
+        life = self.eviction_manager.life(request.request_id)
+        return life is None or self._again.fits(life)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.eviction_manager.release_processed()
@@ -193,19 +196,24 @@ class _EvictionMixin(Scheduler):
             return False
         if self.running and self._again.starved:
             return False  # who is to give memory back comes first
-        if life is not None and life.again:
-            lasting = self.eviction_manager.lasting_blocks
-            return not self.running or self._again.lets_in(life, self.running, lambda other: lasting(other)[0])
-        if not self._answers or not self.running:
+        by_most = life is not None and life.again
+        if not self.running or not (by_most or self._answers):
             return True
-        # As answers grow, less is left of them: who did not fit does not until one ends, or the expectation changes.
-        question = (request.request_id, len(self.running), self._answers.mean)
+        # As answers grow, less is left of them, or more is held: who did not fit does not until one ends, a pin goes,
+        # or the expectation changes.
+        pinned = self.eviction_manager.lifecycle.library.pins.idle_blocks
+        question = (request.request_id, len(self.running), pinned, self._answers.mean if self._answers else 0)
         if question == self._refused:
             return False
+        if life is not None and by_most:
+            lasting = self.eviction_manager.lasting_blocks
+            admitted = self._again.lets_in(life, self.running, lambda other: lasting(other)[0])
+            self._refused = () if admitted else question
+            return admitted
         loads = [self._load(other, blocks_of.get(other.request_id, ())) for other in self.running]
         loads.append(self._load(request, self._last_hit))
         usable = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
-        usable -= self.eviction_manager.lifecycle.library.pins.idle_blocks
+        usable -= pinned
         admitted = fits(loads, usable, self.eviction_manager.block_size)
         self._refused = () if admitted else question
         return admitted
@@ -286,7 +294,6 @@ class _EvictionMixin(Scheduler):
         for_response, *others = super()._free_request(request, *args, **kwargs)
         lifecycle.forget(request_id)
         self.eviction_manager.outlook.forget(request_id)
-        self._again.forget(request_id)
         self._amendments.forget(request_id)
         self._parking.forget(request_id)
         self._echoes.freed(request)

@@ -56,7 +56,7 @@ class EvictableSpec(FullAttentionSpec):
         part = eviction.prompt_interval or vllm_config.scheduler_config.max_num_batched_tokens
         if eviction.answers == "evict":
             part = max(part, eviction.interval)
-        most = max(packed, cdiv(eviction.min_tokens, self.block_size)) + cdiv(part, self.block_size) + 1
+        most = eviction.blocks_between(packed, part, self.block_size)
         return min(whole, (most + packed) * self.page_size_bytes)
 
     @classmethod

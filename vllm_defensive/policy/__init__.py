@@ -8,10 +8,11 @@ from vllm_defensive.policy.definition import Policy
 from vllm_defensive.policy.layer import Attention, LayerScores, ReduceHeads
 from vllm_defensive.policy.presets import PRESETS, get_policy, public_names, register
 from vllm_defensive.policy.scoring import score_layer, settle
-from vllm_defensive.policy.selection import Selection, select, select_packed, select_within
+from vllm_defensive.policy.selection import NOTHING, Selection, select, select_packed, select_within
 from vllm_defensive.policy.third_party import load as _load_third_party
 
 __all__ = [
+    "NOTHING",
     "PRESETS",
     "Attention",
     "LayerScores",

@@ -19,6 +19,9 @@ from vllm_defensive.policy.ladder import least_distorted
 from vllm_defensive.policy.layer import LayerScores
 from vllm_defensive_kernels import formulas, reference
 
+NOTHING = -1e30
+"""The score of an empty place among those that are chosen from: below all others, and of sums of them, less the more
+there are."""
 # Of a page, beside 1 / (j + 1/2) for page j of a head that is not local: below all of them, and above.
 LOCAL_BID, ENDS_BID = 1e-9, 1e9
 

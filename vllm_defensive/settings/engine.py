@@ -6,6 +6,7 @@ Field names are those of `additional_config={"kv_eviction": {...}}`; the flag of
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
@@ -277,6 +278,12 @@ class EvictionConfig(BaseModel):
     def region(self, stop: int, shared_blocks: int, block_tokens: int) -> Region:
         """What an eviction at `stop` chooses from, with this engine's window."""
         return Region(stop, shared_blocks, self.window, block_tokens, page_tokens=block_tokens)
+
+    def blocks_between(self, held_blocks: int, part: int, block_tokens: int) -> int:
+        """Blocks that a request which is evicted more than once holds at most. held_blocks: after an eviction, or
+        before its first. part: tokens until the next. One of fewer than `min_tokens` is not evicted."""
+        least = math.ceil(self.min_tokens / block_tokens)
+        return max(held_blocks, least) + math.ceil(part / block_tokens) + 1  # that is being filled
 
     def budget_blocks(
         self,

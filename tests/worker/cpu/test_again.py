@@ -83,7 +83,7 @@ def candidates(cache: Cache, score_LHS: Tensor) -> Candidates:
     scores = [
         score_LHS.flatten(0, 1)[r, p] for r, p in enumerate(cache.position_PN.split(cache.pages_LH.flatten().tolist()))
     ]
-    kept = Kept(cache.packing, cache.pages_LH, cache.position_PN, torch.cat([s.view(-1, N) for s in scores]))
+    kept = Kept(cache.packing.blocks, cache.pages_LH, cache.position_PN, torch.cat([s.view(-1, N) for s in scores]))
     return Candidates.of(kept, cache.first, score_LHS[:, :, cache.first : cache.first + behind])
 
 
@@ -180,7 +180,9 @@ def test_a_window_looks_at_what_is_there(policy: str, shared: int, spare: int) -
         return score_layer(policy, layer=layer, key_HSD=tokens[0], value_HSD=tokens[1], **arguments, **more)
 
     repeats = Repeats(cache.view, cache.codec, runtime, weigh)  # type: ignore[arg-type]
-    repeats._kept["r"] = Kept(cache.packing, cache.pages_LH, cache.position_PN, torch.zeros(cache.position_PN.shape))
+    repeats._kept["r"] = Kept(
+        cache.packing.blocks, cache.pages_LH, cache.position_PN, torch.zeros(cache.position_PN.shape)
+    )
     region = Region(stop, shared, W, N, N)
     score = Score("r", policy, 0.5, region, cache.growth, policy, cache.region)
     scored = repeats.score(score, row)

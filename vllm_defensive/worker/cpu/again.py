@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vllm_defensive.packing import Format, Packing, Region
 from vllm_defensive.plan import Eviction, Score
-from vllm_defensive.policy import PRESETS, LayerScores, Policy, Selection, select_packed
+from vllm_defensive.policy import NOTHING, PRESETS, LayerScores, Policy, Selection, select_packed
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.cpu.runtime import CPURuntime
 from vllm_defensive.worker.cpu.tables import Placed
@@ -28,19 +28,16 @@ from vllm_defensive.worker.window import IncompleteError
 
 Tokens = tuple[Tensor, Tensor]
 
-# Of an empty place: below all scores, and of sums of them, less the more there are.
-NOTHING = -1e30
-
 
 @dataclass(eq=False)
 class Kept:
     """Of one request, page by page, as a selection lists them.
 
-    packing: what it was packed into. pages_LH: int32, of each head. position_PN: int32, -1 where there is none.
-    score_PN: fp32, by the policy that chooses from them again.
+    blocks: ids of those that it was packed into. pages_LH: int32, of each head. position_PN: int32, -1 where there is
+    none. score_PN: fp32, by the policy that chooses from them again.
     """
 
-    packing: Packing
+    blocks: tuple[int, ...]
     pages_LH: Tensor
     position_PN: Tensor
     score_PN: Tensor
@@ -108,7 +105,7 @@ class Candidates:
         row_P = torch.arange(len(self.there_R)).repeat_interleave(chosen.pages_LH.flatten().long())
         at = row_P[:, None], chosen.tokens_PN.clamp_min(0).long()
         position_PN = self.position_RC[at].masked_fill_(chosen.tokens_PN < 0, -1)
-        return Kept(packing, chosen.pages_LH, position_PN, self.score_RC[at])
+        return Kept(packing.blocks, chosen.pages_LH, position_PN, self.score_RC[at])
 
     def places(self, chosen: Selection, pages_LH: Tensor, page_tokens: int, behind: int) -> Tensor:
         """Where each chosen token is among its layer's, `[P, N]`: first all packed pages of the layer (`pages_LH`),
@@ -144,8 +141,8 @@ class Weigh(Protocol):
 
 @dataclass(eq=False)
 class ScoredAgain:
-    """A request that was packed before, between `score` and `pack`. growth_LHB: int64, pages behind what is packed:
-    whole blocks."""
+    """A request whose packed tokens are, or will be, chosen from again, between `score` and `pack`. growth_LHB: int64,
+    pages behind what is packed: whole blocks."""
 
     policy: Policy
     kept: Kept
@@ -154,7 +151,7 @@ class ScoredAgain:
 
 
 class Repeats:
-    """Evictions, on one worker, of requests that were evicted before."""
+    """Evictions, on one worker, of requests that were evicted before, or will be again by the same scores."""
 
     def __init__(self, view: PageView, codec: PageCodec, runtime: CPURuntime, weigh: Weigh) -> None:
         self._view, self._codec, self._runtime, self._weigh = view, codec, runtime, weigh
@@ -177,7 +174,7 @@ class Repeats:
                 found_HE = self._lasting(policy, layer, tokens_of(layer), start, eviction.score.keep)
                 head_P = torch.arange(len(found_HE)).repeat_interleave(pages_H.long())
                 scores_PN.copy_(found_HE[head_P[:, None], tokens_PN.long() - start])
-        self._kept[eviction.request_id] = Kept(eviction.packing, chosen.pages_LH, chosen.tokens_PN, score_PN)
+        self._kept[eviction.request_id] = Kept(eviction.packing.blocks, chosen.pages_LH, chosen.tokens_PN, score_PN)
 
     def _lasting(self, policy: Policy, layer: int, tokens: Tokens, first: int, keep: float) -> Tensor:
         """Scores of a layer's tokens, the first of them at position `first`. fp32 `[H, T]`"""
@@ -193,14 +190,17 @@ class Repeats:
         return found.scores_HE
 
     def score(self, score: Score, policy: Policy) -> ScoredAgain:
-        """Weigh what a request holds packed, and what is behind that."""
-        assert score.since is not None
-        if (kept := self._kept.get(score.request_id)) is None:
+        """Weigh what a request holds packed, and what is behind that: of the first time all."""
+        if score.since is None:
+            kept, begin, source = self._nothing(), score.region.shared_blocks, score.source_blocks
+            source = source[begin:]
+        elif score.request_id in self._kept:
+            kept, begin, source = self._kept[score.request_id], score.since.full_blocks, score.source_blocks
+        else:
             raise IncompleteError("nothing is known of what it holds packed")
-        first, behind = score.since.full_blocks, score.region.full_blocks - score.since.full_blocks
-        pages_LHB = self._view.of_blocks(torch.tensor(score.source_blocks))  # with a tail, which is not chosen from
+        first, behind = begin * score.region.block_tokens, score.region.full_blocks - begin
+        pages_LHB = self._view.of_blocks(torch.tensor(source))  # with a tail, which is not chosen from
         growth_LHB = pages_LHB[:, :, : behind * self._view.pages_per_block]
-        first *= score.since.block_tokens
         layers, heads, pages = growth_LHB.shape
         if policy.lasting:
             found = [
@@ -214,6 +214,12 @@ class Repeats:
             self._look(score, policy, candidates, kept, pages_LHB, seen_LWQD)
         return ScoredAgain(policy, kept, growth_LHB, candidates)
 
+    def _nothing(self) -> Kept:
+        """Of a request that is not packed yet."""
+        pages_LH = torch.zeros(self._view.num_layers, self._view.num_kv_heads, dtype=torch.int32)
+        position_PN = torch.empty(0, self._view.page_tokens, dtype=torch.int32)
+        return Kept((), pages_LH, position_PN, position_PN.float())
+
     def _look(
         self, score: Score, policy: Policy, candidates: Candidates, kept: Kept, pages_LHB: Tensor, seen_LWQD: Tensor
     ) -> None:
@@ -222,7 +228,7 @@ class Repeats:
         region, page_tokens = score.region, self._view.page_tokens
         start, first = region.tokens[0], score.since.full_blocks * score.since.block_tokens
         shared = torch.tensor(self._runtime.tables[score.request_id].shared_blocks, dtype=torch.int64)
-        shared_LHB, packed = self._view.of_blocks(shared), self._view.of_packed(torch.tensor(kept.packing.blocks))
+        shared_LHB, packed = self._view.of_blocks(shared), self._view.of_packed(torch.tensor(kept.blocks))
         sources = packed.split(kept.pages_LH.sum(dim=1).tolist())
         heads = len(kept.pages_LH[0])
         width = candidates.position_RC.shape[1]
@@ -264,7 +270,7 @@ class Repeats:
         chosen = candidates.select(scored.policy, packing.format, eviction.region, packing.head_pages, layers)
         place_PN = candidates.places(chosen, kept.pages_LH, page_tokens, pages * page_tokens)
         counts = chosen.pages_LH.sum(dim=1).tolist()
-        source = self._view.of_packed(torch.tensor(kept.packing.blocks))
+        source = self._view.of_packed(torch.tensor(kept.blocks))
         targets = self._view.of_packed(torch.tensor(packing.blocks))
         for places_PN, target_P, packed_X, growth_HB in zip(
             place_PN.split(counts),

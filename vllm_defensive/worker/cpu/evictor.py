@@ -93,11 +93,10 @@ class CPUEvictor(Evictor):
 
     def _score(self, score: Score) -> Scored | ScoredAgain:
         policy = PRESETS[score.policy]
-        if score.since is not None:
+        if score.since is not None or (policy.lasting and score.later == score.policy):
             return self._repeats.score(score, policy)
         seen = self._runtime.accumulations if policy.accumulates else self._runtime.windows
-        # Of what is generated no window is kept, for what lasts reads none.
-        seen_L = seen.pop(score.request_id) if policy.needs_window and not policy.lasting else None
+        seen_L = seen.pop(score.request_id) if policy.needs_window else None
         echo_L = self._runtime.reconstructions.pop(score.request_id, score.region) if policy.reconstructs else None
         pages_LHB = self._view.of_blocks(torch.tensor(score.source_blocks))
         scored = Scored(score, policy, seen_L, pages_LHB, policy.first_value(score.region.shared_blocks), echo_L)

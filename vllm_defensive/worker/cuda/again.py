@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 
 from vllm_defensive.packing import Packing
-from vllm_defensive.policy import Policy
+from vllm_defensive.policy import NOTHING, Policy
 from vllm_defensive.worker.cuda import launches
 from vllm_defensive_kernels import PackedSource
 
-# Of an empty place: below all scores, and of sums of them, less the more there are.
-NOTHING = -1e30
 # Kept tokens that are looked up in one go: what that takes besides is no more than weighing takes (see `memory.py`).
 TOKENS_AT_A_TIME = 2**21
 
