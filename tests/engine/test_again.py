@@ -190,3 +190,26 @@ def test_all_that_stand_still_give_way(tiny_model: Path) -> None:
     h.pool.free_blocks(taken)
     h.run()
     h.assert_all_returned()
+
+
+def test_nobody_is_let_in_while_an_eviction_waits_for_room(tiny_model: Path) -> None:
+    """Of requests that are not evicted again: they would take each block that comes free."""
+    settings = {"budget": 96, "answers": "evict", "interval": 64, "window": 32}
+    h = Harness(tiny_model, num_blocks=16, policy="streamingllm", max_model_len=1024, **settings)
+    h.add(text(100, 1), max_tokens=200)
+    for _ in range(60):
+        h.step()
+    taken = h.pool.get_new_blocks(h.free - 1)
+    for _ in range(6):
+        h.step()
+    assert not h.evictions, "there is no room"
+    h.add(text(20, 2), max_tokens=4, extra_args={"kv_eviction": "none"})
+    h.step()
+    assert len(h.scheduler.running) == 1, "there would be for this one"
+    h.pool.free_blocks(taken)
+    h.step()
+    assert h.evictions
+    h.step()
+    assert len(h.scheduler.running) == 2
+    h.run()
+    h.assert_all_returned()

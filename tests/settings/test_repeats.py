@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vllm_defensive.settings import engine as config
-from vllm_defensive.settings.request import RequestFieldError, resolve
+from vllm_defensive.settings.request import RequestFieldError, refuse_whole, resolve
 
 ONCE = {"policy": "snapkv", "keep": 0.3}
 AGAIN = {"policy": "snapkv", "budget": 512, "answers": "evict", "interval": 128}
@@ -64,3 +66,23 @@ def test_what_cannot_be_is_refused_by_name(server: dict[str, Any], own: dict[str
     fields = {config.option_name(name): value for name, value in own.items()}
     with pytest.raises(RequestFieldError, match=told):
         resolve(settings(server), fields, 1000)
+
+
+@pytest.mark.parametrize(
+    "num_tokens, engines, refused", [(479, 1, False), (480, 1, True), (223, 2, False), (224, 2, True), (None, 1, True)]
+)
+def test_a_prompt_that_is_not_read_in_parts_must_fit_into_one_engines_memory(
+    num_tokens: int | None, engines: int, refused: bool
+) -> None:
+    """Which has 15 blocks of 32 beside vLLM's own; each of two engines has 7."""
+    engine = settings({"policy": "snapkv", "prompts": "bounded"})
+    blocks = 16 if engines == 1 else 17
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(num_gpu_blocks=blocks, block_size=32),
+        parallel_config=SimpleNamespace(data_parallel_size=engines),
+    )
+    whole = resolve(engine, {"kv_eviction": "none"}, 1)
+    refuse_whole(settings(ONCE), whole, num_tokens, config)
+    refuse_whole(engine, resolve(engine, {}, 1), num_tokens, config)
+    with pytest.raises(RequestFieldError, match="larger than the KV cache") if refused else nullcontext():
+        refuse_whole(engine, whole, num_tokens, config)
