@@ -60,11 +60,14 @@ class GhostWorker:
         self._exact: dict[str, np.ndarray] = {}
         self._stamp = 0
         self._kept: dict[int, tuple[Eviction, int]] = {}
+        self._held: set[str] = set()
 
     def execute(self, output: Any, rejected: Mapping[str, int]) -> None:
         """One step: update tables as vLLM's runner does, read, write, then evict. rejected: of each request's tokens in
         this step, how many of the last are wrong drafts."""
         message = channels.read_message(output)
+        for request_id in (*channels.reset_requests(output), *message.released):
+            self._held.discard(request_id)
         for request_id in channels.reset_requests(output):
             self._rows.pop(request_id, None)
         computed = self._update_tables(output)
@@ -98,12 +101,17 @@ class GhostWorker:
             end = computed[request_id] + count - rejected.get(request_id, 0)
             self._rows[request_id].end = end
             self._read(request_id, end)
+        self._held.update(message.held)
+        self._held.difference_update(score.request_id for score in message.scores)
         assert [e.score for e in message.evictions] == message.scores, "scored and packed in one step"
         self.cancelled = {e.request_id: "declined" for e in message.evictions if e.request_id in self.declines}
         for eviction in message.evictions:
             if eviction.request_id not in self.cancelled:
                 request_id = eviction.request_id
                 self._evict(eviction, set(written), self._rows[request_id].end)
+        for request_id, row in self._rows.items():
+            if len(row.seen_window) == self._window and request_id not in self._held:
+                row.seen_window = set()  # nobody took it, and nobody will
 
     def _repeat(self, echo: str, wanted: Reconstruction, start: int, count: int) -> None:
         """An echo's tokens pass, for the request that it serves, which must not move meanwhile."""

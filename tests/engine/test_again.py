@@ -11,6 +11,7 @@ import pytest
 
 from tests.engine.harness import Harness, text
 from tests.engine.integrity import held_blocks
+from vllm_defensive.engine.pins import Pins
 
 SCHEDULING = pytest.mark.parametrize(
     "asynchronous, drafts", [(False, 0), (True, 0), (False, 4)], ids=["sync", "async", "drafts"]
@@ -91,6 +92,40 @@ def test_what_a_later_eviction_needs_is_kept_free(tiny_model: Path) -> None:
     h.step()
     assert len(h.scheduler.running) == 2
     h.run()
+
+
+def test_who_is_let_in_leaves_room_for_what_is_not_evicted_yet_and_for_pins(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same two, which nothing is evicted of before 256 tokens: 10 blocks each, at most. And 23 blocks of which one
+    is pinned."""
+    settings = {"budget": 96, "answers": "evict", "interval": 32, "window": 32, "min_tokens": 256}
+    for num_blocks, pinned, running in ((22, 0, 1), (23, 0, 2), (23, 1, 1)):
+        monkeypatch.setattr(Pins, "idle_blocks", pinned)
+        h = Harness(tiny_model, num_blocks=num_blocks, policy="streamingllm", max_model_len=1024, **settings)
+        for seed in range(2):
+            h.add(text(40, seed), max_tokens=400)
+        h.step()
+        assert len(h.scheduler.running) == running, num_blocks
+
+
+@pytest.mark.parametrize("behind", range(1, 33))
+def test_an_eviction_leaves_what_the_next_step_takes(tiny_model: Path, behind: int) -> None:
+    """Of a request beside it, which is not evicted, and whose next token may want a block: nobody is thrown out. A step
+    ahead, so that what goes back is not there yet."""
+    settings = {"budget": 96, "answers": "evict", "interval": 64, "window": 32}
+    h = Harness(tiny_model, num_blocks=30, policy="streamingllm", max_model_len=1024, asynchronous=True, **settings)
+    own = {"kv_eviction": "none"}
+    h.add(text(behind, 2), max_tokens=300, extra_args=own, priority=0)
+    first = h.add(text(100, 1), max_tokens=100)
+    while h.scheduler.requests[first].num_computed_tokens < 163:
+        h.step()
+    taken = h.pool.get_new_blocks(h.free - 3)  # what the eviction at 164 takes
+    for _ in range(4):
+        assert not h.step().preempted_req_ids
+    h.pool.free_blocks(taken)
+    h.run()
+    assert len(h.evictions) > 0
 
 
 def test_an_eviction_waits_for_room_and_keeps_the_same(tiny_model: Path) -> None:
@@ -199,10 +234,10 @@ def test_nobody_is_let_in_while_an_eviction_waits_for_room(tiny_model: Path) -> 
     h.add(text(100, 1), max_tokens=200)
     for _ in range(60):
         h.step()
-    taken = h.pool.get_new_blocks(h.free - 1)
+    taken = h.pool.get_new_blocks(h.free - 2)
     for _ in range(6):
         h.step()
-    assert not h.evictions, "there is no room"
+    assert not h.evictions and h.free == 1, "there is no room"
     h.add(text(20, 2), max_tokens=4, extra_args={"kv_eviction": "none"})
     h.step()
     assert len(h.scheduler.running) == 1, "there would be for this one"

@@ -97,6 +97,8 @@ def test_what_is_foretold_is_the_formula_for_each_layer_and_its_own_heads() -> N
         found = second.peaks(layer, key[layer], value[layer])
         arrays = (x.double().numpy() for x in (key[layer], value[layer], weight_LHX[layer, H:]))
         np.testing.assert_allclose(found.numpy(), peaks(*arrays, THETA), rtol=2e-5)
+        behind = second.peaks(layer, key[layer][:, 16:], value[layer][:, 16:], first=16)
+        torch.testing.assert_close(behind, found[:, 16:])
         without = second.peaks(layer, key[layer], value[layer][:, 16:])
         assert torch.equal(without[:, 16:], found[:, 16:]) and not without[:, :16].any()
 

@@ -214,6 +214,32 @@ def test_a_window_looks_at_what_is_there(policy: str, shared: int, spare: int) -
     assert runtime.placed["r"].tokens_CLH.flatten().tolist() == counts
 
 
+@pytest.mark.parametrize("policy", ["random", "streamingllm", "random-uneven"])
+def test_what_lasts_is_scored_by_its_place_in_the_text(policy: str) -> None:
+    """Behind what is packed, and at the first time: as if all were scored at once."""
+    cache, row = Cache(stop=33, first=24, pages=[[2, 2], [2, 2]], shared=1), PRESETS[policy]
+
+    def weigh(policy, layer, tokens, **more):  # type: ignore[no-untyped-def]
+        arguments = {"query_WQD": None, "output_QDM": None, "factor_QDC": None, "scale": SCALE}
+        return score_layer(policy, layer=layer, key_HSD=tokens[0], value_HSD=tokens[1], **arguments, **more)
+
+    repeats = Repeats(cache.view, cache.codec, Runtime(cache, torch.empty(0)), weigh)  # type: ignore[arg-type]
+    nothing = torch.zeros(cache.position_PN.shape)
+    repeats._kept["r"] = Kept(cache.packing.blocks, cache.pages_LH, cache.position_PN, nothing)
+    region = Region(33, 1, W, N, N)
+    again = repeats.score(Score("r", policy, 0.5, region, cache.growth, policy, cache.region), row).candidates
+    blocks = (*cache.shared_blocks, *range(20, 25), *cache.growth)  # of which no policy here reads anything
+    first = repeats.score(Score("r", policy, 0.5, region, blocks, policy), row).candidates
+    empty_HSD = torch.empty(H, 32, D)
+    for layer in range(L):
+        whole = weigh(replace(row, sinks=0), layer, (empty_HSD, empty_HSD), keep_ratio=0.5, evictable=(0, 32), window=0)
+        for head in range(H):
+            r = layer * H + head
+            assert torch.equal(again.score_RC[r, 2 * N : 4 * N], whole.scores_HE[head, 24:])
+            assert torch.equal(first.score_RC[r], whole.scores_HE[head, N:])
+            assert first.position_RC[r].tolist() == list(range(N, 32))
+
+
 def naive(row, query_WQD, key_HSD, value_HSD, there_HS, output_QDM, region):  # type: ignore[no-untyped-def]
     """Each head's keys moved far away from all queries where they are gone: their attention is nothing, whatever reads
     it. An axis of its own makes room for that."""
