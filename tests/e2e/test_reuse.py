@@ -118,7 +118,8 @@ def test_other_weights_are_not_asked_of_an_old_packing(tiny_model: Path) -> None
 
 
 @pytest.mark.slow
-def test_drafts(tiny_model: Path) -> None:
+def test_drafts(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # no engine starts where numba has been: it guesses there
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     with engine(tiny_model, "snapkv", dtype="float32", keep=0.3, speculative_config=drafts) as llm:
         adopted, alone = run(llm, ("snapkv", "16"))
