@@ -213,7 +213,12 @@ def test_on_a_gpu_answers_are_evicted_where_the_server_says_so_and_nowhere_else(
         ({"policy": "rdkv", "prompts": "bounded"}, False, "kv_eviction_prompts=bounded: rdkv evicts a request once"),
         ({"policy": "snapkv", "answers": "evict"}, True, "kv_eviction_answers=evict: snapkv evicts a request once"),
         ({"policy": "random", "prompts": "bounded"}, True, "kv_eviction_prompts=bounded: supported on CPUs only"),
-        ({"policy": "random", "answers": "evict", "widths": "8"}, False, "answers=evict: goes with kv_eviction_widths"),
+        (
+            {"policy": "random", "answers": "evict", "widths": "4"},
+            False,
+            "goes with kv_eviction_widths 16, 8, k8v4, not 4",
+        ),
+        ({"policy": "random", "answers": "evict", "widths": "8"}, True, "goes with kv_eviction_widths 16, not 8"),
         ({"policy": "random", "answers": "evict", "interval": 16}, False, "kv_eviction_interval=16: choose at least"),
         ({"policy": "random", "prompts": "bounded", "prompt_interval": 9}, False, "prompt_interval=9: choose at least"),
     ],

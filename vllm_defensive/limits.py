@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_defensive.audit import make_folder
 from vllm_defensive.platforms import CPU_ONLY, PLATFORMS, Row, only_on_cpus, refusal, refused_drafts, refused_on_cuda
-from vllm_defensive.settings.engine import AUTO, NONE, TURN_OFF, EvictionConfig, option_name
+from vllm_defensive.settings.engine import AUTO, NONE, TURN_OFF, EvictionConfig, listed, option_name
 
 _FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -108,8 +108,8 @@ def _check_repeats(field: str, settings: EvictionConfig) -> None:
         way_out = "supported on CPUs only; leave it out on a GPU"
     elif settings.policy != NONE and not settings.evicts_again(settings.meant(settings.policy, boundary=True)):
         way_out = f"{settings.described} evicts a request once; choose one of {', '.join(settings.evict_again)}"
-    elif settings.widths not in (AUTO, "16"):
-        way_out = f"goes with {option_name('widths')} 16"
+    elif settings.widths not in (AUTO, *settings.widths_again):
+        way_out = f"goes with {option_name('widths')} {listed(settings.widths_again)}, not {settings.widths}"
     if way_out is not None:
         raise ValueError(f"{option_name(field)}={getattr(settings, field)}: {way_out}")
     for name in ("interval", "prompt_interval"):

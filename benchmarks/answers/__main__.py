@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from benchmarks.quality.engine import Engine, Setting
 
 WHOLE_PROMPT = "@prompt"
-"""Behind a policy's name: the prompt stays whole, and takes what it needs of the budget."""
+"""Behind a policy's name: the prompt stays whole, and takes what it needs of the budget. Other names behind an @ are
+widths, as `learnedkv@k8v4`."""
 POLICIES = ("learnedkv", "learned-halokv", "streamingllm", "random", f"random{WHOLE_PROMPT}")
 RESULTS = Path(__file__).parent.parent / "results" / "answers"
 
@@ -54,8 +55,8 @@ class Choice:
         if self.policy == FULL:
             return Setting()
         protect = prompt if self.policy.endswith(WHOLE_PROMPT) else 0
-        name = self.policy.removesuffix(WHOLE_PROMPT)
-        return Setting(name, budget=self.budget, interval=interval, protect=protect)
+        name, _, widths = self.policy.removesuffix(WHOLE_PROMPT).partition("@")
+        return Setting(name, budget=self.budget, interval=interval, protect=protect, widths=widths or None)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -73,7 +74,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--answer", type=int, default=2048, help="tokens; default: %(default)s")
     add("--interval", type=int, default=256, help="tokens between two evictions; default: %(default)s")
     add("--together", type=int, default=2, help="texts in a batch; default: %(default)s")
-    add("--dtype", default="float32", help="default: %(default)s")
+    add("--dtype", default="float32", help="bfloat16, where pages of fewer bits are compared; default: %(default)s")
     add("--cache-gib", type=int, default=3, help="memory of the KV cache; default: %(default)s")
     add("--out", type=Path, default=RESULTS, help=f"folder of the records; default: {RESULTS}")
     add("--report", action="store_true", help="measure nothing, only write the report")
@@ -82,6 +83,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for suite in chosen.suites:
         if suite not in SUITES or (suite == LONGBENCH and not chosen.data):
             parser.error(f"--suites {suite}: choose from {', '.join(SUITES)}; {LONGBENCH} with --data")
+    for policy in chosen.policies if chosen.dtype == "float32" else ():
+        if "@" in policy.removesuffix(WHOLE_PROMPT):
+            parser.error(f"--policies {policy}: a budget in tokens of 32 bits is twice as large; add --dtype bfloat16")
     return chosen
 
 

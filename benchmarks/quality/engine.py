@@ -27,6 +27,7 @@ class Setting:
 
     budget: tokens of 16 bits that are kept a head, on average; it takes the place of the ratio. interval: if not 0, the
     answer is evicted as well, each time that it has so many more tokens. protect: leading prompt tokens that stay.
+    widths: in which what is kept is packed; None: as the policy's are.
     """
 
     policy: str = NONE
@@ -36,6 +37,7 @@ class Setting:
     budget: int | None = None
     interval: int = 0
     protect: int = 0
+    widths: str | None = None
 
     def extra_args(self) -> dict[str, Any]:
         if self.policy == NONE:
@@ -46,6 +48,8 @@ class Setting:
             extra["kv_eviction_reuse"] = self.reuse
         if self.interval:
             extra |= {"kv_eviction_answers": "evict", "kv_eviction_interval": self.interval}
+        if self.widths is not None:
+            extra["kv_eviction_widths"] = self.widths
         if self.protect:
             extra["kv_eviction_protect"] = self.protect
         return extra if self.boundary is None else {**extra, "kv_eviction_boundary": self.boundary}

@@ -105,6 +105,29 @@ def test_answers_equal_the_masked_reference(tiny_model: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("widths", ["k8v4", pytest.param("8", marks=pytest.mark.nightly)])
+def test_in_fewer_bits_answers_are_near_the_masked_reference(tiny_model: Path, tmp_path: Path, widths: str) -> None:
+    """Nearer by far than to a model that the last eviction has not been told to: the bits are what is left."""
+    reference, policies = ReferenceLlama(tiny_model), ["streamingllm", "halokv", "snapkv"]
+    settings = {"per_request": True, "audit": str(tmp_path), "budget": 64, "widths": widths}
+    prompts = [random_prompts((length,), seed=length)[0] for length in (100, 300, 70)]
+    with engine(tiny_model, "none", dtype="float32", **settings, **EVICT) as llm:
+        own = [{"kv_eviction": policy} for policy in policies]
+        answers = generate(llm, prompts, 330, extra_args=own)
+        assert_all_returned(llm)
+    for policy, prompt, answer in zip(policies, prompts, answers, strict=True):
+        audits = audits_of(tmp_path, answer.request_id)
+        assert len(audits) > 3 and all(a.widths == widths and a.packed_blocks == 2 for a in audits if a.stop > 320)
+        seen = [(a.first_reader, a.mask()) for a in audits]
+        error, without = (
+            (answer.logprobs - decode_logprobs(reference, prompt, answer.tokens, None, again=masks)).abs().mean()
+            for masks in (seen, seen[:-1])
+        )
+        print(policy, float(error), float(without))
+        assert error < without / 4, policy
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy, asynchronous", [("halokv", True), pytest.param("streamingllm", False, marks=pytest.mark.nightly)]
 )

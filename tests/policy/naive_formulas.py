@@ -69,6 +69,31 @@ def tova(policy: Any, layer: Layer, index: int, scale: float) -> np.ndarray:
     return np.array([mean] * heads)
 
 
+def rkv(policy: Any, layer: Layer, index: int, scale: float) -> np.ndarray:
+    heads, group, window, n = sizes(layer)
+    scores, recent = np.zeros((heads, n)), range(max(0, window - 8), window)
+    for h in range(heads):
+        attention = np.zeros(n)
+        for w in recent:
+            logits = [
+                max(layer.query[w, h * group + g] @ key * scale for g in range(group)) for key in layer.key[h, :n]
+            ]
+            attention += softmax(np.array(logits)) / len(recent)
+        unit = layer.key[h] / np.linalg.norm(layer.key[h], axis=1, keepdims=True)
+        cosines = unit @ unit.T
+        for i, row in enumerate(cosines):
+            row[i] = 0
+            if alike := [j for j in range(len(row)) if row[j] > 0.5]:
+                row[alike[-1]] = 0
+        scores[h] = 0.07 * pooled(policy, attention) - 0.93 * softmax(cosines.mean(axis=0)[:n])
+    return scores
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
 def lava(policy: Any, layer: Layer, index: int, scale: float) -> np.ndarray:
     heads, group, _, n = sizes(layer)
     rows = attention(layer, scale)
@@ -207,6 +232,7 @@ FORMULAS: dict[str, Formula] = {
     "l2": laprox,
     "exposure": exposure,
     "last": tova,
+    "redundancy": rkv,
     "group-peak": lava,
     "deletion": deletion,
     "dropkv": dropkv,

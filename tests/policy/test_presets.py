@@ -16,6 +16,7 @@ def test_public_names_are_frozen() -> None:
         "streamingllm",
         "h2o",
         "tova",
+        "r-kv",
         "snapkv",
         "pyramidkv",
         "cake",

@@ -248,3 +248,20 @@ def test_layers_settled_together_score_as_each_alone(name: str, reduce_heads: ob
         assert (scores.rank_HE is None) == (alone.rank_HE is None)
         assert scores.rank_HE is None or torch.equal(scores.rank_HE, alone.rank_HE)
     assert not torch.equal(together[0].scores_HE, together[1].scores_HE)
+
+
+@pytest.mark.parametrize("name", [name for name, policy in PRESETS.items() if policy.aggregate == "redundancy"])
+def test_what_is_gone_resembles_nobody(name: str) -> None:
+    """A head that has lost tokens scores the others as if it had never had any more."""
+    policy, window = replace(PRESETS[name], pool_kernel=1), SHAPE.window
+    inputs = make_layers(SHAPE)[0]
+    there_HS = torch.rand(SHAPE.heads, SHAPE.tokens, generator=torch.Generator().manual_seed(2)) < 0.6
+    there_HS[:, -window:] = True
+    found = score(policy, SHAPE, inputs, there_HS=there_HS)
+    queries = inputs.query_WQD.unflatten(1, (SHAPE.heads, -1))
+    for head, there_S in enumerate(there_HS):
+        left = [part[head : head + 1, there_S] for part in (inputs.key_HSD, inputs.value_HSD)]
+        alone = score(
+            policy, SHAPE, LayerInputs(queries[:, head], *left, inputs.output_QDM), evictable=(0, int(there_S.sum()))
+        )
+        torch.testing.assert_close(found.scores_HE[head, there_S], alone.scores_HE[0], rtol=1e-5, atol=1e-7)

@@ -51,8 +51,13 @@ def test_a_request_has_its_own_or_the_servers(
     "server, own, told",
     [
         (ONCE, {"answers": "evict", "policy": "kvzip"}, "kv_eviction_answers='evict': kvzip evicts a request once"),
-        (ONCE, {"answers": "evict", "widths": "8"}, "kv_eviction_answers='evict': goes with pages of 16 bits, not 8"),
-        (AGAIN, {"widths": "8"}, "kv_eviction_widths='8': goes with pages of 16 bits"),
+        (
+            ONCE,
+            {"answers": "evict", "widths": "4"},
+            "answers='evict': goes with kv_eviction_widths 16, 8, k8v4 here, not 4",
+        ),
+        (AGAIN, {"widths": "8,4"}, "kv_eviction_widths='8,4': goes with kv_eviction_widths 16, 8, k8v4 here"),
+        ({**AGAIN, "policy": "random", "repeats": "lasting"}, {"widths": "8"}, "goes with kv_eviction_widths 16 here"),
         (ONCE, {"answers": "evict", "reuse": "boundary"}, "kv_eviction_answers='evict': .* leaves nothing to others"),
         (ONCE, {"answers": "evict", "interval": 31}, "kv_eviction_interval=31: choose 32 or more"),
         (ONCE, {"prompts": "bounded", "prompt_interval": 9}, "kv_eviction_prompt_interval=9: choose 32 or more"),

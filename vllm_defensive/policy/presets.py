@@ -45,6 +45,15 @@ _ROWS = (
         pool_kernel=1,
     ),
     Policy(
+        name="r-kv",
+        summary="what the last queries attend to, less how much a key resembles others; made for long answers",
+        source="https://arxiv.org/abs/2505.24133",
+        aggregate="redundancy",
+        scope="head",
+        pool="max",
+        pool_kernel=7,
+    ),
+    Policy(
         name="snapkv",
         summary="what the last queries attend to on average; the same count in every head",
         source="https://arxiv.org/abs/2404.14469",

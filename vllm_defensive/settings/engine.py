@@ -30,6 +30,10 @@ AUTO_WIDTHS = ((1.0, "16"), (0.56, "8"), (0.43, "k8v4"), (0.15, "8,4"), (0.0, "k
 """In what `auto` packs, where the device reads such pages well, from a ratio on. 8 and k8v4 hold every token from there
 on; below, what keeps most answers as they were (docs/quality.md)."""
 
+WIDTHS_AGAIN = ("16", "8", "k8v4")
+"""In what a request is packed that is evicted more than once. Not with keys of 4 bits: they would be quantised from so
+few again and again, each time among others."""
+
 ScoredBy = Literal["auto", "window", "reconstruct", "learned"]
 Reuse = Literal["off", "boundary", "prefix", "chat"]
 Answers = Literal["keep", "evict"]
@@ -229,9 +233,24 @@ class EvictionConfig(BaseModel):
         keep = self.keep if keep is None else keep
         return next(name for least, name in AUTO_WIDTHS if keep >= least)
 
+    def meant_widths_again(self, policy: str, widths: str | None = None) -> str:
+        """As `meant_widths`, of a request that is evicted more than once."""
+        widths = self.widths if widths is None else widths
+        if widths != AUTO:
+            return widths
+        return "k8v4" if policy == AUTO and self.auto_widths and "k8v4" in self.widths_again else "16"
+
+    @property
+    def widths_again(self) -> list[str]:
+        """Those that such a request may be packed in."""
+        return [widths for widths in WIDTHS_AGAIN if self.allows_widths(widths) and self.repeats == "any"] or ["16"]
+
     @property
     def described_widths(self) -> str:
         """What the server's own policy packs in, for a line that people read."""
+        if self.again:
+            meant = self.meant_widths_again(self.policy)
+            return f"{AUTO} ({meant})" if self.policy == AUTO and self.widths == AUTO else meant
         meant = self.meant_widths(self.policy)
         return f"{AUTO} ({meant} at {self.keep:g})" if self.policy == AUTO and self.widths == AUTO else meant
 
@@ -243,14 +262,20 @@ class EvictionConfig(BaseModel):
     def own_widths(self) -> list[str]:
         """What requests are packed in which say nothing of widths, by the server's own policy and those listed beside
         it."""
-        named = dict.fromkeys((self.policy, *(self.policies or ())))
-        return list(dict.fromkeys(self.meant_widths(name) for name in named if name != NONE))
+        named = [name for name in dict.fromkeys((self.policy, *(self.policies or ()))) if name != NONE]
+        again = [self.meant_widths_again(name) for name in named if self.again]
+        return list(dict.fromkeys([*map(self.meant_widths, named), *again]))
 
     def allows(self, policy: str) -> bool:
         """Whether a request may name this policy, one that `known_policy` knows."""
         named = (NONE, self.policy, *(self.policies or ()))
         listed = self.policies is None or policy in named or any(policy in self.stands_for(name) for name in named)
         return listed and self.is_there(policy)
+
+    @property
+    def again(self) -> bool:
+        """Whether requests that say nothing of it are evicted more than once, if their policy can."""
+        return self.answers == "evict" or self.prompts == "bounded"
 
     def evicts_again(self, policy: str) -> bool:
         """Whether requests that are evicted by this policy can be evicted more than once."""

@@ -199,7 +199,7 @@ def _evicted_again(engine: EvictionConfig, settings: RequestSettings, own: Mappi
     named = next((field for field in several if field in own), None)
     # Whatever will be read is asked for later.
     meant = engine.meant(settings.policy, boundary=True, score=settings.score, keep=settings.keep)
-    widths, why = settings.widths or engine.widths, None
+    widths, why = engine.meant_widths_again(settings.policy, settings.widths), None
     if engine.repeats == "none":
         why = "this server, on a GPU, was started without --kv-eviction-answers evict"
     elif engine.repeats == "lasting" and settings.prompts != "whole":
@@ -207,8 +207,8 @@ def _evicted_again(engine: EvictionConfig, settings: RequestSettings, own: Mappi
         named = named and "prompts"
     elif not engine.is_there(meant) or not engine.evicts_again(meant):
         why = f"{settings.policy} evicts a request once; choose from {', '.join(engine.evict_again)}"
-    elif widths not in (AUTO, "16"):
-        why = f'goes with pages of 16 bits, not {widths}; choose kv_eviction_widths "16"'
+    elif widths not in engine.widths_again:
+        why = f"goes with kv_eviction_widths {listed(engine.widths_again)} here, not {widths}"
         named = named or ("widths" if "widths" in own else None)
     elif own.get("reuse", "off") != "off":
         why = "such a request leaves nothing to others; leave kv_eviction_reuse out"
@@ -220,7 +220,7 @@ def _evicted_again(engine: EvictionConfig, settings: RequestSettings, own: Mappi
         tokens = getattr(settings, field)
         if tokens is not None and tokens < engine.window:
             raise _wrong(option_name(field), tokens, f"choose {engine.window} or more, as its window has")
-    return settings.model_copy(update={"policy": meant, "widths": "16", "reuse": "off"})
+    return settings.model_copy(update={"policy": meant, "widths": widths, "reuse": "off"})
 
 
 def only_unpins(extra_args: Mapping[str, Any] | None) -> bool:

@@ -76,8 +76,9 @@ def plan(
     def size(blocks: int, tokens: int) -> int:
         return model.bytes(blocks * block_size, tokens)
 
-    if eviction is not None and (eviction.answers == "evict" or eviction.prompts == "bounded"):
-        held, most, peak = _walk(eviction, context, output, block_size)
+    if eviction is not None and eviction.again:
+        format = _format(model, eviction, block_size)
+        held, most, peak = _walk(eviction, format, context, output, block_size)
         return Plan(size(peak, context), size(held, context + output), size(most, context + output), memory, kept)
     packed = len(packing.blocks) if packing else 0
     evicted = context // block_size if packed else 0
@@ -88,7 +89,7 @@ def plan(
     return Plan(prefill, mean, full, memory, kept)
 
 
-def _walk(eviction: EvictionConfig, context: int, output: int, block_size: int) -> tuple[int, int, int]:
+def _walk(eviction: EvictionConfig, format: Format, context: int, output: int, block_size: int) -> tuple[int, int, int]:
     """Blocks of a request that is evicted more than once, from stop to stop: half-way through its output, at most while
     it generates, and at most with what it is packed into beside."""
     part = (eviction.prompt_interval or context) if eviction.prompts == "bounded" else context
@@ -104,19 +105,23 @@ def _walk(eviction: EvictionConfig, context: int, output: int, block_size: int) 
         held = packed + math.ceil(stop / block_size) - full
         region = eviction.region(stop, 0, block_size)
         whole = packed + region.full_blocks - full
-        count = eviction.budget_blocks(region, held_blocks=whole) if stop in stops else 0
+        count = eviction.budget_blocks(region, format=format, held_blocks=whole) if stop in stops else 0
         most, peak = max(most, held if stop > context else 0), max(peak, held + count)
         packed, full = (count, region.full_blocks) if count else (packed, full)
     return middle or held, most, peak
+
+
+def _format(model: Model, eviction: EvictionConfig, block_size: int) -> Format:
+    """How requests are packed that say nothing of it."""
+    meant = eviction.meant_widths_again if eviction.again else eviction.meant_widths
+    return Format.of(meant(eviction.policy), PageShape(block_size, model.head_size, model.number_bytes))
 
 
 def _packing(model: Model, stop: int, eviction: EvictionConfig | None, block_size: int) -> Packing | None:
     """What an eviction after so many tokens makes; None if nothing is gained by one."""
     if eviction is None:
         return None
-    region = eviction.region(stop, 0, block_size)
-    shape = PageShape(block_size, model.head_size, model.number_bytes)
-    format = Format.of(eviction.meant_widths(eviction.policy), shape)
+    region, format = eviction.region(stop, 0, block_size), _format(model, eviction, block_size)
     packed = eviction.budget_blocks(region, format=format)
     return Packing(region, (0,) * packed, format) if packed else None
 
@@ -258,9 +263,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         if args.budget is not None:
             given.setdefault("keep", 1.0)
-        if (args.answers, args.prompts) != ("keep", "whole") and args.widths != "16":
-            raise ValueError(f"--widths {args.widths}: choose 16 with --answers evict or --prompts bounded")
         eviction = EvictionConfig.model_validate({"policy": AUTO, "auto_widths": True, **given})
+        if eviction.again and args.widths not in (AUTO, *eviction.widths_again):
+            of = listed((AUTO, *eviction.widths_again))
+            raise ValueError(f"--widths {args.widths}: choose one of {of} with --answers evict or --prompts bounded")
         sizes = args.context, args.output
         before, after = (plan(model, memory, *sizes, e, args.block_size) for e in (None, eviction))
         if args.documents is not None:

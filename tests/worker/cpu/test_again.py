@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from vllm_defensive.packing import Format, Packing, Region
 from vllm_defensive.plan import Eviction, Score
 from vllm_defensive.policy import PRESETS, score_layer
 from vllm_defensive.worker.cpu.again import Candidates, Kept, Repeats
+from vllm_defensive.worker.cpu.native import Quantised
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.cpu.tables import Placed, RequestTable
+from vllm_defensive_kernels.quantised import unpack_pages
+from vllm_defensive_kernels.widths import PageShape
 
 L, H, G, N, D, W = 2, 2, 2, 4, 8, 3
 SCALE = 0.4
@@ -83,7 +87,9 @@ def candidates(cache: Cache, score_LHS: Tensor) -> Candidates:
     scores = [
         score_LHS.flatten(0, 1)[r, p] for r, p in enumerate(cache.position_PN.split(cache.pages_LH.flatten().tolist()))
     ]
-    kept = Kept(cache.packing.blocks, cache.pages_LH, cache.position_PN, torch.cat([s.view(-1, N) for s in scores]))
+    kept = Kept(
+        cache.packing.blocks, "16", cache.pages_LH, cache.position_PN, torch.cat([s.view(-1, N) for s in scores])
+    )
     return Candidates.of(kept, cache.first, score_LHS[:, :, cache.first : cache.first + behind])
 
 
@@ -118,7 +124,7 @@ def test_what_is_chosen_is_best_and_every_page_is_used(policy: str, spare: int) 
     chosen = found.select(row, Format.plain(N), region, count, L)
     assert int(chosen.pages_LH.sum()) == count * L * H
     kept = found.kept(chosen, replace_packing(cache, region, count))
-    by_row = kept.position_PN.split(chosen.pages_LH.flatten().tolist())
+    by_row = kept.position_Pn.split(chosen.pages_LH.flatten().tolist())
     worst_kept, best_gone = [], []
     for r, pages in enumerate(by_row):
         listed = [p for p in pages.flatten().tolist() if p >= 0]
@@ -151,7 +157,7 @@ def test_falling_budgets_keep_what_one_small_budget_keeps() -> None:
     behind = Candidates.of(first, 28, torch.empty(L, H, 0))
     twice = behind.kept(behind.select(row, format, region, 3, L), replace_packing(cache, region, 3))
     once = found.kept(found.select(row, format, region, 3, L), replace_packing(cache, region, 3))
-    assert torch.equal(twice.pages_LH, once.pages_LH) and torch.equal(twice.position_PN, once.position_PN)
+    assert torch.equal(twice.pages_LH, once.pages_LH) and torch.equal(twice.position_Pn, once.position_Pn)
 
 
 class Runtime:
@@ -181,7 +187,7 @@ def test_a_window_looks_at_what_is_there(policy: str, shared: int, spare: int) -
 
     repeats = Repeats(cache.view, cache.codec, runtime, weigh)  # type: ignore[arg-type]
     repeats._kept["r"] = Kept(
-        cache.packing.blocks, cache.pages_LH, cache.position_PN, torch.zeros(cache.position_PN.shape)
+        cache.packing.blocks, "16", cache.pages_LH, cache.position_PN, torch.zeros(cache.position_PN.shape)
     )
     region = Region(stop, shared, W, N, N)
     score = Score("r", policy, 0.5, region, cache.growth, policy, cache.region)
@@ -225,7 +231,7 @@ def test_what_lasts_is_scored_by_its_place_in_the_text(policy: str) -> None:
 
     repeats = Repeats(cache.view, cache.codec, Runtime(cache, torch.empty(0)), weigh)  # type: ignore[arg-type]
     nothing = torch.zeros(cache.position_PN.shape)
-    repeats._kept["r"] = Kept(cache.packing.blocks, cache.pages_LH, cache.position_PN, nothing)
+    repeats._kept["r"] = Kept(cache.packing.blocks, "16", cache.pages_LH, cache.position_PN, nothing)
     region = Region(33, 1, W, N, N)
     again = repeats.score(Score("r", policy, 0.5, region, cache.growth, policy, cache.region), row).candidates
     blocks = (*cache.shared_blocks, *range(20, 25), *cache.growth)  # of which no policy here reads anything
@@ -238,6 +244,89 @@ def test_what_lasts_is_scored_by_its_place_in_the_text(policy: str) -> None:
             assert torch.equal(again.score_RC[r, 2 * N : 4 * N], whole.scores_HE[head, 24:])
             assert torch.equal(first.score_RC[r], whole.scores_HE[head, N:])
             assert first.position_RC[r].tolist() == list(range(N, 32))
+
+
+@pytest.fixture(scope="module")
+def wide_pages() -> tuple[PageView, PageCodec, PageShape]:
+    """Pages of 16 rows of 32 dimensions, on which the compiled functions work."""
+    rows, head_size = 16, 32
+    caches = torch.randn(L, 64, H, rows, 2 * head_size, generator=torch.Generator().manual_seed(1))
+    order = torch.arange(rows * head_size).view(rows, head_size)
+    return PageView.from_layers(list(caches)), PageCodec(order, order), PageShape(rows, head_size, 4)
+
+
+@pytest.mark.parametrize("widths", ["8", "k8v4"])
+@pytest.mark.parametrize("policy", ["random", "snapkv"])
+def test_quantised_pages_are_read_and_quantised_anew(
+    wide_pages: tuple[PageView, PageCodec, PageShape], policy: str, widths: str
+) -> None:
+    """Packed twice, from 320 tokens and then 112 more. A key is off by half a step of each page that it was in; a
+    value comes out of the second as it came out of the first; and a window looks at what comes out."""
+    view, codec, shape = wide_pages
+    rows, row, format = shape.rows, PRESETS[policy], Format.of(widths, shape)
+    page_tokens = format.parts[0].tokens
+    blocks = tuple(range(27))
+    pages_LHB = view.of_blocks(torch.tensor(blocks))
+    raw = view.data[pages_LHB].unflatten(-1, (2, rows, -1)).transpose(2, 3).flatten(3, 4)  # L H 2 T D
+    query_LWQD = torch.randn(L, W, H * G, shape.head_size, generator=torch.Generator().manual_seed(3))
+    looked: list[tuple[Tensor, Tensor]] = []
+
+    def weigh(policy, layer, tokens, *, seen=None, **more):  # type: ignore[no-untyped-def]
+        looked.append(tokens)
+        arguments = {"output_QDM": None, "factor_QDC": None, "scale": SCALE, "query_WQD": seen}
+        return score_layer(policy, layer=layer, key_HSD=tokens[0], value_HSD=tokens[1], **arguments, **more)
+
+    runtime = SimpleNamespace(
+        quantised=Quantised(view.data, shape, *codec.orders),
+        windows={"r": query_LWQD},
+        tables={"r": SimpleNamespace(shared_blocks=())},
+        place=lambda eviction, placed: None,
+    )
+    repeats, came_out = Repeats(view, codec, runtime, weigh), []  # type: ignore[arg-type]
+    before: Region | None = None
+    for stop, packed_blocks in ((320, (40, 41)), (432, (50, 51))):
+        region = Region(stop, 0, W, rows, rows)
+        source = blocks[0 if before is None else before.full_blocks : region.full_blocks]
+        if before is None and not row.lasting:  # whose first eviction is an ordinary one: packed by another's scores
+            score = Score("r", "random", 0.5, region, source, "random")
+            scored = repeats.score(score, PRESETS["random"])
+        else:
+            score = Score("r", policy, 0.5, region, source, policy, before)
+            scored = repeats.score(score, row)
+        eviction = Eviction(score, Packing(region, packed_blocks, format))
+        (chosen,) = repeats.pack(scored, eviction)
+        pages_P = view.of_packed(torch.tensor(packed_blocks))
+        found = unpack_pages(view.data[pages_P].view(torch.uint8), shape, widths, channel_major=True)
+        came_out.append((chosen, found))
+        before = region
+        runtime.windows["r"] = query_LWQD
+    values_at_first: dict[tuple[int, int], Tensor] = {}
+    for turn, (chosen, (key_PnD, value_PnD)) in enumerate(came_out):
+        assert chosen.tokens_PN.shape[1] == page_tokens
+        row_P = torch.arange(L * H).repeat_interleave(chosen.pages_LH.flatten())
+        seen_twice = 0
+        for r, at_n, keys, values in zip(row_P.tolist(), chosen.tokens_PN.long(), key_PnD, value_PnD, strict=True):
+            there = at_n >= 0
+            true_key, true_value = raw[r // H, r % H][:, at_n[there]]
+            step = (true_key.amax(0) - true_key.amin(0)).max() / 255
+            assert (keys[there] - true_key).abs().max() <= step * (0.51 if turn == 0 else 1.1)
+            levels = 255 if widths == "8" else 15
+            spread = (true_value.amax(1) - true_value.amin(1)) / levels
+            assert ((values[there] - true_value).abs().amax(1) <= 0.51 * spread + 2e-3).all()
+            for position, value in zip(at_n[there].tolist(), values[there], strict=True):
+                first = values_at_first.setdefault((r, position), value)
+                assert torch.allclose(first, value, atol=2e-3)
+                seen_twice += turn
+        assert not turn or seen_twice > L * H * page_tokens
+    if not row.lasting:
+        chosen, (key_PnD, value_PnD) = came_out[0]
+        row_P = torch.arange(L * H).repeat_interleave(chosen.pages_LH.flatten())
+        for r, at_n, keys, values in zip(row_P.tolist(), chosen.tokens_PN.long(), key_PnD, value_PnD, strict=True):
+            key_HSD, value_HSD = looked[-L + r // H]
+            there = at_n >= 0
+            assert torch.equal(key_HSD[r % H, at_n[there]], keys[there])
+            assert torch.equal(value_HSD[r % H, at_n[there]], values[there])
+            assert torch.equal(key_HSD[r % H, 320:], raw[r // H, r % H, 0, 320:432])
 
 
 def naive(row, query_WQD, key_HSD, value_HSD, there_HS, output_QDM, region):  # type: ignore[no-untyped-def]

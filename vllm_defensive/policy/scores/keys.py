@@ -5,17 +5,21 @@ them over all queries of the prompt, before RoPE; what is offered here looks at 
 it, which stand where later queries will.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from vllm_defensive.policy.aggregates import aggregate
 from vllm_defensive.policy.definition import Policy
-from vllm_defensive.policy.layer import Layer
+from vllm_defensive.policy.layer import Layer, by_query_head
 from vllm_defensive.policy.weighing import pooled
+from vllm_defensive_kernels import formulas
 
 SHARPNESS = 5.0  # CapKV's tau, the best of its ablation
 RIDGE = 1e-6
+RECENT_QUERIES, IMPORTANCE, ALIKE = 8, 0.07, 0.5  # R-KV's alpha, lambda and threshold
 
 
 @aggregate("key-difference", reads="keys")
@@ -26,6 +30,49 @@ def key_difference(policy: Policy, layer: Layer) -> Tensor:
         key_SD = normalize(key_SD.float(), dim=-1)
         rows.append(-(key_SD[: layer.scored] @ normalize(key_SD.mean(dim=0), dim=-1)))
     return pooled(policy, torch.stack(rows))
+
+
+@aggregate("redundancy", gaps=True)
+def importance_less_redundancy(policy: Policy, layer: Layer) -> Tensor:
+    """0.07 a - 0.93 r: what the last 8 queries attend to, less how much a key resembles others (arXiv 2505.24133).
+
+    a = pool(mean_w softmax_t max_g z), z the logits; r = softmax_t `resemblance`. Both over the tokens before the
+    window.
+    """
+    assert layer.query_WQD is not None, "of policies that need queries"
+    recent = replace(layer, query_WQD=layer.query_WQD[-RECENT_QUERIES:])
+    logits_HGWT = by_query_head(recent, lambda tile: tile.logits_HGWS[..., : layer.scored])
+    attention_HT = logits_HGWT.amax(dim=1).softmax(dim=-1).mean(dim=1)
+    resemblance_HT = resemblance(layer.key_HSD, layer.there_HS)[:, : layer.scored]
+    if layer.there_HS is not None:
+        resemblance_HT = resemblance_HT.masked_fill(~layer.there_HS[:, : layer.scored], float("-inf"))
+    return IMPORTANCE * pooled(policy, attention_HT) - (1 - IMPORTANCE) * resemblance_HT.softmax(dim=-1)
+
+
+def resemblance(key_HSD: Tensor, there_HS: Tensor | None = None) -> Tensor:
+    """The mean cosine of each key with the others. Of those that one key resembles (a cosine above 0.5) the newest
+    does not count, so that of a family it is the newest that stays. Takes the square of S. fp32 [H, S].
+
+    there_HS: bool, the tokens that a head still has; None: all.
+    """
+    heads, tokens, _ = key_HSD.shape
+    rows_at_once = max(1, formulas.temporary_elements(key_HSD) // tokens)
+    sums = []
+    for head in range(heads):
+        key_SD = normalize(key_HSD[head].float(), dim=-1)
+        if there_HS is not None:
+            key_SD = key_SD * there_HS[head, :, None]
+        sum_S = key_SD.new_zeros(tokens)
+        for first in range(0, tokens, rows_at_once):
+            cosine_RS = key_SD[first : first + rows_at_once] @ key_SD.mT
+            cosine_RS.diagonal(first).zero_()
+            alike_RS = cosine_RS > ALIKE
+            newest_R1 = tokens - 1 - alike_RS.flip(1).int().argmax(dim=1, keepdim=True)
+            counted_R1 = cosine_RS.gather(1, newest_R1).masked_fill(alike_RS.any(dim=1, keepdim=True), 0)
+            sum_S += cosine_RS.scatter(1, newest_R1, counted_R1).sum(dim=0)
+        sums.append(sum_S)
+    there_H1 = tokens if there_HS is None else there_HS.sum(dim=1, keepdim=True)
+    return torch.stack(sums) / there_H1
 
 
 @aggregate("capacity-window", values="all")

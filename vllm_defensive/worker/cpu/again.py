@@ -5,8 +5,11 @@ of requests that are evicted while they generate, and where a policy's scores la
 layer and head. Such a token is scored once, when it is chosen from for the first time, and what is behind the packing
 is all that is read to score. Other policies look at all that is there once more, with the queries of a later window.
 
+Packed pages of 8-bit keys are read, and what is kept of them is quantised anew among the tokens that then share its
+page; a value, quantised by itself, comes out as it went in (docs/quality.md says what that makes of an answer).
+
 Axes: as in `packing.py`; R = L*H rows, C candidates of a row: its packed tokens, then those of the blocks behind, then
-as many empty places as it takes to make all rows equally long.
+as many empty places as it takes to make all rows equally long; n tokens of a packed page, `N` in pages of 16 bits.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.cpu.runtime import CPURuntime
 from vllm_defensive.worker.cpu.tables import Placed
 from vllm_defensive.worker.window import IncompleteError
+from vllm_defensive_kernels.quantised import unpack_pages
+from vllm_defensive_kernels.widths import CLASSES, PageShape
 
 Tokens = tuple[Tensor, Tensor]
 
@@ -33,14 +38,15 @@ Tokens = tuple[Tensor, Tensor]
 class Kept:
     """Of one request, page by page, as a selection lists them.
 
-    blocks: ids of those that it was packed into. pages_LH: int32, of each head. position_PN: int32, -1 where there is
-    none. score_PN: fp32, by the policy that chooses from them again.
+    blocks: ids of those that it was packed into. page_class: of all their pages. pages_LH: int32, of each head.
+    position_Pn: int32, -1 where there is none. score_Pn: fp32, by the policy that chooses from them again.
     """
 
     blocks: tuple[int, ...]
+    page_class: str
     pages_LH: Tensor
-    position_PN: Tensor
-    score_PN: Tensor
+    position_Pn: Tensor
+    score_Pn: Tensor
 
 
 @dataclass(eq=False)
@@ -56,21 +62,21 @@ class Candidates:
     @classmethod
     def of(cls, kept: Kept, first: int, score_LHT: Tensor) -> Candidates:
         """kept: what is packed. first: position of the first token behind. score_LHT: of those behind."""
-        pages_R, page_tokens = kept.pages_LH.flatten().long(), kept.position_PN.shape[1]
+        pages_R, page_tokens = kept.pages_LH.flatten().long(), kept.position_Pn.shape[1]
         rows, behind = len(pages_R), score_LHT.shape[2]
-        valid_PN = kept.position_PN >= 0
+        valid_Pn = kept.position_Pn >= 0
         row_P = torch.arange(rows).repeat_interleave(pages_R)
-        packed_R = torch.zeros(rows, dtype=torch.int64).index_add_(0, row_P, valid_PN.sum(dim=1))
+        packed_R = torch.zeros(rows, dtype=torch.int64).index_add_(0, row_P, valid_Pn.sum(dim=1))
         width = int(packed_R.max()) + behind
         position_RC = torch.full((rows, width), -1, dtype=torch.int32)
         score_RC = torch.full((rows, width), NOTHING)
         # Only a head's last page has room left, at its end: a token's place among its head's is its column.
         first_page_R = pages_R.cumsum(0) - pages_R
         place_P = (torch.arange(len(row_P)) - first_page_R[row_P]) * page_tokens
-        column_PN = place_P[:, None] + torch.arange(page_tokens)
-        at = row_P[:, None].expand_as(column_PN)[valid_PN], column_PN[valid_PN]
-        position_RC[at] = kept.position_PN[valid_PN]
-        score_RC[at] = kept.score_PN[valid_PN]
+        column_Pn = place_P[:, None] + torch.arange(page_tokens)
+        at = row_P[:, None].expand_as(column_Pn)[valid_Pn], column_Pn[valid_Pn]
+        position_RC[at] = kept.position_Pn[valid_Pn]
+        score_RC[at] = kept.score_Pn[valid_Pn]
         column_RT = packed_R[:, None] + torch.arange(behind)
         position_RC.scatter_(1, column_RT, torch.arange(first, first + behind, dtype=torch.int32).expand(rows, -1))
         score_RC.scatter_(1, column_RT, score_LHT.flatten(0, 1))
@@ -97,28 +103,35 @@ class Candidates:
             evictable=(0, self.score_RC.shape[1]),
         )
         row_P = torch.arange(len(self.there_R)).repeat_interleave(chosen.pages_LH.flatten().long())
-        empty_PN = chosen.tokens_PN >= self.there_R[row_P, None]
-        return Selection(chosen.pages_LH, chosen.tokens_PN.masked_fill(empty_PN, -1))
+        empty_Pn = chosen.tokens_PN >= self.there_R[row_P, None]
+        return Selection(chosen.pages_LH, chosen.tokens_PN.masked_fill(empty_Pn, -1))
 
     def kept(self, chosen: Selection, packing: Packing) -> Kept:
         """What is known of the tokens that were chosen, and packed."""
         row_P = torch.arange(len(self.there_R)).repeat_interleave(chosen.pages_LH.flatten().long())
         at = row_P[:, None], chosen.tokens_PN.clamp_min(0).long()
-        position_PN = self.position_RC[at].masked_fill_(chosen.tokens_PN < 0, -1)
-        return Kept(packing.blocks, chosen.pages_LH, position_PN, self.score_RC[at])
+        position_Pn = self.position_RC[at].masked_fill_(chosen.tokens_PN < 0, -1)
+        return Kept(packing.blocks, _only_class(packing.format), chosen.pages_LH, position_Pn, self.score_RC[at])
 
     def places(self, chosen: Selection, pages_LH: Tensor, page_tokens: int, behind: int) -> Tensor:
-        """Where each chosen token is among its layer's, `[P, N]`: first all packed pages of the layer (`pages_LH`),
-        head after head, then all tokens behind, of which each head has as many."""
+        """Where each chosen token is among its layer's, `[P, n]`, -1 where there is none: first all packed pages of the
+        layer (`pages_LH`), head after head, then all tokens behind, of which each head has as many."""
         layers, heads = pages_LH.shape
         pages_LH = pages_LH.long()
         before_LH = pages_LH.cumsum(1) - pages_LH
         row_P = torch.arange(layers * heads).repeat_interleave(chosen.pages_LH.flatten().long())
-        column_PN = chosen.tokens_PN.clamp_min(0).long()
+        column_Pn = chosen.tokens_PN.clamp_min(0).long()
         packed_P1 = self.packed_R[row_P, None]
-        packed_PN = before_LH.flatten()[row_P, None] * page_tokens + column_PN
+        packed_Pn = before_LH.flatten()[row_P, None] * page_tokens + column_Pn
         growth_P1 = pages_LH.sum(1)[row_P // heads, None] * page_tokens + (row_P % heads)[:, None] * behind
-        return torch.where(column_PN < packed_P1, packed_PN, growth_P1 + column_PN - packed_P1)
+        place_Pn = torch.where(column_Pn < packed_P1, packed_Pn, growth_P1 + column_Pn - packed_P1)
+        return place_Pn.masked_fill_(chosen.tokens_PN < 0, -1)
+
+
+def _only_class(format: Format) -> str:
+    """The class of all pages of a packing that can be chosen from again."""
+    (part,) = format.parts
+    return part.page_class
 
 
 class Weigh(Protocol):
@@ -165,16 +178,18 @@ class Repeats:
         that was chosen from."""
         assert eviction.score.later is not None
         policy, (chosen,) = PRESETS[eviction.score.later], parts
-        score_PN = torch.zeros(chosen.tokens_PN.shape)
+        score_Pn = torch.zeros(chosen.tokens_PN.shape)
         if policy.lasting:
             start, _ = eviction.region.tokens
             counts = chosen.pages_LH.sum(dim=1).tolist()
-            layers = zip(chosen.tokens_PN.split(counts), score_PN.split(counts), chosen.pages_LH, strict=True)
-            for layer, (tokens_PN, scores_PN, pages_H) in enumerate(layers):
+            layers = zip(chosen.tokens_PN.split(counts), score_Pn.split(counts), chosen.pages_LH, strict=True)
+            for layer, (tokens_Pn, scores_Pn, pages_H) in enumerate(layers):
                 found_HE = self._lasting(policy, layer, tokens_of(layer), start, eviction.score.keep)
                 head_P = torch.arange(len(found_HE)).repeat_interleave(pages_H.long())
-                scores_PN.copy_(found_HE[head_P[:, None], tokens_PN.long() - start])
-        self._kept[eviction.request_id] = Kept(eviction.packing.blocks, chosen.pages_LH, chosen.tokens_PN, score_PN)
+                scores_Pn.copy_(found_HE[head_P[:, None], (tokens_Pn.long() - start).clamp_min(0)])
+        packing = eviction.packing
+        kept = Kept(packing.blocks, _only_class(packing.format), chosen.pages_LH, chosen.tokens_PN, score_Pn)
+        self._kept[eviction.request_id] = kept
 
     def _lasting(self, policy: Policy, layer: int, tokens: Tokens, first: int, keep: float) -> Tensor:
         """Scores of a layer's tokens, the first of them at position `first`. fp32 `[H, T]`"""
@@ -217,15 +232,15 @@ class Repeats:
     def _nothing(self) -> Kept:
         """Of a request that is not packed yet."""
         pages_LH = torch.zeros(self._view.num_layers, self._view.num_kv_heads, dtype=torch.int32)
-        position_PN = torch.empty(0, self._view.page_tokens, dtype=torch.int32)
-        return Kept((), pages_LH, position_PN, position_PN.float())
+        position_Pn = torch.empty(0, self._view.page_tokens, dtype=torch.int32)
+        return Kept((), "16", pages_LH, position_Pn, position_Pn.float())
 
     def _look(
         self, score: Score, policy: Policy, candidates: Candidates, kept: Kept, pages_LHB: Tensor, seen_LWQD: Tensor
     ) -> None:
         """Score all candidates by a window, over what each head still has, at the places that it had in the text."""
         assert score.since is not None
-        region, page_tokens = score.region, self._view.page_tokens
+        region, page_tokens, packed_tokens = score.region, self._view.page_tokens, kept.position_Pn.shape[1]
         start, first = region.tokens[0], score.since.full_blocks * score.since.block_tokens
         shared = torch.tensor(self._runtime.tables[score.request_id].shared_blocks, dtype=torch.int64)
         shared_LHB, packed = self._view.of_blocks(shared), self._view.of_packed(torch.tensor(kept.blocks))
@@ -238,18 +253,18 @@ class Repeats:
             position_HC, packed_H1 = candidates.position_RC[rows].long(), candidates.packed_R[rows, None]
             # Where each position's token is among the layer's: shared ones, packed ones, those behind.
             before, pages_H = start * heads, kept.pages_LH[layer].long()
-            first_H1 = (before + (pages_H.cumsum(0) - pages_H) * page_tokens)[:, None]
+            first_H1 = (before + (pages_H.cumsum(0) - pages_H) * packed_tokens)[:, None]
             place_HS = torch.full((heads, region.stop + 1), -1)
             place_HS[:, :start] = torch.arange(before).view(heads, start)
             is_packed_HC = column_C < packed_H1
             at_HC = torch.where(is_packed_HC, position_HC, region.stop)  # the last column is nobody's
             place_HS.scatter_(1, at_HC, torch.where(is_packed_HC, first_H1 + column_C, -1))
-            behind = before + int(pages_H.sum()) * page_tokens
+            behind = before + int(pages_H.sum()) * packed_tokens
             tail_H1 = behind + torch.arange(heads)[:, None] * pages_HB.shape[1] * page_tokens
             place_HS[:, first : region.stop] = tail_H1 + torch.arange(region.stop - first)
             place_HS, there_HS = place_HS[:, : region.stop], place_HS[:, : region.stop] >= 0
-            pages_X = torch.cat([shared_LHB[layer].flatten(), sources[layer], pages_HB.flatten()])
-            key_HSD, value_HSD = (part_XD[place_HS.clamp_min(0)] for part_XD in self._read_flat(pages_X))
+            segments = (shared_LHB[layer], "16"), (sources[layer], kept.page_class), (pages_HB, "16")
+            key_HSD, value_HSD = (part_XD[place_HS.clamp_min(0)] for part_XD in self._read_flat(*segments))
             found = self._weigh(
                 policy,
                 layer,
@@ -266,34 +281,59 @@ class Repeats:
     def pack(self, scored: ScoredAgain, eviction: Eviction) -> tuple[Selection]:
         """Choose pages and tokens, copy them into the packed blocks, and make steps to come find them there."""
         packing, candidates, kept = eviction.packing, scored.candidates, scored.kept
-        (layers, heads, pages), page_tokens = scored.growth_LHB.shape, self._view.page_tokens
+        layers, heads, pages = scored.growth_LHB.shape
         chosen = candidates.select(scored.policy, packing.format, eviction.region, packing.head_pages, layers)
-        place_PN = candidates.places(chosen, kept.pages_LH, page_tokens, pages * page_tokens)
+        packed_tokens, behind = kept.position_Pn.shape[1], pages * self._view.page_tokens
+        place_Pn = candidates.places(chosen, kept.pages_LH, packed_tokens, behind)
         counts = chosen.pages_LH.sum(dim=1).tolist()
         source = self._view.of_packed(torch.tensor(kept.blocks))
         targets = self._view.of_packed(torch.tensor(packing.blocks))
-        for places_PN, target_P, packed_X, growth_HB in zip(
-            place_PN.split(counts),
+        for places_Pn, target_P, packed_X, growth_HB in zip(
+            place_Pn.split(counts),
             targets.split(counts),
             source.split(kept.pages_LH.sum(dim=1).tolist()),
             scored.growth_LHB,
             strict=True,
         ):
-            key_XD, value_XD = self._read_flat(torch.cat([packed_X, growth_HB.flatten()]))
-            self._view.data.index_copy_(0, target_P, self._codec.pack(key_XD[places_PN], value_XD[places_PN]))
+            tokens = self._read_flat((packed_X, kept.page_class), (growth_HB, "16"))
+            self._write(tokens, places_Pn, target_P, _only_class(packing.format))
         self._kept[eviction.request_id] = kept = candidates.kept(chosen, packing)
         row_P = torch.arange(layers * heads).repeat_interleave(chosen.pages_LH.flatten().long())
         tokens_R = torch.zeros(layers * heads, dtype=torch.int64)
-        tokens_R.index_add_(0, row_P, (kept.position_PN >= 0).sum(dim=1))
+        tokens_R.index_add_(0, row_P, (kept.position_Pn >= 0).sum(dim=1))
         self._runtime.place(eviction, Placed(chosen.pages_LH[None], tokens_R.view(1, layers, heads)))
-        return (Selection(chosen.pages_LH, kept.position_PN),)
+        return (Selection(chosen.pages_LH, kept.position_Pn),)
 
     def _read(self, pages_HB: Tensor) -> Tokens:
         """K and V of a layer's pages, `[H, T, D]`."""
-        key_XD, value_XD = self._read_flat(pages_HB.flatten())
+        key_XD, value_XD = self._read_flat((pages_HB, "16"))
         return key_XD.unflatten(0, (len(pages_HB), -1)), value_XD.unflatten(0, (len(pages_HB), -1))
 
-    def _read_flat(self, pages_X: Tensor) -> Tokens:
-        """K and V of any pages, token after token, `[X*N, D]`."""
+    def _read_flat(self, *segments: tuple[Tensor, str]) -> Tokens:
+        """K and V of any pages, each segment's of one class, token after token, `[X, D]`."""
+        found = [self._read_pages(pages_X.flatten(), page_class) for pages_X, page_class in segments]
+        key_XD, value_XD = (
+            torch.cat([part_PnD.flatten(0, 1) for part_PnD in parts]) for parts in zip(*found, strict=True)
+        )
+        return key_XD, value_XD
+
+    def _read_pages(self, pages_P: Tensor, page_class: str) -> Tokens:
         data = self._view.data
-        return self._codec.read_keys(data, pages_X).flatten(0, 1), self._codec.read_values(data, pages_X).flatten(0, 1)
+        if not CLASSES[page_class].quantised:
+            return self._codec.read_keys(data, pages_P), self._codec.read_values(data, pages_P)
+        page = PageShape(self._view.page_tokens, self._view.head_size, data.element_size())
+        page_PY = data.index_select(0, pages_P).view(torch.uint8)
+        key_PnD, value_PnD = unpack_pages(page_PY, page, page_class, channel_major=True)
+        return key_PnD.to(data.dtype), value_PnD.to(data.dtype)
+
+    def _write(self, tokens: Tokens, places_Pn: Tensor, target_P: Tensor, page_class: str) -> None:
+        """Pack a layer's tokens, those at these places. What is packed in the place of none is never read."""
+        if CLASSES[page_class].quantised:
+            key_1XD, value_1XD = (part_XD[None].contiguous() for part_XD in tokens)
+            assert self._runtime.quantised is not None
+            head_P = torch.zeros(len(places_Pn), dtype=torch.int32)
+            target_P = target_P.contiguous()
+            self._runtime.quantised.pack(key_1XD, value_1XD, places_Pn.int(), head_P, target_P, page_class)
+        else:
+            key_PND, value_PND = (part_XD[places_Pn] for part_XD in tokens)
+            self._view.data.index_copy_(0, target_P, self._codec.pack(key_PND, value_PND))

@@ -180,10 +180,10 @@ class CPUEvictor(Evictor):
         )
 
     def _pack(self, scored: Scored | ScoredAgain, eviction: Eviction) -> Selections:
-        if isinstance(scored, ScoredAgain):
-            return self._repeats.pack(scored, eviction)
         if eviction.packing.format.quantised and self._runtime.quantised is None:
             raise IncompleteError("the functions for such widths could not be compiled, as was said at start")
+        if isinstance(scored, ScoredAgain):
+            return self._repeats.pack(scored, eviction)
         if scored.policy.layers_apart:
             parts = self._pack_layer_by_layer(scored, eviction)
         else:
