@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         f"{','.join(plan.CONTRACT_SUITES)}",
     )
     add("--tasks", type=lists.names, default=[], help="limit suites of several tasks to these; default: all")
-    add("--protocols", type=lists.names, default=[plan.WINDOW, plan.AFTER], help="default: window,after")
+    add("--protocols", type=lists.names, default=[plan.WINDOW, plan.AFTER], help="default: window,after; also parts")
     add("--seed", type=int, default=0, help="of the first document; default: 0")
     add("--dtype", default="bfloat16", help="default: %(default)s")
     add("--page-tokens", type=int, default=32, help="tokens a page; default: %(default)s")
@@ -72,6 +72,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         chosen.samples *= len(chosen.contexts)
     if len(chosen.samples) != len(chosen.contexts):
         parser.error(f"--samples: give one number, or {len(chosen.contexts)}, one for each context")
+    for protocol in chosen.protocols:
+        if protocol not in plan.PROTOCOLS:
+            parser.error(f"--protocols {protocol}: choose from {', '.join(plan.PROTOCOLS)}")
     chosen.out = chosen.out or (CONTRACT_RESULTS if chosen.contract else RESULTS)
     usual = plan.FILE_SUITES if chosen.data else plan.CONTRACT_SUITES if chosen.contract else plan.SUITES
     chosen.suites = chosen.suites or list(usual)

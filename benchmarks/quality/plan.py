@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from benchmarks.quality import ruler
 from benchmarks.quality.files import FILES, Files
 
-WINDOW, AFTER, NO_PREFIX_CACHE = "window", "after", "window, no prefix cache"
-"""Protocols: the question inside the observation window, or asked after the eviction; and the former without hits."""
+WINDOW, AFTER, NO_PREFIX_CACHE, IN_PARTS = "window", "after", "window, no prefix cache", "parts"
+"""Protocols: the question inside the observation window, or asked after the eviction; the former without hits; and the
+whole prompt read in parts, each over what was kept of those before, never more than the ratio's tokens of it."""
+PROTOCOLS = (WINDOW, AFTER, NO_PREFIX_CACHE, IN_PARTS)
 
 SUITES = ("forced", "text", "turns", "ruler")
 FILE_SUITES = tuple(FILES)
@@ -18,6 +20,7 @@ YARDSTICK = "niah_multikey_1"
 FORCED_TASKS = (YARDSTICK, "niah_single_2", "niah_worded", "niah_single_1", "niah_single_3", "niah_multikey_2", "copy")
 """The yardstick's four needles are alike; beside them stand a single one, and four that share no words."""
 NEXT_TOKENS = 64
+PART_TOKENS = 512
 
 
 @dataclass(frozen=True)

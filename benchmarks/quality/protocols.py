@@ -11,7 +11,16 @@ from benchmarks.quality import ruler, texts
 from benchmarks.quality.answers import Forced
 from benchmarks.quality.engine import FP8, NONE, Engine, Setting
 from benchmarks.quality.files import Files
-from benchmarks.quality.plan import AFTER, NEXT_TOKENS, NO_PREFIX_CACHE, WINDOW, YARDSTICK, Item
+from benchmarks.quality.plan import (
+    AFTER,
+    IN_PARTS,
+    NEXT_TOKENS,
+    NO_PREFIX_CACHE,
+    PART_TOKENS,
+    WINDOW,
+    YARDSTICK,
+    Item,
+)
 from benchmarks.quality.prompts import Prompt, Prompts
 from benchmarks.quality.questions import Document, Question, score
 
@@ -28,6 +37,9 @@ class Choice:
     protocol: str
 
     def setting(self, prompt: Prompt) -> Setting:
+        if self.protocol == IN_PARTS:
+            budget = round(self.keep * len(prompt.tokens))
+            return Setting(self.policy, self.keep, budget=budget, part=PART_TOKENS)
         return Setting(self.policy, self.keep, prompt.document if self.protocol == AFTER else None)
 
 
@@ -100,7 +112,7 @@ class Runner:
                 skip_prefix_cache=skip_prefix_cache,
             )
         for choice, forced in [(FULL, full), *jobs]:
-            yield choice, forced.counts(first_counts=choice.protocol == AFTER)
+            yield choice, forced.counts(first_counts=choice.protocol in (AFTER, IN_PARTS))
 
     def _free(
         self, prompt: Prompt, question: Question | None, choices: Sequence[Choice]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.engine import FP8
-from benchmarks.quality.plan import NO_PREFIX_CACHE, WINDOW, Item
+from benchmarks.quality.plan import AFTER, NO_PREFIX_CACHE, WINDOW, Item
 from benchmarks.quality.protocols import Choice
 
 FILE = "records.jsonl"
@@ -49,7 +49,7 @@ class Records:
 def choices_for(item: Item, policies: Sequence[str], keeps: Sequence[float], protocols: Sequence[str]) -> list[Choice]:
     """The settings that make sense for an item."""
     wanted = {
-        "text": [p for p in protocols if p == WINDOW],  # nothing is asked, so there is nothing to ask later
+        "text": [p for p in protocols if p != AFTER],  # nothing is asked, so there is nothing to ask later
         "turns": [WINDOW, NO_PREFIX_CACHE],
     }.get(item.suite, list(protocols))
     choices = [

@@ -9,12 +9,17 @@ from typing import Any
 
 from benchmarks.quality import metrics, paired, ruler
 from benchmarks.quality.engine import FP8
-from benchmarks.quality.plan import AFTER, NO_PREFIX_CACHE, WINDOW
+from benchmarks.quality.plan import AFTER, IN_PARTS, NO_PREFIX_CACHE, PART_TOKENS, WINDOW
 
 Row = dict[str, Any]
 _VALUES = ("kl", "kl_with_first", "nll", "exact", "score")
 OLD_COUNT = "Measured by the old count, which leaves the first token of an answer out here too.\n"
-_PROTOCOLS = {WINDOW: "question in the window", AFTER: "question after the eviction", NO_PREFIX_CACHE: NO_PREFIX_CACHE}
+_PROTOCOLS = {
+    WINDOW: "question in the window",
+    AFTER: "question after the eviction",
+    NO_PREFIX_CACHE: NO_PREFIX_CACHE,
+    IN_PARTS: f"prompt read in parts of {PART_TOKENS} tokens",
+}
 
 
 def write(rows: list[Row], folder: Path) -> str:

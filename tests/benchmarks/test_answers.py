@@ -65,6 +65,15 @@ def test_a_prompt_that_stays_is_part_of_the_budget() -> None:
     assert Choice("none", 0).setting(256, 64).extra_args() == {"kv_eviction": "none"}
 
 
+def test_widths_behind_a_name_are_the_requests(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = Choice("random@k8v4@prompt", 512).setting(256, 64).extra_args()
+    assert (asked["kv_eviction"], asked["kv_eviction_widths"], asked["kv_eviction_protect"]) == ("random", "k8v4", 256)
+    assert parse(["--policies", "random@k8v4", "--dtype", "bfloat16"]).policies == ["random@k8v4"]
+    with pytest.raises(SystemExit):
+        parse(["--policies", "random@k8v4"])
+    assert "--policies random@k8v4: a budget in tokens of 32 bits" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "budget, first",
     [

@@ -72,6 +72,7 @@ def test_a_profile_lists_kernels_alone_the_longest_first() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_it_runs(tiny_model: Path, tmp_path: Path) -> None:
     sizes = {"chunk": 512, "prompt": 512, "output": 24, "requests": 5, "pool": 2, "graphs": "none"}
     options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]

@@ -74,6 +74,16 @@ def test_every_suite_runs_both_protocols_it_has(runner: Runner, suite: str) -> N
         assert kl[0] == pytest.approx(kl[1], abs=1e-4), "the prefix cache changes no result"
 
 
+def test_a_prompt_read_in_parts_is_evicted_after_each(engine, runner: Runner) -> None:
+    item = next(plan.items(["forced"], [1300], [1], seed=3))
+    before = engine.totals()["vllm:kv_eviction_repeats"]
+    rows = runner.run(item, [Choice("keep-all", 0.3, plan.IN_PARTS), Choice("streamingllm", 0.3, plan.IN_PARTS)])
+    probes = len(rows) // 3
+    assert engine.totals()["vllm:kv_eviction_repeats"] - before == 2 * 2 * probes, "three parts each"
+    assert all(r["kl"] < 1e-6 and r["kl_with_first"] < 1e-6 for r in rows if r["policy"] == "keep-all")
+    assert all(r["kl_with_first"] > 1e-3 for r in rows if r["policy"] == "streamingllm")
+
+
 def test_retention_is_what_the_engine_counts(engine) -> None:
     from benchmarks.quality.answers import Forced
     from benchmarks.quality.engine import Setting

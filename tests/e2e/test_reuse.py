@@ -146,6 +146,7 @@ def test_adapters_and_salts_are_apart(tiny_model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # `test_drafts` has the engine in a process of its own, too
 def test_in_two_processes(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with engine(tiny_model, "halokv", dtype="float32", keep=0.3, widths="8") as llm:
@@ -167,7 +168,8 @@ def test_layers_with_windows(tiny_gemma3: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("widths", [pytest.param("16", marks=pytest.mark.nightly), "k8v4"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("widths", ["16", "k8v4"])
 def test_on_two_ranks(tiny_model: Path, widths: str) -> None:
     """Each rank keeps the table of its own heads; pages of fewer bits are packed by each for itself, too."""
     settings = {"dtype": "float32", "keep": 0.3, "widths": widths, "tensor_parallel_size": 2}

@@ -4,7 +4,8 @@ A slot holds one int64 that stands for a key and value: the hash of all tokens u
 full context, or that hash mixed with the eviction it was computed under. So a block that is reused too early, written
 while somebody else reads it, or taken from the prefix cache although it was computed from an evicted context shows up
 as a wrong number in some later read. Of draft tokens, the slots from the first wrong one on hold nothing of use, and
-must be written again before they are read.
+must be written again before they are read. Blocks that held codes are nobody's to write tokens into before the message
+has said that they are to be cleared.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class GhostWorker:
         self._stamp = 0
         self._kept: dict[int, tuple[Eviction, int]] = {}
         self._held: set[str] = set()
+        self._coded: set[int] = set()
 
     def execute(self, output: Any, rejected: Mapping[str, int]) -> None:
         """One step: update tables as vLLM's runner does, read, write, then evict. rejected: of each request's tokens in
@@ -71,6 +73,7 @@ class GhostWorker:
         for request_id in channels.reset_requests(output):
             self._rows.pop(request_id, None)
         computed = self._update_tables(output)
+        self._coded.difference_update(message.clear)
         for number in message.forgotten:
             self._kept.pop(number, None)
         for eviction in message.adopted:
@@ -106,6 +109,9 @@ class GhostWorker:
         assert [e.score for e in message.evictions] == message.scores, "scored and packed in one step"
         self.cancelled = {e.request_id: "declined" for e in message.evictions if e.request_id in self.declines}
         for eviction in message.evictions:
+            # One that fails half-way has written some, too.
+            change = self._coded.update if eviction.packing.format.quantised else self._coded.difference_update
+            change(eviction.packing.blocks)
             if eviction.request_id not in self.cancelled:
                 request_id = eviction.request_id
                 self._evict(eviction, set(written), self._rows[request_id].end)
@@ -161,6 +167,7 @@ class GhostWorker:
         assert (blocks > 0).all(), f"{request_id} writes into the null block"
         for block in set(blocks.tolist()):
             assert written.setdefault(block, request_id) == request_id, f"two requests write block {block} in one step"
+            assert block not in self._coded, f"{request_id} reads codes behind its tokens in block {block}"
         expected = self._expected(request_id, start + count - rejected)[start:]
         self.memory[blocks, positions % self._block_size] = np.append(expected, np.full(rejected, _REJECTED))
 

@@ -48,6 +48,22 @@ def test_answers(tiny_model: Path, policy: str, asynchronous: bool, drafts: int)
     assert policy == "keep-all" or happened["most"] > 20
 
 
+@pytest.mark.parametrize("asynchronous, declines", [(False, False), (True, False), (True, True)])
+def test_in_fewer_bits(tiny_model: Path, asynchronous: bool, declines: bool) -> None:
+    """Beside requests that are packed in 16 bits, or not at all: nobody gets a block with codes in it."""
+    settings = {"budget": 64, "answers": "evict", "interval": 64, "widths": "k8v4", "asynchronous": asynchronous}
+    h = Harness(tiny_model, num_blocks=40, policy="streamingllm", chunk=96, max_model_len=1024, **settings)
+    fields = [None, None, {"kv_eviction_widths": "16"}, {"kv_eviction": "none"}]
+
+    def own(rng: random.Random) -> Any:
+        h.ghost.declines = {name for name in h.live if declines and rng.random() < 0.2}
+        return rng.choice(fields)
+
+    happened = walk(h, seed=7, steps=500, longest=200, own=own)
+    assert happened["repeats"] > 15 and {e.packing.format.widths for e in h.evictions} == {"16", "k8v4"}
+    assert (h.manager.lifecycle.totals.cancelled > 3) == declines
+
+
 @SCHEDULING
 def test_prompts_larger_than_the_pool(tiny_model: Path, asynchronous: bool, drafts: int) -> None:
     settings = {"budget": 96, "answers": "evict", "interval": 64, "prompts": "bounded", "prompt_interval": 64}

@@ -192,6 +192,7 @@ class Lifecycle:
         life.evictions -= 1
         life.turn(Phase.PACKED)
         blocks, life.blocks, life.replaced = life.blocks, life.replaced, []
+        self._note_codes_of(life.eviction)
         life.eviction, life.former = life.former, None
         life.stop = life.eviction.region.stop
         self.packed_blocks -= len(blocks)
@@ -235,11 +236,15 @@ class Lifecycle:
                 self.packed_blocks -= len(life.blocks)
             return []
         self.packed_blocks -= len(life.blocks) + len(life.replaced)
-        if life.eviction is not None and life.eviction.packing.format.quantised:
-            self._note_codes(life.eviction.packing.blocks)
+        self._note_codes_of(life.eviction)
+        self._note_codes_of(life.former)
         if life.eviction is not None and life.eviction.number:
             self.library.forget(life.eviction.number)
         return life.blocks + life.replaced
+
+    def _note_codes_of(self, eviction: Eviction | None) -> None:
+        if eviction is not None and eviction.packing.format.quantised:
+            self._note_codes(eviction.packing.blocks)
 
     def _note_codes(self, blocks: Sequence[int]) -> None:
         """What is in these blocks, which others may have now, is no number to them."""
@@ -265,6 +270,7 @@ class Lifecycle:
 
     def take_replaced(self, life: Life) -> list[KVCacheBlock]:
         """A request that was packed anew has been released: what it was packed into before is to go back."""
+        self._note_codes_of(life.former)
         blocks, life.replaced, life.former = life.replaced, [], None
         self.packed_blocks -= len(blocks)
         return blocks

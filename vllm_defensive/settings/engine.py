@@ -238,7 +238,9 @@ class EvictionConfig(BaseModel):
         widths = self.widths if widths is None else widths
         if widths != AUTO:
             return widths
-        return "k8v4" if policy == AUTO and self.auto_widths and "k8v4" in self.widths_again else "16"
+        if policy == AUTO and self.auto_widths and "k8v4" in self.widths_again:
+            return "k8v4"
+        return PRESETS[policy].widths if policy in PRESETS else "16"
 
     @property
     def widths_again(self) -> list[str]:
