@@ -89,6 +89,7 @@ def test_kept_sets_are_those_of_a_model_that_repeats_the_prompt(
             formulas.assert_kept(tmp_path, policy, PROMPTS[i], expected[policy][i], answer.request_id)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 def test_the_kernels_keep_the_same(model: Path, tmp_path: Path, kernels: str, kernel_calls: dict[str, int]) -> None:
     """Of a prompt of three pages: the interpreter takes long."""
