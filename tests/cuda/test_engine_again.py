@@ -49,7 +49,7 @@ def test_keeping_all_of_an_answer_equals_stock(model: Path, kernels: str, kernel
         assert kernel_calls["compact"] == 2 + 2 * len(PROMPTS)
         assert_all_returned(llm)
         generate(llm, PROMPTS[1:2], 1)
-        assert not worker_of(llm)._evictor._kept, "what was known of them went with them"
+        assert not len(worker_of(llm)._evictor._known), "what was known of them went with them"
 
 
 def assert_follows(reference: ReferenceLlama, folder: Path, prompt: list[int], answer: Answer) -> list[Any]:
@@ -210,7 +210,7 @@ def test_what_is_compiled_and_set_aside_at_start(model: Path, kernels: str, kern
             assert kernel_calls["compact"] == (1 if answers == "keep" else 3)
             names = worker_of(llm)._evictor._projections._names
             reserved.append(worker_of(llm)._beside_cache(names).scores)
-            assert not worker_of(llm)._evictor._kept
+            assert not len(worker_of(llm)._evictor._known)
             asks = [{"kv_eviction_answers": "evict"}]
             if answers == "keep":
                 with pytest.raises(

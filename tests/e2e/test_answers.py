@@ -104,6 +104,31 @@ def test_answers_equal_the_masked_reference(tiny_model: Path, tmp_path: Path) ->
     assert max(errors.values()) <= 5 * errors["none"] <= 5 * ROUNDING
 
 
+@pytest.mark.parametrize("policy", ["halokv", pytest.param("streamingllm", marks=pytest.mark.nightly)])
+def test_behind_a_packing_that_others_hold_answers_equal_the_masked_reference(
+    tiny_model: Path, tmp_path: Path, policy: str
+) -> None:
+    """Of three who ask about one document two begin with what the first has packed, one of them while that one still
+    generates; all are evicted again, each by itself."""
+    reference, (document,) = ReferenceLlama(tiny_model), random_prompts((320,))
+    prompts = [document + random_prompts((20 + 9 * i,), seed=i)[0] for i in range(3)]
+    own = [{"kv_eviction_boundary": 320}] * 3
+    with engine(tiny_model, policy, dtype="float32", budget=128, audit=str(tmp_path), **EVICT) as llm:
+        answers = generate(llm, prompts[:2], 150, extra_args=own[:2]) + generate(
+            llm, prompts[2:], 150, extra_args=own[2:]
+        )
+        metrics = metrics_of(llm)
+        assert metrics["vllm:kv_eviction_adoptions"] == 2 and metrics["vllm:kv_eviction_requests"] == 1
+        assert scheduler_of(llm).eviction_manager.lifecycle.totals.repeats == 3 * 2
+        assert_all_returned(llm)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        audits = audits_of(tmp_path, answer.request_id)
+        assert [a.stop for a in audits] == [320, len(prompt) + 64, len(prompt) + 128]
+        seen = [(a.first_reader, a.mask()) for a in audits]
+        expected = decode_logprobs(reference, prompt, answer.tokens, None, again=seen)
+        assert float((answer.logprobs - expected).abs().max()) <= ROUNDING
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("widths, share", [("8", 0.25), pytest.param("k8v4", 1, marks=pytest.mark.nightly)])
 def test_in_fewer_bits_answers_are_near_the_masked_reference(

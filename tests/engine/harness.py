@@ -12,7 +12,7 @@ import torch
 
 import vllm_defensive
 from tests.engine.ghost import GhostWorker
-from tests.engine.integrity import check_integrity
+from tests.engine.integrity import check_integrity, own_blocks, shared_blocks
 from vllm_defensive.compat.channels import attach_report
 from vllm_defensive.counts import WorkerReport
 from vllm_defensive.plan import Eviction
@@ -249,7 +249,7 @@ class Harness:
             assert amendments._silent | amendments._reporting <= set(self.scheduler.requests)
             assert set(self.manager.lifecycle._reports) <= set(self.scheduler.requests)
             for life in self.manager.lifecycle.lives.values():
-                owners.update(block.block_id for block in life.blocks + life.replaced)
+                owners.update(block.block_id for block in own_blocks(life) + shared_blocks(life))
             for packing in self.manager.lifecycle.library.pins:
                 owners.update(block.block_id for part in packing.line for block in part.blocks)
         null = self.pool.null_block.block_id

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
 from vllm_defensive.engine.kv_manager import EvictionBlockManager
 from vllm_defensive.engine.life import Life, Phase
 from vllm_defensive.engine.published import Published
@@ -11,7 +13,17 @@ def held_blocks(manager: EvictionBlockManager, request_id: str) -> int:
     """Blocks of the pool that the request holds a reference to."""
     positional = sum(not block.is_null for block in manager.req_to_blocks.get(request_id, ()))
     life = manager.lifecycle.lives.get(request_id)
-    return positional + (len(life.blocks) + len(life.replaced) if life is not None else 0)
+    return positional + (0 if life is None else len(own_blocks(life)) + len(shared_blocks(life)))
+
+
+def own_blocks(life: Life) -> list[KVCacheBlock]:
+    """Packed blocks that are a request's alone."""
+    return life.blocks + life.replaced if life.published is None or life.former is not None else []
+
+
+def shared_blocks(life: Life) -> list[KVCacheBlock]:
+    """Those that others may hold as well: what it is packed into, or, while it is packed anew, was before."""
+    return [] if life.published is None else list(life.published.packed)
 
 
 def released(manager: EvictionBlockManager, request_id: str) -> bool:
@@ -26,9 +38,12 @@ def check_integrity(manager: EvictionBlockManager) -> None:
     for request_id, life in lifecycle.lives.items():
         assert life.request.request_id == request_id and request_id in manager.req_to_blocks
         check_life(manager, life)
-        for block in life.blocks + life.replaced:
-            owner = life.published.line[-1] if life.published is not None else request_id
-            assert owned.setdefault(block.block_id, owner) is owner, f"{request_id} packs into a block of another"
+        for block in own_blocks(life):
+            assert block.block_id not in owned, f"{request_id} packs into a block of another"
+            owned[block.block_id] = request_id
+        for block in shared_blocks(life):
+            owner = life.published.line[-1]
+            assert owned.setdefault(block.block_id, owner) is owner, f"{request_id} holds a packed block of another"
     held = [life.published for life in lifecycle.lives.values() if life.published is not None]
     check_library(manager, held + list(lifecycle.library.pins))
     for request_id, blocks in manager.req_to_blocks.items():
@@ -73,10 +88,15 @@ def check_life(manager: EvictionBlockManager, life: Life) -> None:
     blocks = manager.req_to_blocks[life.request.request_id]
     evicted = life.phase in (Phase.ECHOING, Phase.PACKING, Phase.PACKED)
     assert (life.packing is not None) == bool(life.blocks) == evicted
-    assert bool(life.replaced) == (life.former is not None) and (life.former is None or life.phase is Phase.PACKING)
-    for block in life.blocks + life.replaced:
-        holders = life.published.line[-1].holders if life.published is not None else 1
-        assert block.ref_cnt == holders and block.block_hash is None and not block.is_null, block
+    assert bool(life.replaced) == (life.former is not None and life.published is None)
+    assert life.former is None or life.phase is Phase.PACKING
+    if life.published is not None:
+        holding = life.eviction if life.former is None else life.former
+        assert holding.packing.blocks == tuple(block.block_id for block in shared_blocks(life))
+    for block in own_blocks(life):
+        assert block.ref_cnt == 1 and block.block_hash is None and not block.is_null, block
+    for block in shared_blocks(life):
+        assert block.ref_cnt == life.published.line[-1].holders and block.block_hash is None, block
     if life.packing is not None:
         region = life.packing.region
         assert life.packing.blocks == tuple(block.block_id for block in life.blocks)

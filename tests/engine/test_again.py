@@ -48,6 +48,38 @@ def test_answers(tiny_model: Path, policy: str, asynchronous: bool, drafts: int)
     assert policy == "keep-all" or happened["most"] > 20
 
 
+@pytest.mark.parametrize("widths", ["16", "k8v4"])
+@pytest.mark.parametrize("asynchronous, declines", [(False, False), (True, False), (True, True)])
+def test_behind_packings_that_others_hold(tiny_model: Path, widths: str, asynchronous: bool, declines: bool) -> None:
+    """Documents of 320 tokens that three ask about at a time: what is packed of them stays as it is, whoever packs what
+    came behind it into blocks of its own."""
+    settings = {"keep": 0.4, "budget": 128, "answers": "evict", "interval": 64, "reuse": "boundary", "widths": widths}
+    arguments = {"asynchronous": asynchronous, "chunk": 96, "max_model_len": 1024}
+    h = Harness(tiny_model, num_blocks=60, policy="streamingllm", **arguments, **settings)
+    rng = random.Random(11)
+    for step in range(900):
+        if len(h.live) < 5 and rng.random() < 0.3:
+            document = text(320, 400 + rng.randrange(3))
+            once = {"kv_eviction_answers": "keep"} if rng.random() < 0.2 else {}
+            extra = {"kv_eviction_boundary": 320, **once}
+            h.add(document + text(rng.randrange(1, 40), step), max_tokens=rng.choice([1, 200, 400]), extra_args=extra)
+        if h.live and rng.random() < 0.01:
+            h.abort(rng.choice(h.live))
+        h.ghost.declines = {name for name in h.live if declines and rng.random() < 0.2}
+        h.step()
+        h.check()
+    totals, library = h.manager.lifecycle.totals, h.manager.lifecycle.library
+    assert totals.adoptions > 10 and totals.repeats > 30 and (totals.cancelled > 5) == declines
+    assert sum(e.score.since is not None and e.score.since.stop == 320 for e in h.evictions) > 5
+    h.run(9000)
+    h.assert_all_returned()
+    assert not h.manager.lifecycle._in_use and h.manager.lifecycle.packed_blocks == 0
+    assert all(
+        packing.key.kind.later == (None if packing.eviction.score.later is None else "streamingllm")
+        for packing in library._by_key.values()
+    )
+
+
 @pytest.mark.parametrize("asynchronous, declines", [(False, False), (True, False), (True, True)])
 def test_in_fewer_bits(tiny_model: Path, asynchronous: bool, declines: bool) -> None:
     """Beside requests that are packed in 16 bits, or not at all: nobody gets a block with codes in it."""

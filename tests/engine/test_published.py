@@ -593,3 +593,13 @@ def test_random_walk(
     h.add(text(40, 7))  # a step that tells the workers what is left to be told
     h.run()
     assert not h.ghost._kept
+
+
+def test_a_budget_and_what_comes_of_the_answer_are_part_of_how_it_is_packed(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=100, policy="streamingllm", keep=0.9, reuse="boundary", interval=64)
+    for number, fields in enumerate(({}, {"budget": 128}, {"budget": 96}, {"answers": "evict"})):
+        for seed in (2, 3):
+            ask(h, seed, **{f"kv_eviction_{name}": value for name, value in fields.items()})
+            h.run()
+        assert of(h) == (number + 1, number + 1), fields
+    assert [len(e.packing.blocks) for e in h.evictions][1:3] == [4, 3]

@@ -33,9 +33,12 @@ def settings(given: dict[str, Any]) -> config.EvictionConfig:
         (AGAIN, {"policy": "none"}, {"answers": "keep"}),
         (AGAIN, {"policy": "kvzip"}, {"answers": "keep", "reuse": "boundary"}),
         (AGAIN, {"answers": "keep"}, {"answers": "keep", "reuse": "boundary"}),
-        # Who names a document's end wants it for later; who says so of its answer, too, does not.
-        (AGAIN, {"boundary": 300}, {"answers": "keep", "reuse": "boundary"}),
-        (AGAIN, {"boundary": 300, "answers": "evict"}, {"answers": "evict", "reuse": "off"}),
+        # Who names a document's end wants it for later, whatever becomes of the answer.
+        (AGAIN, {"boundary": 300}, {"answers": "evict", "reuse": "boundary"}),
+        (AGAIN, {"boundary": 300, "protect": 32}, {"answers": "evict", "reuse": "off"}),
+        ({**AGAIN, "reuse": "chat"}, {"boundary": 300}, {"answers": "evict", "reuse": "boundary"}),
+        ({**AGAIN, "reuse": "chat"}, {}, {"answers": "evict", "reuse": "off"}),
+        (AGAIN, {"boundary": 300, "prompts": "bounded"}, {"answers": "evict", "reuse": "off"}),
         (AGAIN, {"boundary": 300, "reuse": "off"}, {"answers": "evict", "reuse": "off"}),
     ],
 )
@@ -58,7 +61,12 @@ def test_a_request_has_its_own_or_the_servers(
         ),
         (AGAIN, {"widths": "8,4"}, "kv_eviction_widths='8,4': goes with kv_eviction_widths 16, 8, k8v4 here"),
         ({**AGAIN, "policy": "random", "repeats": "lasting"}, {"widths": "8"}, "goes with kv_eviction_widths 16 here"),
-        (ONCE, {"answers": "evict", "reuse": "boundary"}, "kv_eviction_answers='evict': .* leaves nothing to others"),
+        (
+            ONCE,
+            {"answers": "evict", "reuse": "chat"},
+            "kv_eviction_answers='evict': .*choose kv_eviction_reuse boundary",
+        ),
+        (ONCE, {"prompts": "bounded", "reuse": "boundary"}, "kv_eviction_prompts=.*choose kv_eviction_reuse off"),
         (ONCE, {"answers": "evict", "interval": 31}, "kv_eviction_interval=31: choose 32 or more"),
         (ONCE, {"prompts": "bounded", "prompt_interval": 9}, "kv_eviction_prompt_interval=9: choose 32 or more"),
         (ONCE, {"interval": 64}, "kv_eviction_interval=64: goes with kv_eviction_answers"),

@@ -161,7 +161,7 @@ class EvictionBlockManager(FullAttentionManager):
         life = self.lifecycle.packing[request_id]
         if processed_tokens >= life.stop and self.lifecycle.processed >= life.fence:
             region, former = self.lifecycle.release(life), life.former
-            if life.published is None:
+            if life.published is None or former is not None:
                 first = region.shared_blocks if former is None else former.region.full_blocks
                 self._remove_blocks_in_range(request_id, first, region.full_blocks)
                 if former is not None:
@@ -193,7 +193,7 @@ class EvictionBlockManager(FullAttentionManager):
     def publish_ended(self, request_id: str) -> None:
         """A request ends, perhaps with the very step that packed it: its packing is for others."""
         life = self.lifecycle.packing.get(request_id)
-        if life is not None and life.key is not None:
+        if life is not None and life.key is not None and life.former is None:
             self._release(request_id, life.request.num_computed_tokens - life.request.num_in_flight_tokens)
 
     def _leave_end(self, life: Life, held: Published) -> None:

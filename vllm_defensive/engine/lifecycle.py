@@ -90,7 +90,7 @@ class Lifecycle:
         self._pin(life)
         score = replace(made.score, request_id=request_id, source_blocks=())
         life.eviction = replace(made, score=score, token_ids=self._token_ids(life, life.stop))
-        life.blocks, life.adopted, life.echo_tokens = list(packed), True, 0
+        life.blocks, life.adopted, life.echo_tokens, life.evictions = list(packed), True, 0, 1
         life.turn(Phase.PACKED)
         self._adopted[request_id] = life.eviction
         self.saved_blocks += life.eviction.packing.saved_blocks
@@ -105,7 +105,9 @@ class Lifecycle:
         """The request's stop is reached by what was allocated just now: it holds packed blocks beside its originals."""
         request_id, settings = life.request.request_id, life.settings
         token_ids = self._token_ids(life, life.stop)
+        # What is published must serve those who generate more than this one.
         later = PRESETS[settings.policy].evicts_answers_by if life.again else None
+        later = later if life.key is None else life.key.kind.later
         score = Score(request_id, settings.policy, settings.keep, region, tuple(source_blocks), later)
         packing = Packing(region, tuple(block.block_id for block in blocks), format)
         number = self.library.next_number() if life.key is not None else 0
@@ -131,7 +133,8 @@ class Lifecycle:
         """A request has generated enough, by the step that was scheduled just now: what it holds packed, if anything,
         and what lies in `source_blocks` is packed into these blocks."""
         token_ids = self._token_ids(life, region.stop)
-        life.former, life.replaced = life.eviction, life.blocks
+        # What others may hold too is theirs: it is read, and left.
+        life.former, life.replaced = life.eviction, life.blocks if life.published is None else []
         since = None if life.former is None else life.former.region
         score = Score(life.request.request_id, policy, life.settings.keep, region, tuple(source_blocks), policy, since)
         packing = Packing(region, tuple(block.block_id for block in blocks), format)
@@ -191,7 +194,8 @@ class Lifecycle:
         self.totals.cancelled += 1
         life.evictions -= 1
         life.turn(Phase.PACKED)
-        blocks, life.blocks, life.replaced = life.blocks, life.replaced, []
+        held = life.replaced if life.published is None else list(life.published.packed)
+        blocks, life.blocks, life.replaced = life.blocks, held, []
         self._note_codes_of(life.eviction)
         life.eviction, life.former = life.former, None
         life.stop = life.eviction.region.stop
@@ -229,18 +233,27 @@ class Lifecycle:
     def _give_back(self, life: Life) -> list[KVCacheBlock]:
         """The request holds no packed blocks any more. Returns those that are to go back, and are nobody else's."""
         if life.published is not None and life.eviction is not None:
-            self.library.leave(life.published)
-            self._in_use[life.eviction.number] -= 1
-            if not self._in_use[life.eviction.number]:
-                del self._in_use[life.eviction.number]
-                self.packed_blocks -= len(life.blocks)
-            return []
+            self._leave(life.published)
+            if life.former is None:
+                return []
+            self.packed_blocks -= len(life.blocks)
+            self._note_codes_of(life.eviction)
+            return life.blocks
         self.packed_blocks -= len(life.blocks) + len(life.replaced)
         self._note_codes_of(life.eviction)
         self._note_codes_of(life.former)
         if life.eviction is not None and life.eviction.number:
             self.library.forget(life.eviction.number)
         return life.blocks + life.replaced
+
+    def _leave(self, packing: Published) -> None:
+        """A request holds it no longer."""
+        self.library.leave(packing)
+        number = packing.eviction.number
+        self._in_use[number] -= 1
+        if not self._in_use[number]:
+            del self._in_use[number]
+            self.packed_blocks -= len(packing.packed)
 
     def _note_codes_of(self, eviction: Eviction | None) -> None:
         if eviction is not None and eviction.packing.format.quantised:
@@ -256,7 +269,7 @@ class Lifecycle:
         assert life.packing is not None and life.eviction is not None
         life.turn(Phase.PACKED)
         del self.packing[life.request.request_id]
-        if life.key is not None:
+        if life.key is not None and life.former is None:
             life.published = self.library.publish(life.key, life.eviction, life.blocks)
             if life.published is not None:
                 self._in_use[life.eviction.number] += 1
@@ -269,7 +282,12 @@ class Lifecycle:
         return life.packing.region
 
     def take_replaced(self, life: Life) -> list[KVCacheBlock]:
-        """A request that was packed anew has been released: what it was packed into before is to go back."""
+        """A request that was packed anew has been released: what it was packed into before is to go back, unless that
+        is a published packing, which is one request less's."""
+        if life.published is not None:
+            self._leave(life.published)
+            life.published, life.former = None, None
+            return []
         self._note_codes_of(life.former)
         blocks, life.replaced, life.former = life.replaced, [], None
         self.packed_blocks -= len(blocks)

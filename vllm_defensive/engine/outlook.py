@@ -96,7 +96,9 @@ class Outlook:
         return found
 
     def _kind(self, settings: RequestSettings) -> Kind:
-        return Kind(settings.policy, settings.keep, settings.widths, self.library.generation)
+        again = settings.answers == "evict" and self.settings.evicts_again(settings.policy)
+        later = PRESETS[settings.policy].evicts_answers_by if again else None
+        return Kind(settings.policy, settings.keep, settings.budget, settings.widths, later, self.library.generation)
 
     def may_begin_with(self, life: Life, at_least: int) -> Iterator[Published]:
         """What was packed for earlier requests, and this one, whose stop lies ahead, may begin with; best first.
@@ -106,6 +108,8 @@ class Outlook:
             return
         most = request.num_tokens - at_least
         own = self.library.find(life.key) if life.key is not None and life.stop <= most else None
+        if own is not None and own.parent is not None and settings.answers == "evict":
+            own = None  # what was computed over a packing is not chosen from as part of it
         as_named = own is not None and own.parent is None and settings.boundary is not None
         if own is not None and (as_named or self._mostly_packed(request, own)):
             yield own

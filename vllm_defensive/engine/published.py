@@ -31,11 +31,14 @@ no concern."""
 
 
 class Kind(NamedTuple):
-    """How a packing is made: policy, ratio and widths as resolved; generation: of weights and learned score."""
+    """How a packing is made: policy, ratio, budget and widths as resolved; later: the policy that can choose from it
+    again, None: none can; generation: of weights and learned score."""
 
     policy: str
     keep: float
+    budget: int | None
     widths: str | None
+    later: str | None
     generation: int
 
 

@@ -157,7 +157,7 @@ def resolve(
     if settings.score is not None and settings.policy != AUTO:
         raise _wrong("kv_eviction_score", settings.score, f"goes with kv_eviction={AUTO!r}; leave it out")
     again = _evicted_again(engine, settings, own)
-    settings = settings.model_copy(update={"reuse": "off"} if again is not None else _ONCE)
+    settings = settings.model_copy(update=_ONCE if again is None else {"reuse": again.reuse})
     widths = engine.meant_widths(settings.policy, settings.widths, settings.keep)
     if not engine.allows_widths(widths):
         raise _wrong("kv_eviction_widths", widths, _allowed("kv_eviction_widths", engine))
@@ -194,8 +194,6 @@ def _evicted_again(engine: EvictionConfig, settings: RequestSettings, own: Mappi
             raise _wrong(option_name(field), own[field], f"goes with {option_name(wants)}; leave it out")
     if not several or settings.policy == NONE:
         return None
-    if settings.outlives and several == ["answers"] and "answers" not in own:
-        return None  # who names a document's end wants it for later, and that is one packing
     named = next((field for field in several if field in own), None)
     # Whatever will be read is asked for later.
     meant = engine.meant(settings.policy, boundary=True, score=settings.score, keep=settings.keep)
@@ -210,8 +208,11 @@ def _evicted_again(engine: EvictionConfig, settings: RequestSettings, own: Mappi
     elif widths not in engine.widths_again:
         why = f"goes with kv_eviction_widths {listed(engine.widths_again)} here, not {widths}"
         named = named or ("widths" if "widths" in own else None)
-    elif own.get("reuse", "off") != "off":
-        why = "such a request leaves nothing to others; leave kv_eviction_reuse out"
+    elif own.get("reuse", "off") in ("prefix", "chat") or (
+        settings.prompts != "whole" and own.get("reuse") == "boundary"
+    ):
+        way_out = "off" if settings.prompts != "whole" else "boundary"
+        why = f"what such a request leaves is no use to others; choose kv_eviction_reuse {way_out}"
     if why is not None:
         if named is not None:
             raise _wrong(option_name(named), getattr(settings, named), why)
@@ -220,7 +221,10 @@ def _evicted_again(engine: EvictionConfig, settings: RequestSettings, own: Mappi
         tokens = getattr(settings, field)
         if tokens is not None and tokens < engine.window:
             raise _wrong(option_name(field), tokens, f"choose {engine.window} or more, as its window has")
-    return settings.model_copy(update={"policy": meant, "widths": widths, "reuse": "off"})
+    # What a boundary names is packed for others, too, and read only: what comes behind is packed into other blocks.
+    published = settings.boundary is not None and settings.outlives and settings.prompts == "whole"
+    reuse = "boundary" if published else "off"
+    return settings.model_copy(update={"policy": meant, "widths": widths, "reuse": reuse})
 
 
 def only_unpins(extra_args: Mapping[str, Any] | None) -> bool:

@@ -15,6 +15,7 @@ from vllm_defensive.counts import WorkerReport
 from vllm_defensive.plan import Eviction, Score
 from vllm_defensive.policy import PRESETS, LayerScores, Policy, ReduceHeads, Selection
 from vllm_defensive.settings.engine import AUTO_POLICIES, EvictionConfig
+from vllm_defensive.worker.known import Known
 from vllm_defensive.worker.learned import LearnedWeights, Lessons
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.report import pages_by_decile
@@ -54,6 +55,7 @@ class Evictor(ABC):
         self.lessons: Lessons | None = None
         """While a score is being learned: what each second look adds to."""
         self._scored: dict[str, Any] = {}  # what `_score` returned, until it is packed
+        self._known: Known[Any] = Known()
         self._reasons: tuple[type[Exception], ...] = (IncompleteError,) if rank[1] > 1 else (Exception,)
         self._report = WorkerReport()
         self._audited: dict[int, Selections] = {}  # where audits are wanted: of packings that others may begin with
@@ -100,8 +102,10 @@ class Evictor(ABC):
 
     def adopt(self, evictions: Sequence[Eviction]) -> None:
         """Requests begin with what was packed for an earlier one: they are audited like that."""
-        for eviction in evictions if self._config.audit is not None else ():
-            self._audit(eviction, self._audited[eviction.number])
+        for eviction in evictions:
+            self._known.adopt(eviction)
+            if self._config.audit is not None:
+                self._audit(eviction, self._audited[eviction.number])
 
     def _audit(self, eviction: Eviction, parts: Selections) -> None:
         if self._config.audit is not None:
@@ -136,6 +140,8 @@ class Evictor(ABC):
 
     def forget(self, request_ids: Iterable[str], numbers: Iterable[int] = ()) -> None:
         """These requests have ended, or begin anew. numbers: of evictions that nobody will begin with any more."""
+        request_ids, numbers = list(request_ids), list(numbers)
+        self._known.forget(request_ids, numbers)
         for request_id in request_ids:
             self._scored.pop(request_id, None)
         for number in numbers:

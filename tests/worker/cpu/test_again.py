@@ -17,6 +17,7 @@ from vllm_defensive.worker.cpu.again import Candidates, Kept, Repeats
 from vllm_defensive.worker.cpu.native import Quantised
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.cpu.tables import Placed, RequestTable
+from vllm_defensive.worker.known import Known
 from vllm_defensive_kernels.quantised import unpack_pages
 from vllm_defensive_kernels.widths import PageShape
 
@@ -185,10 +186,9 @@ def test_a_window_looks_at_what_is_there(policy: str, shared: int, spare: int) -
         arguments = {"output_QDM": output_QDM, "factor_QDC": None, "scale": SCALE, "query_WQD": seen}
         return score_layer(policy, layer=layer, key_HSD=tokens[0], value_HSD=tokens[1], **arguments, **more)
 
-    repeats = Repeats(cache.view, cache.codec, runtime, weigh)  # type: ignore[arg-type]
-    repeats._kept["r"] = Kept(
-        cache.packing.blocks, "16", cache.pages_LH, cache.position_PN, torch.zeros(cache.position_PN.shape)
-    )
+    repeats = Repeats(cache.view, cache.codec, runtime, weigh, Known())  # type: ignore[arg-type]
+    kept = Kept(cache.packing.blocks, "16", cache.pages_LH, cache.position_PN, torch.zeros(cache.position_PN.shape))
+    repeats._known.note(Eviction(Score("r", policy, 0.5, cache.region, ()), cache.packing), kept)
     region = Region(stop, shared, W, N, N)
     score = Score("r", policy, 0.5, region, cache.growth, policy, cache.region)
     scored = repeats.score(score, row)
@@ -229,9 +229,10 @@ def test_what_lasts_is_scored_by_its_place_in_the_text(policy: str) -> None:
         arguments = {"query_WQD": None, "output_QDM": None, "factor_QDC": None, "scale": SCALE}
         return score_layer(policy, layer=layer, key_HSD=tokens[0], value_HSD=tokens[1], **arguments, **more)
 
-    repeats = Repeats(cache.view, cache.codec, Runtime(cache, torch.empty(0)), weigh)  # type: ignore[arg-type]
+    repeats = Repeats(cache.view, cache.codec, Runtime(cache, torch.empty(0)), weigh, Known())  # type: ignore[arg-type]
     nothing = torch.zeros(cache.position_PN.shape)
-    repeats._kept["r"] = Kept(cache.packing.blocks, "16", cache.pages_LH, cache.position_PN, nothing)
+    kept = Kept(cache.packing.blocks, "16", cache.pages_LH, cache.position_PN, nothing)
+    repeats._known.note(Eviction(Score("r", policy, 0.5, cache.region, ()), cache.packing), kept)
     region = Region(33, 1, W, N, N)
     again = repeats.score(Score("r", policy, 0.5, region, cache.growth, policy, cache.region), row).candidates
     blocks = (*cache.shared_blocks, *range(20, 25), *cache.growth)  # of which no policy here reads anything

@@ -27,7 +27,7 @@ from vllm_defensive.policy import NOTHING, PRESETS, LayerScores, Policy, Selecti
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.cpu.runtime import CPURuntime
 from vllm_defensive.worker.cpu.tables import Placed
-from vllm_defensive.worker.window import IncompleteError
+from vllm_defensive.worker.known import Known
 from vllm_defensive_kernels.quantised import unpack_pages
 from vllm_defensive_kernels.widths import CLASSES, PageShape
 
@@ -166,12 +166,8 @@ class ScoredAgain:
 class Repeats:
     """Evictions, on one worker, of requests that were evicted before, or will be again by the same scores."""
 
-    def __init__(self, view: PageView, codec: PageCodec, runtime: CPURuntime, weigh: Weigh) -> None:
-        self._view, self._codec, self._runtime, self._weigh = view, codec, runtime, weigh
-        self._kept: dict[str, Kept] = {}
-
-    def forget(self, request_id: str) -> None:
-        self._kept.pop(request_id, None)
+    def __init__(self, view: PageView, codec: PageCodec, runtime: CPURuntime, weigh: Weigh, known: Known[Kept]) -> None:
+        self._view, self._codec, self._runtime, self._weigh, self._known = view, codec, runtime, weigh, known
 
     def note(self, eviction: Eviction, parts: tuple[Selection, ...], tokens_of: Callable[[int], Tokens]) -> None:
         """A request was packed that will be evicted again. tokens_of: K and V of a layer's tokens, those of the region
@@ -189,7 +185,7 @@ class Repeats:
                 scores_Pn.copy_(found_HE[head_P[:, None], (tokens_Pn.long() - start).clamp_min(0)])
         packing = eviction.packing
         kept = Kept(packing.blocks, _only_class(packing.format), chosen.pages_LH, chosen.tokens_PN, score_Pn)
-        self._kept[eviction.request_id] = kept
+        self._known.note(eviction, kept)
 
     def _lasting(self, policy: Policy, layer: int, tokens: Tokens, first: int, keep: float) -> Tensor:
         """Scores of a layer's tokens, the first of them at position `first`. fp32 `[H, T]`"""
@@ -209,10 +205,8 @@ class Repeats:
         if score.since is None:
             kept, begin, source = self._nothing(), score.region.shared_blocks, score.source_blocks
             source = source[begin:]
-        elif score.request_id in self._kept:
-            kept, begin, source = self._kept[score.request_id], score.since.full_blocks, score.source_blocks
         else:
-            raise IncompleteError("nothing is known of what it holds packed")
+            kept, begin, source = self._known.of(score.request_id), score.since.full_blocks, score.source_blocks
         first, behind = begin * score.region.block_tokens, score.region.full_blocks - begin
         pages_LHB = self._view.of_blocks(torch.tensor(source))  # with a tail, which is not chosen from
         growth_LHB = pages_LHB[:, :, : behind * self._view.pages_per_block]
@@ -297,7 +291,8 @@ class Repeats:
         ):
             tokens = self._read_flat((packed_X, kept.page_class), (growth_HB, "16"))
             self._write(tokens, places_Pn, target_P, _only_class(packing.format))
-        self._kept[eviction.request_id] = kept = candidates.kept(chosen, packing)
+        kept = candidates.kept(chosen, packing)
+        self._known.note(eviction, kept)
         row_P = torch.arange(layers * heads).repeat_interleave(chosen.pages_LH.flatten().long())
         tokens_R = torch.zeros(layers * heads, dtype=torch.int64)
         tokens_R.index_add_(0, row_P, (kept.position_Pn >= 0).sum(dim=1))

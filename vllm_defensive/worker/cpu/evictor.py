@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,7 +75,7 @@ class CPUEvictor(Evictor):
         self._view = view
         self._codec = codec
         self._scales = scales
-        self._repeats = Repeats(view, codec, runtime, self.weigh)
+        self._repeats = Repeats(view, codec, runtime, self.weigh, self._known)
         self._scratch = view.data.new_empty(0)
         self._in_scratch: Scored | None = None
 
@@ -84,12 +84,6 @@ class CPUEvictor(Evictor):
 
     def _finish(self, started: float, decile_pages: Tensor) -> None:
         self._report.add(int((time.perf_counter() - started) * 1e6), decile_pages.tolist())
-
-    def forget(self, request_ids: Iterable[str], numbers: Iterable[int] = ()) -> None:
-        request_ids = list(request_ids)
-        super().forget(request_ids, numbers)
-        for request_id in request_ids:
-            self._repeats.forget(request_id)
 
     def _score(self, score: Score) -> Scored | ScoredAgain:
         policy = PRESETS[score.policy]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,6 @@ from vllm_defensive.worker.evictor import Selections
 from vllm_defensive.worker.learned import Lessons
 from vllm_defensive.worker.projections import Projections
 from vllm_defensive.worker.report import layer_deciles
-from vllm_defensive.worker.window import IncompleteError
 
 LONG_PROMPT = 8192 + 256  # `window.tiling` changes at 8192 scored tokens
 
@@ -55,7 +54,6 @@ class CUDAEvictor(CUDAScorer):
         self._runtime = runtime
         self._pages = pages
         self._scales = scales
-        self._kept: dict[str, Kept] = {}  # of requests that are evicted again
         # Per step with evictions: start, end, and pages by decile in host memory, there once the end is reached
         self._queued: deque[tuple[Any, Any, np.ndarray]] = deque()
 
@@ -132,15 +130,11 @@ class CUDAEvictor(CUDAScorer):
             region = self._config.region(blocks * first.block_tokens, 0, self._pages.page_tokens)
             behind = region.full_blocks - (since.full_blocks if since is not None else 0)
             score = Score("warm-up", policy, self._config.keep, region, (0,) * behind, policy, since)
-            _, kept = self._copy_again(self._score_again(score), Packing(region, (0,) * packed, region.plain))
-            self._kept["warm-up"], since = kept, region
+            packing = Packing(region, (0,) * packed, region.plain)
+            _, kept = self._copy_again(self._score_again(score), packing)
+            self._known.note(Eviction(score, packing), kept)
+            since = region
         self.forget(["warm-up"])
-
-    def forget(self, request_ids: Iterable[str], numbers: Iterable[int] = ()) -> None:
-        request_ids = list(request_ids)
-        super().forget(request_ids, numbers)
-        for request_id in request_ids:
-            self._kept.pop(request_id, None)
 
     def _score(self, score: Score) -> Scored | ScoredAgain:
         policy, peak_LHS, window_LWQD = PRESETS[score.policy], None, None
@@ -169,9 +163,7 @@ class CUDAEvictor(CUDAScorer):
             kept, begin = self._nothing_kept(), region.shared_blocks
             behind = score.source_blocks[begin : region.full_blocks]
         else:
-            if score.request_id not in self._kept:
-                raise IncompleteError("nothing is known of what it holds packed")
-            kept, begin = self._kept[score.request_id], since.full_blocks
+            kept, begin = self._known.of(score.request_id), since.full_blocks
             behind = score.source_blocks[: region.full_blocks - begin]  # without the tail
         table_B = compat.to_device(behind, self._pages.key_PND.device)
         candidates = Candidates(kept, begin * region.block_tokens, self._lasting(score, policy))
@@ -185,7 +177,7 @@ class CUDAEvictor(CUDAScorer):
         assert eviction.packing.format in self._formats, "as every request's fields were checked"
         if isinstance(scored, ScoredAgain):
             selection, kept = self._copy_again(scored, eviction.packing)
-            self._kept[eviction.request_id] = kept
+            self._known.note(eviction, kept)
             placed = Placed(((kept.source.offset_O, len(kept.position_PN)),), kept.source.fresh_K)
             self._runtime.place(eviction, placed)
             return (selection,)
@@ -221,6 +213,5 @@ class CUDAEvictor(CUDAScorer):
         assert score.later is not None
         first, layers = eviction.region.tokens[0], self._pages.num_layers
         candidates = Candidates(self._nothing_kept(), first, self._lasting(score, PRESETS[score.later]))
-        self._kept[eviction.request_id] = candidates.follow(
-            policy, eviction.packing, layers, chosen.offset_O, chosen.tokens_PN - first, fresh_K
-        )
+        kept = candidates.follow(policy, eviction.packing, layers, chosen.offset_O, chosen.tokens_PN - first, fresh_K)
+        self._known.note(eviction, kept)
