@@ -191,7 +191,7 @@ def test_a_worker_that_knows_nothing_of_a_packing_leaves_it_as_it_is(
 
 def forgetful(score: Any) -> Any:
     def call(self: Any, wanted: Any) -> Any:
-        self._kept.clear()
+        self._known.forget([wanted.request_id])
         return score(self, wanted)
 
     return call
