@@ -283,7 +283,7 @@ def test_quantised_pages_are_read_and_quantised_anew(
         tables={"r": SimpleNamespace(shared_blocks=())},
         place=lambda eviction, placed: None,
     )
-    repeats, came_out = Repeats(view, codec, runtime, weigh), []  # type: ignore[arg-type]
+    repeats, came_out = Repeats(view, codec, runtime, weigh, Known()), []  # type: ignore[arg-type]
     before: Region | None = None
     for stop, packed_blocks in ((320, (40, 41)), (432, (50, 51))):
         region = Region(stop, 0, W, rows, rows)
