@@ -271,7 +271,7 @@ def test_nothing_is_repeated(folder_of: Callable[[str], Path], monkeypatch: pyte
     from vllm_defensive.worker import worker
 
     said: list[str] = []
-    monkeypatch.setattr(worker.logger, "info", lambda message, *values: said.append(message % values))
+    monkeypatch.setattr(worker.logger, "info", lambda message, *values, **more: said.append(message % values))
     with engine_of(folder_of("lfm2"), "lfm2", "kvzip", keep=KEEP) as llm:
         (told,) = [line for line in said if "layers are evicted" in line]
         assert "2 of 6 layers" in told and "32 tokens" in told and told.endswith("scored by its window")
