@@ -1,7 +1,9 @@
-"""A transformers model, sliding windows and all, whose global layers can be told, entry by entry, what to see."""
+"""A transformers model, with whatever other layers it has, whose global ones can be told, entry by entry, what to
+see."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ NAME = "tests_masked"
 
 
 class MaskedTransformer:
-    """What transformers computes in float32, but for the attention, which is below. Evictable are the global layers."""
+    """What transformers computes in float32, but for the attention, which is below. Evictable are the global layers:
+    others have a sliding window, attend within chunks, or are recurrent, and have no attention at all."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
@@ -21,30 +24,59 @@ class MaskedTransformer:
 
         ALL_ATTENTION_FUNCTIONS[NAME] = _attend
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=NAME).eval()
-        self._attention: list[Any] = [layer.self_attn for layer in self._model.model.layers]
-        self._evictable = [attention for attention in self._attention if attention.sliding_window is None]
+        layers = [getattr(layer, "self_attn", None) for layer in self._model.model.layers]
+        self._attention: list[Any] = [attention for attention in layers if attention is not None]
+        self._chunk = getattr(self._model.config, "attention_chunk_size", None)
+        self._evictable = [attention for attention in self._attention if not self._is_local(attention)]
+
+    def _is_local(self, attention: Any) -> bool:
+        return getattr(attention, "sliding_window", None) is not None or self._is_chunked(attention)
+
+    def _is_chunked(self, attention: Any) -> bool:
+        return self._chunk is not None and bool(attention.use_rope)
 
     @torch.inference_mode()
-    def logprobs(self, token_ids: list[int], kept_LHT: Tensor | None = None, last: int = 0) -> Tensor:
+    def logprobs(
+        self,
+        token_ids: list[int],
+        kept_LHT: Tensor | None = None,
+        last: int = 0,
+        again: Sequence[tuple[int, Tensor]] = (),
+    ) -> Tensor:
         """fp32 `[S, vocabulary]` of what follows each token, or each of the `last`.
 
         kept_LHT: bool, L global layers, the first T tokens: these see each other; later ones see of them what is True.
+        again: of each eviction of a text that was evicted several times, from where on it is seen, and such a mask.
         """
+        if kept_LHT is not None:
+            again = [(kept_LHT.shape[2], kept_LHT)]
         causal_SS = torch.ones(len(token_ids), len(token_ids), dtype=torch.bool).tril()
         for attention in self._attention:
-            window = attention.sliding_window  # tokens that one sees, itself included
-            attention.seen_XSS = (causal_SS if window is None else causal_SS.triu(1 - window))[None]
-        if kept_LHT is not None:
-            for attention, kept_HT in zip(self._evictable, kept_LHT, strict=True):
+            seen_SS = causal_SS
+            if (window := getattr(attention, "sliding_window", None)) is not None:
+                seen_SS = causal_SS.triu(1 - window)  # tokens that one sees, itself included
+            if self._is_chunked(attention):
+                chunk_S = torch.arange(len(token_ids)) // self._chunk
+                seen_SS = causal_SS & (chunk_S[:, None] == chunk_S)
+            attention.seen_XSS = seen_SS[None]
+        for first, seen_LHT in again:
+            for attention, kept_HT in zip(self._evictable, seen_LHT, strict=True):
                 heads, tokens = kept_HT.shape
-                attention.seen_XSS = causal_SS.repeat(heads, 1, 1)
-                attention.seen_XSS[:, tokens:, :tokens] = kept_HT[:, None]
+                seen_HSS = attention.seen_XSS.expand(heads, -1, -1).clone()
+                seen_HSS[:, first:, :tokens] = kept_HT[:, None]
+                attention.seen_XSS = seen_HSS
         logits_SV = self._model(torch.tensor([token_ids]), use_cache=False, logits_to_keep=last).logits[0]
         return logits_SV.log_softmax(dim=-1)
 
-    def answer_logprobs(self, prompt: list[int], answer: list[int], kept_LHT: Tensor | None) -> Tensor:
+    def answer_logprobs(
+        self,
+        prompt: list[int],
+        answer: list[int],
+        kept_LHT: Tensor | None = None,
+        again: Sequence[tuple[int, Tensor]] = (),
+    ) -> Tensor:
         """float64, of the tokens of an answer, each given the true tokens before it."""
-        logprobs = self.logprobs(prompt + answer[:-1], kept_LHT, last=len(answer))
+        logprobs = self.logprobs(prompt + answer[:-1], kept_LHT, len(answer), again)
         return logprobs[torch.arange(len(answer)), torch.tensor(answer)].double()
 
 

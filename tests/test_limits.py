@@ -32,6 +32,8 @@ def vllm_config(**changes: Any) -> Any:
             get_total_num_kv_heads=lambda: 6,
             get_head_size=lambda: 512,
             is_mm_prefix_lm=False,
+            is_hybrid=False,
+            attention_chunk_size=None,
         ),
         parallel_config=SimpleNamespace(
             worker_cls=platforms.PLATFORMS["cpu"].worker,
@@ -41,7 +43,9 @@ def vllm_config(**changes: Any) -> Any:
             prefill_context_parallel_size=1,
             use_ubatching=False,
         ),
-        cache_config=SimpleNamespace(cache_dtype="auto", kv_cache_dtype_skip_layers=[], enable_prefix_caching=True),
+        cache_config=SimpleNamespace(
+            cache_dtype="auto", kv_cache_dtype_skip_layers=[], enable_prefix_caching=True, prefix_match_unit=None
+        ),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=512, disable_hybrid_kv_cache_manager=False),
         speculative_config=None,
         kv_transfer_config=None,
@@ -85,6 +89,16 @@ REFUSED = [
     ),
     ({"cache_config__kv_cache_dtype_skip_layers": ["0"]}, "kv_cache_dtype_skip_layers=['0']", "drop it"),
     ({"scheduler_config__max_num_batched_tokens": 31}, "kv_eviction_window=32", "max_num_batched_tokens=31"),
+    (
+        {"model_config__is_hybrid": True, "speculative_config": SimpleNamespace(method="ngram")},
+        "speculative_config.method=ngram",
+        "drop it: a recurrent layer's state",
+    ),
+    (
+        {"model_config__is_hybrid": True, "cache_config__prefix_match_unit": 16},
+        "prefix_match_unit=16",
+        "drop it: of models with recurrent layers",
+    ),
 ]
 
 
@@ -123,7 +137,19 @@ def test_batch_invariance_is_not_promised(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("window", [None, 4096])
 def test_one_kind_of_cache_needs_no_hybrid_manager(window: int | None) -> None:
     changes = {"scheduler_config__disable_hybrid_kv_cache_manager": True}
-    limits.check(vllm_config(model_config__get_sliding_window=lambda: window, **changes), SETTINGS)
+    changes["model_config__get_sliding_window"] = lambda: window
+    limits.check(vllm_config(**changes), SETTINGS)
+    for more in ({"model_config__attention_chunk_size": 128}, {"model_config__is_hybrid": True}):
+        with pytest.raises(ValueError, match=r"^disable_hybrid_kv_cache_manager=True: .* drop --disable-hybrid"):
+            limits.check(vllm_config(**changes, **more), SETTINGS)
+
+
+@pytest.mark.parametrize("changes", [{"is_hybrid": True}, {"attention_chunk_size": 128}], ids=repr)
+def test_recurrent_layers_and_chunks_are_beside_evicted_ones_on_cpus_alone(changes: dict[str, Any]) -> None:
+    named = {f"model_config__{name}": value for name, value in changes.items()}
+    limits.check(vllm_config(**named), SETTINGS)
+    with pytest.raises(ValueError, match=r"^model=some/model \(.*\): .*; evict such models on CPUs, or turn"):
+        limits.check(vllm_config(**ON_GPU, **named), SETTINGS)
 
 
 def test_a_window_longer_than_the_shortest_prompt_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from benchmarks.tiny_model import CHAT_TEMPLATE, END, START, random_weights, tiny_tokenizer, write_tiny_llama
 
@@ -15,8 +16,13 @@ __all__ = [
     "write_tiny_cohere2",
     "write_tiny_gemma3",
     "write_tiny_gemma4",
+    "write_tiny_granite_hybrid",
+    "write_tiny_lfm2",
     "write_tiny_llama",
+    "write_tiny_llama4",
+    "write_tiny_nemotron_h",
     "write_tiny_qwen2_vl",
+    "write_tiny_qwen3_5",
 ]
 
 
@@ -124,6 +130,141 @@ def write_tiny_gemma4(folder: Path, seed: int = 0) -> Path:
         for name, weight in model.named_parameters():
             if name.endswith("norm.weight"):  # as it is, unlike Gemma 3's
                 weight.copy_(1 + 0.2 * torch.randn(weight.shape, generator=generator))
+    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+
+
+def write_tiny_qwen3_5(folder: Path, seed: int = 0) -> Path:
+    """Write a random bf16 Qwen3.5, of text alone: two global layers, whose output is gated, among four of gated delta
+    net, whose heads are the smallest that vLLM takes on CPUs. Return it. A block has 96 tokens."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    config = Qwen3_5TextConfig(
+        **_SMALL,
+        num_hidden_layers=6,
+        layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
+        head_dim=32,
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        linear_conv_kernel_dim=4,
+    )
+    return _write_hybrid(Qwen3_5ForCausalLM, config, folder, seed)
+
+
+def write_tiny_granite_hybrid(folder: Path, seed: int = 0) -> Path:
+    """Write a random bf16 Granite 4 hybrid without experts: two global layers, without positions, among four of
+    Mamba 2. Return it. In float32 a block has 96 tokens."""
+    from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+
+    config = GraniteMoeHybridConfig(
+        **_SMALL,
+        num_hidden_layers=6,
+        layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
+        num_local_experts=0,
+        shared_intermediate_size=256,
+        attention_multiplier=32**-0.5,
+        mamba_n_heads=8,
+        mamba_n_groups=1,
+        mamba_d_state=32,
+        mamba_d_head=32,
+        mamba_d_conv=4,
+        mamba_expand=2,
+        mamba_chunk_size=32,
+    )
+    return _write_hybrid(GraniteMoeHybridForCausalLM, config, folder, seed)
+
+
+def write_tiny_nemotron_h(folder: Path, seed: int = 0) -> Path:
+    """Write a random bf16 Nemotron-H: two global layers, without positions, among four of Mamba 2 and two of an MLP.
+    Return it."""
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    config = NemotronHConfig(
+        **_SMALL,
+        layers_block_type=["linear_attention", "linear_attention", "full_attention", "mlp"] * 2,
+        head_dim=32,
+        mamba_num_heads=8,
+        mamba_head_dim=32,
+        ssm_state_size=32,
+        n_groups=1,
+        conv_kernel=4,
+        chunk_size=32,
+    )
+    return _write_hybrid(NemotronHForCausalLM, config, folder, seed)
+
+
+def write_tiny_lfm2(folder: Path, seed: int = 0) -> Path:
+    """Write a random bf16 LFM2: two global layers among four of short convolutions. Return it."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(
+        **_SMALL,
+        num_hidden_layers=6,
+        layer_types=["conv", "conv", "full_attention"] * 2,
+        conv_L_cache=3,
+        conv_dim=128,  # this and the next one are for vLLM
+        block_dim=128,
+        block_auto_adjust_ff_dim=False,
+    )
+    return _write_hybrid(Lfm2ForCausalLM, config, folder, seed)
+
+
+def write_tiny_llama4(folder: Path, seed: int = 0) -> Path:
+    """Write a random bf16 Llama 4 without experts: two global layers, without positions, among four that attend within
+    chunks of 128 tokens. Return it."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        **_SMALL,
+        intermediate_size_mlp=256,
+        num_hidden_layers=6,
+        no_rope_layers=[1, 1, 0] * 2,
+        layer_types=["chunked_attention", "chunked_attention", "full_attention"] * 2,
+        attention_chunk_size=128,
+        head_dim=32,
+        moe_layers=[],
+        interleave_moe_layer_step=0,
+    )
+    return _write_hybrid(Llama4ForCausalLM, config, folder, seed)
+
+
+def _write_hybrid(model_cls: Any, config: Any, folder: Path, seed: int) -> Path:
+    """Write a model of this configuration whose recurrent layers remember for some hundred tokens."""
+    import torch
+    from transformers import GenerationConfig
+
+    tokenizer = tiny_tokenizer(512)
+    special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config.update({**special_ids, "pad_token_id": None})
+    model = model_cls(config)
+    random_weights(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            last = name.rpartition(".")[2]
+            if weight.dim() == 3:  # a convolution over as many tokens as its last axis is long
+                weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
+            elif last == "A_log":  # how fast each head forgets
+                weight.copy_(torch.linspace(0.02, 0.5, len(weight)).log())
+            elif name.endswith(("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight")):
+                weight += 1  # whether it scales by that or by one more: it undoes the gain of `random_weights`
+            elif last in ("dt_bias", "D") or (last == "bias" and "conv" in name):
+                weight.normal_(0.0, 0.5, generator=generator)
     model.generation_config = GenerationConfig(do_sample=False, **special_ids)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -30,6 +30,18 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
         (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill_context_parallel_size", "> 1", "use 1"),
         (getattr(parallel, "use_ubatching", False), "enable_dbo", True, "turn micro-batching off"),
         refused_drafts(vllm_config.speculative_config, on_cuda),
+        (
+            vllm_config.speculative_config is not None and model.is_hybrid,
+            "speculative_config.method",
+            getattr(vllm_config.speculative_config, "method", None),
+            "drop it: a recurrent layer's state would have to go back with drafts that turn out wrong",
+        ),
+        (
+            cache.prefix_match_unit is not None and model.is_hybrid,
+            "prefix_match_unit",
+            cache.prefix_match_unit,
+            "drop it: of models with recurrent layers, prefixes are shared in whole blocks",
+        ),
         (vllm_config.kv_transfer_config is not None, "kv_transfer_config", "set", "drop it"),
         (getattr(vllm_config, "ec_transfer_config", None) is not None, "ec_transfer_config", "set", "drop it"),
         _switch("VLLM_USE_RUST_FRONTEND", "that server neither checks requests' fields nor has our metrics"),
@@ -58,10 +70,11 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
             "also where it is the checkpoint that asks for this one",
         ),
         (
-            scheduler.disable_hybrid_kv_cache_manager and _has_windows(model),
+            scheduler.disable_hybrid_kv_cache_manager and _has_other_caches(model),
             "disable_hybrid_kv_cache_manager",
             True,
-            "drop --disable-hybrid-kv-cache-manager, as layers with a sliding window need blocks of their own",
+            "drop --disable-hybrid-kv-cache-manager (and VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE=0, if that "
+            "is set), as layers that do not see all of a prompt need blocks of their own",
         ),
         (getattr(cache, "kv_sharing_fast_prefill", False), "kv_sharing_fast_prefill", True, "drop it"),
         (
@@ -124,10 +137,11 @@ def _switch(variable: str, why: str) -> Row:
     return value != "0", variable, value, f"unset it: {why}"
 
 
-def _has_windows(model: Any) -> bool:
-    """Whether the model has a sliding window that a request can outgrow."""
+def _has_other_caches(model: Any) -> bool:
+    """Whether the model has a sliding window that a request can outgrow, chunks, or recurrent layers."""
     window = model.get_sliding_window()
-    return window is not None and window < model.max_model_len
+    has_window = window is not None and window < model.max_model_len
+    return has_window or model.attention_chunk_size is not None or model.is_hybrid
 
 
 def _check_writable(folder: str) -> None:
@@ -142,12 +156,19 @@ def _check_writable(folder: str) -> None:
 
 
 def evictable_group(groups: Sequence[Any]) -> int:
-    """The index of the KV cache group to evict. Raises ValueError unless there is exactly one, and all others slide.
+    """The index of the KV cache group to evict. Raises ValueError unless there is exactly one, and all others have a
+    cache that does not grow with the request.
 
-    A sliding window has its blocks at their positions, whatever ours hold. Of other kinds (states of Mamba layers,
-    chunks, attention that we do not evict) nobody has tried what becomes of them beside packed blocks.
+    Sliding windows and chunks have their blocks at their positions, whatever ours hold, and a state of a recurrent
+    layer (Mamba, gated delta net, short convolution) is one block, in place of which the next one comes. Of other
+    kinds (attention that we do not evict) nobody has tried what becomes of them beside packed blocks.
     """
-    from vllm.v1.kv_cache_interface import SlidingWindowSpec, UniformTypeKVCacheSpecs
+    from vllm.v1.kv_cache_interface import (
+        ChunkedLocalAttentionSpec,
+        MambaSpec,
+        SlidingWindowSpec,
+        UniformTypeKVCacheSpecs,
+    )
 
     from vllm_defensive.engine.spec import EvictableSpec  # workers know it; servers need not
 
@@ -165,13 +186,21 @@ def evictable_group(groups: Sequence[Any]) -> int:
             f"evicted, and exactly one is supported; {TURN_OFF}"
         )
     for i, group in enumerate(groups):
-        kind = type(group.kv_cache_spec)
-        if i not in evictable and kind is not SlidingWindowSpec:
+        spec, kind = group.kv_cache_spec, type(group.kv_cache_spec)
+        beside = kind in (SlidingWindowSpec, ChunkedLocalAttentionSpec) or isinstance(spec, MambaSpec)
+        if i not in evictable and not beside:
             raise ValueError(
                 f"kv_eviction: layer {group.layer_names[0]} has a cache of the kind {kind.__name__}, which is not "
                 f"supported beside evicted layers; {TURN_OFF}"
             )
     return evictable[0]
+
+
+def has_states(groups: Sequence[Any]) -> bool:
+    """Whether some of the model's layers are recurrent: what they know of a prompt is a state, at its end alone."""
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    return any(isinstance(group.kv_cache_spec, MambaSpec) for group in groups)
 
 
 def of_one_size(groups: Sequence[Any]) -> bool:

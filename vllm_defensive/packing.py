@@ -7,8 +7,8 @@ Axis letters, used in names all over the project (`score_HT`, `query_WQD`):
     D head size     E evicted rows of a batch     P pages
 
 Words: a *block* is vLLM's unit of allocation, so many tokens of every layer and head; a *page* is the part of a block
-that belongs to one layer and one head. Today a page has as many rows as its block has tokens; the arithmetic allows for
-several pages of a head in a block. A *stop*, `T`, is the number of tokens at which a request is evicted. `g` is the
+that belongs to one layer and one head; where blocks are as large as the state of a recurrent layer, a head has several
+pages in each. A *stop*, `T`, is the number of tokens at which a request is evicted. `g` is the
 number of blocks that are full by then, `s` the number of leading ones that stay where they are because others use them,
 `K` the number of fresh blocks that the kept pages are packed into. A page may hold more tokens than it has rows, in
 fewer bits each (*widths*, `vllm_defensive_kernels.widths`): `keep` counts bytes, whatever they hold.
@@ -36,6 +36,8 @@ ECHO_REQUESTS = 16
 """How many requests may be there that an echo is still to serve: each holds its whole prompt, and perhaps a window,
 until its turn comes. Others wait outside."""
 _LEAST_ECHO_TOKENS = 64
+MANY_BLOCKS = 8
+"""Prompts of fewer blocks gain little: budgets are whole blocks, and the last one, which is not full, stays."""
 
 
 def echo_tokens(stop: int, max_model_len: int) -> int:

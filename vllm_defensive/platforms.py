@@ -153,6 +153,13 @@ def refused_on_cuda(vllm_config: Any) -> tuple[Row, ...]:
             f"{model.model} (heads of {model.get_head_size()} numbers)",
             f"on GPUs use a model with heads of at most {MAX_HEAD_SIZE}",
         ),
+        (model.is_hybrid, "model", f"{model.model} (recurrent layers)", "evict such models on CPUs"),
+        (
+            model.attention_chunk_size is not None,
+            "model",
+            f"{model.model} (attention in chunks)",
+            "evict such models on CPUs",
+        ),
     )
 
 

@@ -6,11 +6,14 @@ while somebody else reads it, or taken from the prefix cache although it was com
 as a wrong number in some later read. Of draft tokens, the slots from the first wrong one on hold nothing of use, and
 must be written again before they are read. Blocks that held codes are nobody's to write tokens into before the message
 has said that they are to be cleared.
+
+A block of a recurrent layer holds one such number, of the last token that its state has seen: a state that was taken
+from elsewhere than where the request goes on, or from under another's eviction, shows up in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +32,8 @@ class _Row:
     """What the worker knows of one request."""
 
     table: list[int] = field(default_factory=list)
+    states: list[list[int]] = field(default_factory=list)
+    """Of each group of recurrent layers, its table."""
     end: int = 0
     """Tokens that it has computed."""
     window: tuple[int, int] = (0, 0)
@@ -46,10 +51,19 @@ class _Row:
 
 
 class GhostWorker:
-    """tokens_of: request id -> all token ids of the request that exist or will ever be drawn."""
+    """tokens_of: request id -> all token ids of the request that exist or will ever be drawn. states: tokens of a block
+    of each group of recurrent layers."""
 
-    def __init__(self, num_blocks: int, block_size: int, window: int, tokens_of: dict[str, list[int]]) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        window: int,
+        tokens_of: dict[str, list[int]],
+        states: Sequence[int] = (),
+    ) -> None:
         self.memory = np.zeros((num_blocks, block_size), dtype=np.int64)
+        self._states = states
         self.evictions: list[Eviction] = []
         self.adoptions: list[Eviction] = []
         self.declines: set[str] = set()
@@ -83,6 +97,8 @@ class GhostWorker:
             assert made.packing == eviction.packing and computed[eviction.request_id] >= eviction.region.stop
             row.eviction = eviction
             self.adoptions.append(eviction)
+        for request_id in output.num_scheduled_tokens:
+            self._read_states(request_id, computed[request_id])
         written: dict[int, str] = {}
         for request_id, count in output.num_scheduled_tokens.items():
             self._write(request_id, computed[request_id], count, rejected.get(request_id, 0), written)
@@ -132,7 +148,7 @@ class GhostWorker:
     def _update_tables(self, output: Any) -> dict[str, int]:
         computed = {}
         for new in output.scheduled_new_reqs:
-            self._rows[new.req_id] = _Row(list(new.block_ids[0]))
+            self._rows[new.req_id] = self._row(new.block_ids)
             computed[new.req_id] = new.num_computed_tokens
         cached = output.scheduled_cached_reqs
         for request_id, blocks, done in zip(
@@ -140,10 +156,23 @@ class GhostWorker:
         ):
             computed[request_id] = done
             if request_id in cached.resumed_req_ids:
-                self._rows[request_id] = _Row(list(blocks[0]))
+                self._rows[request_id] = self._row(blocks)
             elif blocks is not None:
-                self._rows[request_id].table.extend(blocks[0])
+                row = self._rows[request_id]
+                for table, more in zip((row.table, *row.states), blocks, strict=False):
+                    table.extend(more)
         return computed
+
+    def _row(self, blocks: Sequence[Sequence[int]]) -> _Row:
+        return _Row(list(blocks[0]), [list(blocks[1 + group]) for group in range(len(self._states))])
+
+    def _read_states(self, request_id: str, start: int) -> None:
+        """Where a request goes on, each of its states must be that of the token before."""
+        for table, tokens in zip(self._rows[request_id].states, self._states, strict=True):
+            if start:
+                block, expected = table[(start - 1) // tokens], self._expected(request_id, start)[-1]
+                assert block > 0, f"{request_id}: no state is there at {start}"
+                assert self.memory[block, 0] == expected, f"{request_id}: a state is not that of its {start} tokens"
 
     def _expected(self, request_id: str, end: int) -> np.ndarray:
         """What slots [0, end) of the request hold: exact up to its eviction, marked from there on."""
@@ -170,6 +199,10 @@ class GhostWorker:
             assert block not in self._coded, f"{request_id} reads codes behind its tokens in block {block}"
         expected = self._expected(request_id, start + count - rejected)[start:]
         self.memory[blocks, positions % self._block_size] = np.append(expected, np.full(rejected, _REJECTED))
+        for table, tokens in zip(row.states, self._states, strict=True):
+            block = table[(start + count - 1) // tokens]
+            assert block > 0 and written.setdefault(block, request_id) == request_id, f"{request_id}: state in {block}"
+            self.memory[block, 0] = expected[-1]
 
     def _read(self, request_id: str, end: int) -> None:
         row, size = self._rows[request_id], self._block_size

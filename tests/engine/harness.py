@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -34,6 +35,7 @@ class Harness:
     """One scheduler over `num_blocks` usable blocks: with eviction if `policy` is given, else stock vLLM's.
 
     drafts: how many tokens are guessed of each answer in each step, at most: some right, some wrong.
+    states, chunks: KV cache groups of recurrent layers, and of layers that attend within chunks of 2.5 blocks.
     settings: those of `vllm_defensive.engine_kwargs`, with min_tokens 33 unless given.
     """
 
@@ -52,12 +54,21 @@ class Harness:
         long_prefill: int = 0,
         caching: bool = True,
         drafts: int = 0,
+        states: int = 0,
+        chunks: int = 0,
         **settings: Any,
     ) -> None:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler
         from vllm.v1.core.sched.scheduler import Scheduler
-        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+        from vllm.v1.kv_cache_interface import (
+            ChunkedLocalAttentionSpec,
+            FullAttentionSpec,
+            KVCacheConfig,
+            KVCacheGroupSpec,
+            KVCacheSpec,
+            MambaSpec,
+        )
         from vllm.v1.structured_output import StructuredOutputManager
 
         from vllm_defensive.engine.scheduler import make_scheduler
@@ -80,27 +91,48 @@ class Harness:
         # The CPU platform turns asynchronous scheduling off; a scheduler does not care who runs its steps.
         config.scheduler_config.async_scheduling = asynchronous
         config.cache_config.num_gpu_blocks = num_blocks + 1  # one is vLLM's null block
-        spec = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
+        if states:
+            config.cache_config.mamba_cache_mode = "align" if caching else "none"
+        shape: dict[str, Any] = {
+            "block_size": block_size, "num_kv_heads": 2, "head_size": 32, "dtype": torch.bfloat16,
+        }  # fmt: skip
+        spec: KVCacheSpec = FullAttentionSpec(**shape)
         self.eviction = from_vllm_config(config)
         if self.eviction is not None:
-            spec = as_evictable(spec, self.eviction)
-        group = KVCacheGroupSpec([f"model.layers.{i}.self_attn.attn" for i in range(2)], spec)
+            spec = as_evictable(spec, self.eviction, block_size // 2 if states else None)
+        state = MambaSpec(
+            block_size=block_size if caching else max_model_len,
+            shapes=((4, 32),),
+            dtypes=(torch.float32,),
+            mamba_cache_mode=config.cache_config.mamba_cache_mode,
+        )
+        chunked = ChunkedLocalAttentionSpec(**shape, attention_chunk_size=5 * block_size // 2)
+        specs = [spec, *[state] * states, *[chunked] * chunks]
+        groups = [
+            KVCacheGroupSpec([f"model.layers.{2 * g + i}.attn" for i in range(2)], s) for g, s in enumerate(specs)
+        ]
+        lcm = math.lcm(*(s.block_size for s in specs))
         make = make_scheduler if policy is not None else AsyncScheduler if asynchronous else Scheduler
         self.scheduler = make(
             vllm_config=config,
-            kv_cache_config=KVCacheConfig(num_blocks=num_blocks + 1, kv_cache_tensors=[], kv_cache_groups=[group]),
+            kv_cache_config=KVCacheConfig(
+                num_blocks=num_blocks + 1,
+                kv_cache_tensors=[],
+                kv_cache_groups=groups,
+                prefix_cache_retention_interval=0 if states else None,
+            ),
             structured_output_manager=StructuredOutputManager(config),
-            block_size=block_size,
-            hash_block_size=block_size,
+            block_size=lcm,
+            hash_block_size=lcm,
             log_stats=True,
         )
-        self.manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        self.manager, *self._beside = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.num_blocks, self.block_size, self.asynchronous = num_blocks, block_size, asynchronous
         self._tokens_of: dict[str, list[int]] = {}
         self._asked: set[str] = set()
         window = self.eviction.window if self.eviction is not None else 0
-        self.ghost = GhostWorker(num_blocks + 1, block_size, window, self._tokens_of)
+        self.ghost = GhostWorker(num_blocks + 1, block_size, window, self._tokens_of, [state.block_size] * states)
         self._in_flight: deque[Any] = deque()
         self._max_drafts, self._guesses = drafts, random.Random(drafts)
         self.accepted: Counter[int] = Counter()
@@ -237,8 +269,9 @@ class Harness:
     def check(self) -> None:
         """Count every reference to every block and compare with what the pool believes."""
         owners: Counter[int] = Counter()
-        for blocks in self.manager.req_to_blocks.values():
-            owners.update(block.block_id for block in blocks if not block.is_null)
+        for manager in (self.manager, *self._beside):
+            for blocks in manager.req_to_blocks.values():
+                owners.update(block.block_id for block in blocks if not block.is_null)
         if self.eviction is not None:
             check_integrity(self.manager)
             families = self.manager.outlook.relatives._families

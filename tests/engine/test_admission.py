@@ -200,8 +200,10 @@ def test_other_cache_groups_count(tiny_model: Path) -> None:
     h = Harness(tiny_model, num_blocks=40, keep=0.3, admission="steady")
     request = h.scheduler.requests[h.add(text(300, 0), max_tokens=8)]
     alone = h.scheduler._load(request, ()).own
-    by_length = SimpleNamespace(get_num_blocks_to_allocate=lambda _, num_tokens, *args, **kwargs: num_tokens)
-    h.manager.beside([by_length])
+    by_length = SimpleNamespace(
+        get_num_blocks_to_allocate=lambda _, num_tokens, *args, **kwargs: num_tokens, kv_cache_spec=None
+    )
+    h.manager.outlook.beside([by_length], lambda spec: 0)
     assert h.scheduler._load(request, ()).own == alone + 308  # what they take at its expected end
 
 

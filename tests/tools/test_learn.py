@@ -116,6 +116,16 @@ def test_texts_are_as_long_as_they_can_be_repeated(
     assert learn_run.lengths(length, arguments) == expected
 
 
+def test_nothing_is_learned_of_a_model_whose_states_a_repetition_would_move(tmp_path: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from tests.tiny_model import write_tiny_lfm2
+
+    arguments = EngineArgs(model=str(write_tiny_lfm2(tmp_path / "model")))
+    with pytest.raises(ValueError, match="nothing can be learned of it, for its recurrent layers"):
+        learn_run.lengths(None, arguments)
+
+
 def test_a_learning_goes_on_from_what_it_wrote_last_and_only_its_own(tmp_path: Path) -> None:
     out, texts = tmp_path / "deep" / "a.safetensors", [[1, 2], [3]]
     state = State(out, "this")

@@ -40,6 +40,85 @@ def test_only_full_layers_grow_with_the_prompt() -> None:
     assert model.bytes(50, 60) == 4096 * (50 + 3 * 60)
 
 
+RECURRENT = {
+    # (configuration, its full and recurrent layers, numbers that a state has: of the convolution, and remembered)
+    "qwen3-next": (
+        {
+            "full_attention_interval": 4,
+            "linear_num_value_heads": 32,
+            "linear_num_key_heads": 16,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_conv_kernel_dim": 4,
+        },
+        (8, 24),
+        (3 * 8192, 32 * 128 * 128),
+    ),
+    "nemotron-h": (
+        {
+            "hybrid_override_pattern": "M-M*" * 8,
+            "mamba_num_heads": 128,
+            "mamba_head_dim": 64,
+            "ssm_state_size": 128,
+            "n_groups": 8,
+            "conv_kernel": 4,
+        },
+        (8, 16),
+        (3 * (8192 + 2 * 8 * 128), 128 * 64 * 128),
+    ),
+    "granite": (
+        {
+            "layer_types": (["mamba"] * 3 + ["attention"]) * 8,
+            "mamba_n_heads": 64,
+            "mamba_d_head": "auto",
+            "mamba_expand": 2,
+            "mamba_d_state": 128,
+            "mamba_n_groups": 1,
+            "mamba_d_conv": 4,
+        },
+        (8, 24),
+        (3 * (8192 + 2 * 128), 8192 * 128),
+    ),
+    "lfm2": ({"layer_types": ["conv", "full_attention"] * 16, "conv_L_cache": 3}, (16, 16), (2 * 4096, 0)),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_block_is_as_large_as_a_state(name: str) -> None:
+    more, layers, (convolution, remembered) = RECURRENT[name]
+    model = read_model({**LLAMA_8B, **more})
+    assert (model.full_layers, model.recurrent_layers) == layers
+    assert model.state_bytes == 2 * (convolution + remembered)
+    block = model.block_tokens(32)
+    assert block % 32 == 0 and (block - 32) * 4096 < model.state_bytes <= block * 4096
+    assert model.bytes(1000, 1000) == 4096 * 1000 * layers[0] + 2 * model.state_bytes * layers[1]
+    in_float32 = read_model({**LLAMA_8B, **more, "mamba_ssm_dtype": "float32"}, tp=2)
+    assert in_float32.state_bytes == (2 * convolution + 4 * remembered) // 2
+
+
+def test_a_configuration_that_hides_where_its_states_are_is_refused() -> None:
+    more = {name: value for name, value in RECURRENT["nemotron-h"][0].items() if name != "hybrid_override_pattern"}
+    with pytest.raises(ValueError, match="does not say which of its layers are recurrent"):
+        read_model({**LLAMA_8B, **more})
+
+
+def test_what_a_block_costs_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "config.json").write_text(json.dumps({**LLAMA_8B, **RECURRENT["granite"][0]}))
+    assert main(arguments(folder, context=3000)) == 0
+    out = capsys.readouterr().out
+    assert "a block has 544 tokens" in out and "prompts below 4352 tokens gain little" in out
+    assert main(arguments(folder)) == 0
+    out = capsys.readouterr().out
+    assert "a block has 544 tokens" in out and "gain little" not in out
+    assert main(arguments(folder, documents=9)) == 2
+    assert "windows or recurrent layers" in capsys.readouterr().err
+
+
+def test_every_fourth_layer_of_a_llama_4_sees_everything() -> None:
+    model = read_model({**LLAMA_8B, "attention_chunk_size": 8192})
+    assert (model.full_layers, model.windowed_layers, model.window) == (8, 24, 8192)
+
+
 @pytest.mark.parametrize(("switch", "full"), [({}, 0), ({"use_sliding_window": False}, 32)])
 def test_a_window_without_layer_types_holds_for_all_layers_unless_switched_off(
     switch: dict[str, bool], full: int

@@ -9,16 +9,18 @@ import pytest
 import torch
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
+    CrossAttentionSpec,
     FullAttentionSpec,
     KVCacheGroupSpec,
     KVCacheSpec,
     MambaSpec,
+    SlidingWindowMLASpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
 
 from vllm_defensive.engine.spec import as_evictable
-from vllm_defensive.limits import check_layers, evictable_group
+from vllm_defensive.limits import check_layers, evictable_group, has_states
 from vllm_defensive.settings.engine import EvictionConfig
 
 NAMES = ["model.layers.0.attn", "model.layers.1.attn"]
@@ -70,9 +72,16 @@ def group(name: str, spec: KVCacheSpec) -> KVCacheGroupSpec:
     return KVCacheGroupSpec([f"model.layers.{name}.attn"], spec)
 
 
-def test_sliding_windows_may_stand_beside_the_evicted_group() -> None:
+STATE = MambaSpec(block_size=32, shapes=((4, 4),), dtypes=(torch.float32,))
+CHUNKS = ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=64)
+
+
+def test_what_does_not_grow_may_stand_beside_the_evicted_group() -> None:
     assert evictable_group([group("0", EVICTED)]) == 0
-    assert evictable_group([group("0", WINDOW), group("1", WINDOW), group("2", EVICTED)]) == 2
+    for other in (WINDOW, STATE, CHUNKS):
+        groups = [group("0", other), group("1", other), group("2", EVICTED)]
+        assert evictable_group(groups) == 2
+        assert has_states(groups) == (other is STATE)
 
 
 @pytest.mark.parametrize("evicted", [0, 2])
@@ -85,8 +94,8 @@ def test_any_number_but_one_of_groups_to_evict_is_refused(evicted: int) -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        MambaSpec(block_size=32, shapes=((4, 4),), dtypes=(torch.float32,)),
-        ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=64),
+        CrossAttentionSpec(**SHAPE),
+        SlidingWindowMLASpec(**{**SHAPE, "num_kv_heads": 1}, sliding_window=128),
         as_evictable(FullAttentionSpec(**SHAPE, sliding_window=128), EvictionConfig(policy="snapkv")),
     ],
     ids=lambda spec: type(spec).__name__,

@@ -7,6 +7,6 @@ marked *inert* are installed, and they pass every call through unchanged.
     base.py         how a patch is installed; the logger
     serving.py      API servers and the command line: P1 to P4, P6, P7
     scheduling.py   the scheduler's process: the block manager's registration, P8 to P10
-    worker.py       workers: attention backends, P5, batches, copies to the device
+    worker.py       workers: attention backends, P5, P11, batches, copies to the device
     channels.py     what rides on vLLM's own messages between the processes
 """

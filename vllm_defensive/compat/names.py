@@ -95,7 +95,7 @@ SERVING: dict[str, dict[str, str | None]] = {
         **_has(
             "ModelConfig",
             "runner_type is_encoder_decoder use_mla model dtype max_model_len served_model_name is_mm_prefix_lm "
-            "is_diffusion",
+            "is_diffusion is_hybrid attention_chunk_size",
         ),
         "ModelConfig.get_sliding_window": "",
         "ModelConfig.get_total_num_kv_heads": "",
@@ -107,7 +107,8 @@ SERVING: dict[str, dict[str, str | None]] = {
         ),
         **_has(
             "CacheConfig",
-            "cache_dtype block_size enable_prefix_caching kv_cache_dtype_skip_layers kv_cache_memory_bytes",
+            "cache_dtype block_size enable_prefix_caching kv_cache_dtype_skip_layers kv_cache_memory_bytes "
+            "prefix_match_unit",
         ),
         **_has(
             "SchedulerConfig",
@@ -176,7 +177,7 @@ ENGINE: dict[str, dict[str, str | None]] = {
         "SingleTypeKVCacheManager.get_num_skipped_tokens": "num_computed_tokens",
         **_has(
             "FullAttentionManager",
-            "block_pool block_size enable_caching kv_cache_group_id num_cached_block req_to_blocks",
+            "block_pool block_size enable_caching kv_cache_group_id kv_cache_spec num_cached_block req_to_blocks",
         ),
     },
     "vllm.v1.core.kv_cache_coordinator": {
@@ -236,6 +237,8 @@ ENGINE: dict[str, dict[str, str | None]] = {
         "KVCacheSpec": None,
         "AttentionSpec": None,
         **_has("SlidingWindowSpec", "sliding_window page_size_padded"),
+        "MambaSpec.max_memory_usage_bytes": "vllm_config",
+        **_has("MambaSpec", "page_size_bytes"),
     },
 }
 
@@ -259,6 +262,8 @@ WORKER: dict[str, dict[str, str | None]] = {
     "vllm.distributed.communication_op": {"tensor_model_parallel_all_reduce": "input_"},
     "vllm.v1.kv_cache_interface": {
         "AttentionSpec": None,
+        "ChunkedLocalAttentionSpec": None,
+        "MambaSpec": None,
         "SlidingWindowSpec": None,
         "UniformTypeKVCacheSpecs": None,
         **_has("KVCacheConfig", "kv_cache_groups"),
@@ -280,6 +285,7 @@ WORKER: dict[str, dict[str, str | None]] = {
         **_has("AttentionBackendEnum", "CPU_ATTN CUSTOM"),
     },
     "vllm.v1.attention.backend": {
+        "MultipleOf": None,
         "AttentionMetadataBuilder.build": "common_prefix_len, common_attn_metadata, fast_build",
         **_has(
             "CommonAttentionMetadata",
@@ -311,11 +317,13 @@ CPU: dict[str, dict[str, str | None]] = {
     "vllm.v1.worker.cpu_worker": {"CPUWorker": None, "CPUWorker.load_model": "..."},
     "vllm.v1.worker.gpu_model_runner": {
         "GPUModelRunner.get_model": "",
-        **_has("GPUModelRunner", "attn_groups discard_request_mask input_batch"),
+        "GPUModelRunner._zero_block_ids": "block_ids",  # P11
+        **_has("GPUModelRunner", "attn_groups discard_request_mask input_batch kv_cache_config"),
     },
     "vllm.v1.worker.gpu_input_batch": _has("InputBatch", "generators num_reqs req_ids"),
     "vllm.v1.attention.backends.cpu_attn": {
         "CPUAttentionBackend.get_impl_cls": "",
+        "CPUAttentionBackend.get_supported_kernel_block_sizes": "kv_cache_spec",
         "CPUAttentionBackend.get_builder_cls": "",
         "CPUAttentionMetadataBuilder.build": "common_prefix_len, common_attn_metadata, fast_build",
         "CPUAttentionBackendImpl.forward": (

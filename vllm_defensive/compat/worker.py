@@ -98,6 +98,20 @@ def keep_out_of_decode_graphs(model_runner: Any, when: Callable[[], bool]) -> No
     patch(model_runner, "gather_batch_req_state", make)
 
 
+def zero_blocks_by(model_runner: Any, clear: Callable[[Sequence[int]], None]) -> None:
+    """P11, on the runner of this worker, where blocks are split into parts. Why: beside recurrent layers vLLM zeroes
+    blocks before they are used, and on CPUs it takes their numbers for those of the parts, which are of other blocks.
+    How: `clear(block_ids)` instead. Until: vLLM counts parts there as it does on GPUs."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _zero_block_ids(block_ids: list[int]) -> None:
+            clear(block_ids)
+
+        return _zero_block_ids
+
+    patch(model_runner, "_zero_block_ids", make)
+
+
 def request_ids_of(model_runner: Any) -> Callable[[Any], Sequence[str]]:
     """From a batch's `CommonAttentionMetadata` to the request id of each of its rows, for either model runner."""
     if hasattr(model_runner, "req_states"):

@@ -160,10 +160,10 @@ class Again:
         tokens = self._outlook.block_tokens
         if life.packing is not None:
             before = life.packing.region
-            region = self._outlook.settings.region(stop, before.shared_blocks, tokens)
+            region = self._outlook.region(stop, before.shared_blocks)
             return region, len(life.blocks) + region.full_blocks - before.full_blocks
         protected = min(cdiv(life.settings.protect, tokens), stop // tokens)
-        region = self._outlook.settings.region(stop, protected, tokens)
+        region = self._outlook.region(stop, protected)
         return region, region.blocks
 
     def postpone(self, life: Life) -> None:
@@ -200,7 +200,7 @@ class Again:
             longest = min(request.num_prompt_tokens + request.max_tokens, self._outlook.max_model_len)
             most, packed = cdiv(longest, tokens), 0
             protected = min(cdiv(settings.protect, tokens), longest // tokens)
-            region = self._outlook.settings.region(longest, protected, tokens)
+            region = self._outlook.region(longest, protected)
             if settings.policy != NONE:
                 policy = PRESETS[settings.policy].evicts_answers_by if life.again else settings.policy
                 format, blocks = self._outlook.format(settings), region.blocks

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from vllm_defensive.engine.again import Again
@@ -35,15 +35,12 @@ class EvictionBlockManager(FullAttentionManager):
         settings, audited = self.eviction, self.eviction.audit is not None
         self.lifecycle = Lifecycle(settings.window, audited, self.block_pool, settings.pinned)
         can_share = self.enable_caching and self.block_size == self.block_pool.hash_block_size
-        self.outlook = Outlook(self.eviction, kv_cache_spec.page, self.block_pool, self.lifecycle.library, can_share)
+        page, block_tokens = kv_cache_spec.page, self.block_size
+        self.outlook = Outlook(self.eviction, page, block_tokens, self.block_pool, self.lifecycle.library, can_share)
         self.again = Again(self.lifecycle, self.outlook, self.block_pool, self.req_to_blocks)
         # The scheduler's own dict of live requests, set by it. Without it (a manager used on its own) nothing is ever
         # evicted.
         self.requests: Mapping[str, Request] = {}
-
-    def beside(self, other_managers: Sequence[SingleTypeKVCacheManager]) -> None:
-        """These are the block managers of the model's other KV cache groups, which take from the same pool."""
-        self.outlook.other_managers = other_managers
 
     # -- allocation ---------------------------------------------------------------------------------------------------
 
@@ -198,7 +195,7 @@ class EvictionBlockManager(FullAttentionManager):
 
     def _leave_end(self, life: Life, held: Published) -> None:
         """A turn of a chat ends: what it computed behind what it holds is there for the next one, whole blocks. Not
-        where other groups have windows: what is computed over a packing is not hashed, nor found, in theirs."""
+        where there are other groups: what is computed over a packing is not hashed, nor found, in theirs."""
         request = life.request
         if self.outlook.other_managers:
             return

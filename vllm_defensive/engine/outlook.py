@@ -8,6 +8,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_defensive.engine.life import Life, Phase
@@ -24,19 +25,36 @@ class Outlook:
     """Judges requests by their settings, by who else is there, and by what the pool can hold."""
 
     def __init__(
-        self, settings: EvictionConfig, page: PageShape, pool: BlockPool, library: Library, can_share: bool
+        self,
+        settings: EvictionConfig,
+        page: PageShape,
+        block_tokens: int,
+        pool: BlockPool,
+        library: Library,
+        can_share: bool,
     ) -> None:
-        """page: of one head; a block is one of each. library: of what may be found there. can_share: blocks are hashed,
-        in the size in which they are allocated."""
-        self.settings, self.block_tokens = settings, page.rows
+        """page: of one head. library: of what may be found there. can_share: blocks are hashed, in the size in which
+        they are allocated."""
+        self.settings, self.block_tokens, self._page_tokens = settings, block_tokens, page.rows
         self._formats = {widths: Format.of(widths, page) for widths in WIDTHS}
         self.relatives = Relatives()
-        # Block managers of the model's other KV cache groups: they take from the same pool.
+        # Block managers of the model's other KV cache groups: they take from the same pool. Those of recurrent layers
+        # hold states, so many blocks of each request, whatever its length.
         self.other_managers: Sequence[SingleTypeKVCacheManager] = ()
+        self._windows: Sequence[SingleTypeKVCacheManager] = ()
+        self._state_blocks = 0
         # The scheduler's, set by it: the longest request, and whether images have positions of their own.
         self.max_model_len, self.own_positions = 0, False
         self.library, self._pool, self._can_share = library, pool, can_share
         self._sessions: dict[str, Request] = {}  # that stream their input, by id
+
+    def beside(self, managers: Sequence[SingleTypeKVCacheManager], state_blocks: Callable[[MambaSpec], int]) -> None:
+        """These are the block managers of the model's other KV cache groups. state_blocks: what a request holds at most
+        of a group of recurrent layers."""
+        self.other_managers = managers
+        self._windows = [other for other in managers if not isinstance(other.kv_cache_spec, MambaSpec)]
+        states = (other.kv_cache_spec for other in managers if isinstance(other.kv_cache_spec, MambaSpec))
+        self._state_blocks = sum(state_blocks(spec) for spec in states)
 
     def foresee(self, request: Request, blocks_of: Callable[[str], Iterable[KVCacheBlock]]) -> Life:
         """The life that a request without blocks begins with. blocks_of: those that a request holds."""
@@ -84,7 +102,8 @@ class Outlook:
 
     def windows_before(self, request: Request, end: int) -> dict[int, list[KVCacheBlock]] | None:
         """By KV cache group, what the other ones have of a request that goes on behind its first `end` tokens: cached
-        blocks of the window before them, and null blocks in place of all others. None if some are not cached."""
+        blocks of the window before them, of its chunk, or the one with the state at its end, and null blocks in place
+        of all others. None if some are not cached."""
         found: dict[int, list[KVCacheBlock]] = {}
         for other in self.other_managers:
             first, group = other.get_num_skipped_tokens(end) // self.block_tokens, other.kv_cache_group_id
@@ -126,8 +145,8 @@ class Outlook:
 
     def _echo_tokens(self, request: Request, stop: int) -> int:
         """How many tokens of its prompt one echo of this request repeats; 0: none, or there is no room, or its prompt
-        cannot be repeated as tokens."""
-        if request.mm_features or request.prompt_token_ids is None:
+        cannot be repeated as tokens, or a repetition would not leave the model's states as they are."""
+        if request.mm_features or request.prompt_token_ids is None or self._state_blocks:
             return 0
         return echo_tokens(stop, self.max_model_len)
 
@@ -151,12 +170,10 @@ class Outlook:
         self._sessions.pop(request_id, None)
 
     def blocks_beside(self, num_tokens: int) -> int:
-        """Blocks that a request of so many tokens takes in the other KV cache groups."""
-        if not self.other_managers:
-            return 0
-        return sum(
+        """Blocks that a request of so many tokens takes in the other KV cache groups, at most."""
+        return self._state_blocks + sum(
             other.get_num_blocks_to_allocate("", num_tokens, [], 0, 0, num_tokens, apply_admission_cap=True)
-            for other in self.other_managers
+            for other in self._windows
         )
 
     def plan(self, life: Life, life_of: Callable[[Request], Life]) -> tuple[Region, int]:
@@ -179,10 +196,14 @@ class Outlook:
 
     def _budget(self, life: Life, shared_blocks: int) -> tuple[Region, int]:
         protected = min(cdiv(life.settings.protect, self.block_tokens), life.stop // self.block_tokens)
-        region = self.settings.region(life.stop, max(shared_blocks, protected), self.block_tokens)
+        region = self.region(life.stop, max(shared_blocks, protected))
         settings = life.settings
         format = self.format(settings)
         return region, self.settings.budget_blocks(region, settings.policy, settings.keep, format, settings.budget)
+
+    def region(self, stop: int, shared_blocks: int) -> Region:
+        """What an eviction at `stop` chooses from."""
+        return self.settings.region(stop, shared_blocks, self.block_tokens, self._page_tokens)
 
     def format(self, settings: RequestSettings) -> Format:
         """How a request with these settings is packed."""

@@ -6,11 +6,13 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_defensive.compat import channels, contract, scheduling
@@ -36,7 +38,7 @@ class _EvictionMixin(Scheduler):
         super().__init__(*args, **kwargs)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         (manager,) = (m for m in managers if isinstance(m, EvictionBlockManager))  # workers refuse any other number
-        manager.beside([other for other in managers if other is not manager])
+        manager.outlook.beside([other for other in managers if other is not manager], self._state_blocks)
         manager.requests = self.requests
         self.eviction_manager, self._lives = manager, manager.lifecycle.lives
         self._again = again = manager.again
@@ -78,6 +80,11 @@ class _EvictionMixin(Scheduler):
             manager.note_ready,
             self._refuse,
         )
+
+    def _state_blocks(self, spec: MambaSpec) -> int:
+        """Blocks of a request's states in a group of recurrent layers, at most: where they are cached, the one before
+        stays until the next one was made of it."""
+        return cdiv(spec.max_memory_usage_bytes(self.vllm_config), spec.page_size_bytes)
 
     def _refuse(self, request_id: str) -> None:
         """There was no memory for this request in this step."""
@@ -144,11 +151,12 @@ class _EvictionMixin(Scheduler):
             blocks, hit, resume_at, diverged = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         finally:
             limit, self._longest_hit = self._longest_hit, None
-        if limit is not None and not resume_at:
-            # Sliding-window groups cache only the blocks before positions at which a later request may resume. Ours
-            # resumes earlier than vLLM thinks, so we name that position, as vLLM itself does for shared prefixes.
+        if limit is not None:
+            # Groups with windows or states cache only what precedes positions at which a later request may resume. Ours
+            # resumes earlier than vLLM thinks, so we name that position, as vLLM itself does for shared prefixes; and
+            # where a packing ends, for nobody begins with it without the others' caches.
             published_at = self.eviction_manager.resumes_at(request.request_id)
-            resume_at = published_at or limit // self.block_size * self.block_size
+            resume_at = published_at or resume_at or limit // self.block_size * self.block_size
         if limit is not None:
             self.eviction_manager.note_hit(request.request_id, hit)
         if self._answers is not None:

@@ -302,9 +302,10 @@ class EvictionConfig(BaseModel):
             return self
         return self.model_copy(update={"reuse": self.reuse if prefix_caching else "off"})
 
-    def region(self, stop: int, shared_blocks: int, block_tokens: int) -> Region:
-        """What an eviction at `stop` chooses from, with this engine's window."""
-        return Region(stop, shared_blocks, self.window, block_tokens, page_tokens=block_tokens)
+    def region(self, stop: int, shared_blocks: int, block_tokens: int, page_tokens: int | None = None) -> Region:
+        """What an eviction at `stop` chooses from, with this engine's window. page_tokens: rows of a page, if it is
+        smaller than a block."""
+        return Region(stop, shared_blocks, self.window, block_tokens, page_tokens or block_tokens)
 
     def blocks_between(self, held_blocks: int, part: int, block_tokens: int) -> int:
         """Blocks that a request which is evicted more than once holds at most. held_blocks: after an eviction, or

@@ -49,9 +49,15 @@ def prepared(engine_args: Any) -> Any:
 def lengths(wanted: int | None, engine_args: Any) -> tuple[int, int]:
     """(tokens of a text, `max_model_len`). wanted: of a text; None: `LENGTH`, or what there are positions for.
 
-    Raises what vLLM does where there is no such model, and ValueError.
+    Raises what vLLM does where there is no such model, and ValueError, for a model that cannot repeat a text, too.
     """
-    positions = engine_args.create_model_config().max_model_len
+    model = engine_args.create_model_config()
+    if model.is_hybrid:
+        raise ValueError(
+            f"{engine_args.model}: nothing can be learned of it, for its recurrent layers would see a text that is "
+            "repeated as one that goes on"
+        )
+    positions = model.max_model_len
     most = max((positions - ECHO_OVERHEAD) // 2, positions - ECHO_OVERHEAD - ECHO_TOKENS)
     length = min(LENGTH, most) if wanted is None else wanted
     if not LEAST_LENGTH <= length <= most:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from vllm_defensive.packing import OFFERED, Format, Packing
+from vllm_defensive.packing import MANY_BLOCKS, OFFERED, Format, Packing
 from vllm_defensive.settings.engine import AUTO, EvictionConfig, listed
 from vllm_defensive.tools.cache_size import Model, load_config, read_model
 from vllm_defensive.tools.lru import hit_rate, zipf
@@ -150,8 +150,11 @@ def documents(
     or not at all, and leave room for one document that is being read, by the last of these requests. ValueError names
     what is wrong.
     """
-    if model.windowed_layers:
-        raise ValueError("--documents: not planned for models with sliding windows, whose windows have to stay as well")
+    if model.windowed_layers or model.recurrent_layers:
+        raise ValueError(
+            "--documents: not planned for models with sliding windows or recurrent layers, whose windows and states "
+            "have to stay as well"
+        )
     blocks, block_bytes = context // block_size, model.bytes(block_size, 0)
     if not blocks:
         raise ValueError(f"--context {context}: documents are shared in whole blocks; choose {block_size} or more")
@@ -267,12 +270,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if eviction.again and args.widths not in (AUTO, *eviction.widths_again):
             of = listed((AUTO, *eviction.widths_again))
             raise ValueError(f"--widths {args.widths}: choose one of {of} with --answers evict or --prompts bounded")
-        sizes = args.context, args.output
-        before, after = (plan(model, memory, *sizes, e, args.block_size) for e in (None, eviction))
+        sizes, block = (args.context, args.output), model.block_tokens(args.block_size)
+        before, after = (plan(model, memory, *sizes, e, block) for e in (None, eviction))
         if args.documents is not None:
-            whole_ones, packings = (
-                documents(model, memory, *sizes, args.running, e, args.block_size) for e in (None, eviction)
-            )
+            whole_ones, packings = (documents(model, memory, *sizes, args.running, e, block) for e in (None, eviction))
             kept = report_documents(whole_ones, packings, args.documents, args.zipf, args.running)
     except ValidationError as error:
         problem = error.errors()[0]
@@ -290,6 +291,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: all layers have a window of {model.window} tokens; choose no more for --max-model-len")
     elif not model.full_layers:
         print(f"note: all layers have a window of {model.window} tokens, which is too short: --kv-eviction is refused")
+    if model.state_bytes:
+        print(f"note: a block has {block} tokens, as many as take what a state does of a recurrent layer")
+        if args.context < MANY_BLOCKS * block:
+            print(f"note: budgets are whole blocks; prompts below {MANY_BLOCKS * block} tokens gain little")
     if not before.at_once or not after.at_once:
         print("this memory does not hold one such request" + ("" if not before.at_once else " while it is evicted"))
     return 0

@@ -17,7 +17,8 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_defensive import learned
 from vllm_defensive.compat import channels, contract
 from vllm_defensive.engine.spec import evictable_specs
-from vllm_defensive.limits import check_layers, evictable_group, of_one_size
+from vllm_defensive.limits import check_layers, evictable_group, has_states, of_one_size
+from vllm_defensive.packing import MANY_BLOCKS
 from vllm_defensive.policy import PRESETS, ReduceHeads
 from vllm_defensive.settings.engine import from_vllm_config
 from vllm_defensive.worker.evictor import Evictor, logger
@@ -26,6 +27,8 @@ from vllm_defensive.worker.learned import LearnedWeights, Lessons
 from vllm_defensive.worker.rotation import RotaryWatch, RotationError, Rotations
 from vllm_defensive.worker.runtime import Runtime
 from vllm_defensive_kernels.learned import Rotation
+
+_OTHER_BLOCKS = "off (not all layers have blocks of one size)"
 
 
 def _forgetting(name: str, *, same: bool = False) -> Any:
@@ -80,10 +83,17 @@ class EvictionWorker(Worker):
         group: its index. names, layers: its attention layers and their names in the model, caches allocated.
         """
 
+    # Rows of a page, where vLLM makes blocks as large as the states of recurrent layers; None: as many as a block has.
+    page_tokens: int | None = None
+
     def get_kv_cache_spec(self) -> dict[str, Any]:
         """The layers' specs, those of evictable layers as `EvictableSpec`."""
         return evictable_specs(
-            super().get_kv_cache_spec(), self.eviction, self.model_config.max_model_len, self.cache_config.block_size
+            super().get_kv_cache_spec(),
+            self.eviction,
+            self.model_config.max_model_len,
+            self.cache_config.block_size,
+            self.page_tokens,
         )
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
@@ -101,18 +111,29 @@ class EvictionWorker(Worker):
             self.load_learned()
         logger.info(
             "KV eviction is on: policy %s keeps %g of each prompt of %d tokens or more (window %d), in widths %s, "
-            "reuse %s; pages of %d tokens, %d layers x %d KV heads = %d pages a block",
+            "reuse %s; pages of %d tokens, %d layers x %d KV heads, %d pages a block",
             self.eviction.described,
             self.eviction.keep,
             self.eviction.min_tokens,
             self.eviction.window,
             self.eviction.described_widths,
-            self.eviction.reuse if of_one_size(groups) else "off (not all layers have blocks of one size)",
-            spec.block_size,
+            self.eviction.reuse if of_one_size(groups) or self.eviction.reuse == "off" else _OTHER_BLOCKS,
+            spec.page.rows,
             len(names),
             spec.num_kv_heads,
-            len(names) * spec.num_kv_heads,
+            len(names) * spec.num_kv_heads * spec.block_size // spec.page.rows,
         )
+        if has_states(groups):
+            told = "; no prompt is repeated, and who would be scored by that is scored by its window"
+            logger.info(
+                "KV eviction: %d of %d layers are evicted, those of full attention. A block is as large as a state of "
+                "the others, %d tokens, and budgets are whole blocks: prompts below %d tokens gain little%s",
+                len(names),
+                sum(len(group.layer_names) for group in groups),
+                spec.block_size,
+                MANY_BLOCKS * spec.block_size,
+                told if self.eviction.reconstructs else "",
+            )
 
     def load_learned(self, path: str | None = None) -> None:
         """Go by this learned score from now on, or by the engine's own, read again: after new weights, say.

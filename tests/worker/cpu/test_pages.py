@@ -42,6 +42,20 @@ def test_packed_pages_fill_block_by_block_layer_by_layer(order: str) -> None:
     assert view.of_packed(blocks).unique().numel() == 2 * L * H, "no page twice"
 
 
+@pytest.mark.parametrize("order", ["LBH", "BLH", "BHL"])
+def test_a_block_that_vllm_has_split_has_a_page_of_each_head_in_each_part(order: str) -> None:
+    caches = [cache[:4] for cache in buffer_of(order)]  # two blocks
+    view = PageView.from_layers(caches, pages_per_block=2)
+    assert view.block_tokens == 2 * N
+    pages_LHB = view.of_blocks(torch.tensor([1, 0]))
+    packed = view.of_packed(torch.tensor([1])).view(L, H, 2)
+    for layer in range(L):
+        for head in range(H):
+            expected = [caches[layer][part, head].flatten() for part in (2, 3, 0, 1)]
+            assert torch.equal(view.data[pages_LHB[layer, head]], torch.stack(expected))
+            assert torch.equal(view.data[packed[layer, head]], torch.stack(expected[:2]))
+
+
 def test_the_attention_view_halves_each_page() -> None:
     view = PageView.from_layers(buffer_of("LBH"))
     keys, values = view.attention_view()

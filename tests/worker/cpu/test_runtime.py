@@ -84,6 +84,14 @@ def test_a_step_asked_twice_answers_the_same() -> None:
     assert runtime.windows.pop("seen").shape == (2, 4, 6, 2)
 
 
+def test_a_table_of_parts_is_read_as_one_of_blocks() -> None:
+    view = PageView.from_layers(list(torch.zeros(1, 8, 3, 4, 4)), pages_per_block=2)
+    runtime = CPURuntime(view, WindowQueries(1, 4, 3, 2, torch.float32), None, None, lambda _: ())
+    common = SimpleNamespace(block_table_tensor=torch.tensor([[0, 1, 6, 7], [4, 5, 2, 3]], dtype=torch.int32))
+    assert runtime._blocks(common, 0).tolist() == [0, 3]
+    assert runtime._blocks(common, 1, 1, 2).tolist() == [1]
+
+
 def test_what_is_kept_of_a_request_that_stands_still_goes_when_it_is_given_up() -> None:
     """A complete window stays while it is held, though no eviction has taken it, and peaks do."""
     view = PageView.from_layers(list(torch.zeros(2, 60, 3, 4, 4)))

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm import envs
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backend import CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from vllm_defensive.engine.spec import EvictableSpec
 from vllm_defensive.worker.capabilities import limited
 from vllm_defensive.worker.cpu.accumulation import Accumulation
 from vllm_defensive.worker.cpu.pages import PageCodec
@@ -33,6 +35,14 @@ from vllm_defensive.worker.window import Capture
 @limited
 class EvictionCPUBackend(CPUAttentionBackend):
     """vLLM's CPU backend with our builder and implementation; layouts, dtypes and head sizes are its own."""
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
+        """vLLM's, but for evicted layers whose pages are smaller than a block: there vLLM is to split blocks into parts
+        of so many tokens, each with a layout of its own."""
+        if isinstance(kv_cache_spec, EvictableSpec) and kv_cache_spec.page_tokens is not None:
+            return [kv_cache_spec.page_tokens]
+        return CPUAttentionBackend.get_supported_kernel_block_sizes(kv_cache_spec)
 
     @staticmethod
     def get_impl_cls() -> type[EvictionCPUImpl]:

@@ -261,7 +261,7 @@ class CPUEvictor(Evictor):
 
     def _read(self, scored: Scored, layer: int, room_2PX: Tensor) -> Tokens:
         """(K `[H, B*N, D]`, V `[H, (B-first)*N, D]`) of a layer, tokens in their order."""
-        pages_HB, first = scored.pages_LHB[layer], scored.first_value
+        pages_HB, first = scored.pages_LHB[layer], scored.first_value * self._view.pages_per_block
         key_PND = self._codec.read_keys(self._view.data, pages_HB.flatten(), room_2PX[0])
         pages_P = pages_HB[:, first:].flatten()
         value_PND = self._codec.read_values(self._view.data, pages_P, room_2PX[1, : len(pages_P)])

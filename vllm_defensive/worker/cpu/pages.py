@@ -25,8 +25,9 @@ class PageView(PageAddresses):
     data: Tensor
 
     @classmethod
-    def from_layers(cls, caches: Sequence[Tensor]) -> PageView:
-        """caches: per layer `[blocks, H, N, 2*D]`, views of one buffer with contiguous pages; else ValueError."""
+    def from_layers(cls, caches: Sequence[Tensor], pages_per_block: int = 1) -> PageView:
+        """caches: per layer `[blocks*Z, H, N, 2*D]`, views of one buffer with contiguous pages; else ValueError.
+        pages_per_block: `Z`, parts that vLLM has split each block into."""
         first = caches[0]
         _, heads, page_tokens, width = first.shape
         size = page_tokens * width
@@ -40,10 +41,12 @@ class PageView(PageAddresses):
         num_pages = first.untyped_storage().nbytes() // first.element_size() // size
         return cls(
             layer_page_L=torch.tensor([cache.storage_offset() // size for cache in caches], device=first.device),
-            block_pages=first.stride(0) // size,
+            block_pages=pages_per_block * first.stride(0) // size,
             head_pages=first.stride(1) // size,
             num_kv_heads=heads,
             page_tokens=page_tokens,
+            pages_per_block=pages_per_block,
+            part_pages=first.stride(0) // size,
             data=first.as_strided((num_pages, size), (size, 1), 0),
         )
 

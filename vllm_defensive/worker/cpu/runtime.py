@@ -126,9 +126,7 @@ class CPURuntime(Runtime[Placed]):
         assert self._message is not None
         wanted = self._message.accumulate
         parts = (
-            self.accumulations.plan(
-                request_id, wanted[request_id], *_chunk(common, row), common.block_table_tensor[row]
-            )
+            self.accumulations.plan(request_id, wanted[request_id], *_chunk(common, row), self._blocks(common, row))
             for row, request_id in enumerate(ids)
             if request_id in wanted
         )
@@ -138,7 +136,7 @@ class CPURuntime(Runtime[Placed]):
         assert self._message is not None
         wanted = self._message.reconstruct
         return tuple(
-            self.reconstructions.row(wanted[request_id], *_chunk(common, row), common.block_table_tensor[row])
+            self.reconstructions.row(wanted[request_id], *_chunk(common, row), self._blocks(common, row))
             for row, request_id in enumerate(ids)
             if request_id in wanted
         )
@@ -151,7 +149,7 @@ class CPURuntime(Runtime[Placed]):
         new_blocks: list[Tensor | None] = []
         for row, table, seq_len in zip(rows, tables, seq_lens_E.tolist(), strict=True):
             first, last = table.full_blocks + table.growth_blocks, -(-seq_len // block_tokens)
-            new_blocks.append(common.block_table_tensor[row, first:last].long() if last > first else None)
+            new_blocks.append(self._blocks(common, row, first, last).long() if last > first else None)
         batch.update(tables, new_blocks)
 
         query_lens_E, token_head_X, query_start_R = self._queries(rows, common)
@@ -164,6 +162,12 @@ class CPURuntime(Runtime[Placed]):
             seq_lens_LR=batch.lengths(seq_lens_E) if batch is self._plain else _NO_LENGTHS,
             quantised=self._class_rows(seq_lens_E, query_start_R) if batch is self._quantised else None,
         )
+
+    def _blocks(self, common: Any, row: int, first: int = 0, last: int | None = None) -> Tensor:
+        """Ids of a row's blocks, of which the step's table has the parts."""
+        parts = self._view.pages_per_block
+        end = None if last is None else last * parts
+        return common.block_table_tensor[row, first * parts : end : parts] // parts
 
     def _class_rows(self, seq_lens_E: Tensor, query_start_R: Tensor) -> ClassRows:
         batch = self._quantised

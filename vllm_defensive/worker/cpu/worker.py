@@ -8,6 +8,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_defensive.compat import worker as compat
 from vllm_defensive.packing import WIDTHS
+from vllm_defensive.platforms import PLATFORMS
 from vllm_defensive.settings.engine import option_name
 from vllm_defensive.worker.cpu.accumulation import Accumulations
 from vllm_defensive.worker.cpu.backend import EvictionCPUBackend, EvictionCPUImpl, discover_codec
@@ -25,6 +26,8 @@ from vllm_defensive_kernels.widths import PageShape
 
 class EvictionCPUWorker(EvictionWorker, CPUWorker):
     """vLLM's CPU worker with eviction."""
+
+    page_tokens = PLATFORMS["cpu"].block_tokens
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model with our attention backend in the place of the CPU platform's."""
@@ -52,7 +55,8 @@ class EvictionCPUWorker(EvictionWorker, CPUWorker):
 
     def start_eviction(self, group: int, names: list[str], layers: list[Any]) -> tuple[CPURuntime, CPUEvictor]:
         first, dtype = layers[0], self.model_config.dtype
-        view = PageView.from_layers([layer.kv_cache for layer in layers])
+        spec = self.model_runner.kv_cache_config.kv_cache_groups[group].kv_cache_spec
+        view = PageView.from_layers([layer.kv_cache for layer in layers], spec.block_size // spec.page.rows)
         codec = discover_codec(first.kv_cache, first.isa, dtype, first.kv_cache_dtype)
         windows = WindowQueries(len(layers), self.eviction.window, first.num_heads, first.head_size, dtype)
         scales = [layer.impl.scale for layer in layers]
@@ -60,6 +64,8 @@ class EvictionCPUWorker(EvictionWorker, CPUWorker):
         reconstructions = CPUReconstructions(view, codec, scales)
         runtime = CPURuntime(view, windows, accumulations, reconstructions, compat.request_ids_of(self.model_runner))
         runtime.quantised = self._quantised(view, codec)
+        if view.pages_per_block > 1:
+            compat.zero_blocks_by(self.model_runner, runtime.clear)
         for index, layer in enumerate(layers):
             assert isinstance(layer.impl, EvictionCPUImpl)
             layer.impl.runtime, layer.impl.layer_index = runtime, index
