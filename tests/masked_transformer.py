@@ -13,7 +13,8 @@ NAME = "tests_masked"
 
 
 class MaskedTransformer:
-    """What transformers computes in float32, but for the attention, which is below. Evictable are the global layers."""
+    """What transformers computes in float32, but for the attention, which is below. Evictable are the caches of global
+    layers; who shares one sees of it what its own layer does."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
@@ -22,23 +23,30 @@ class MaskedTransformer:
         ALL_ATTENTION_FUNCTIONS[NAME] = _attend
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=NAME).eval()
         self._attention: list[Any] = [layer.self_attn for layer in self._model.model.layers]
-        self._evictable = [attention for attention in self._attention if attention.sliding_window is None]
+        whole = [attention for attention in self._attention if attention.sliding_window is None]
+        own = [attention for attention in whole if not getattr(attention, "is_kv_shared_layer", False)]
+        # In transformers' models that share caches it is the last one of a kind that others read.
+        self._readers = [[attention] for attention in own]
+        self._readers[-1] += [attention for attention in whole if attention not in own]
 
     @torch.inference_mode()
     def logprobs(self, token_ids: list[int], kept_LHT: Tensor | None = None, last: int = 0) -> Tensor:
         """fp32 `[S, vocabulary]` of what follows each token, or each of the `last`.
 
-        kept_LHT: bool, L global layers, the first T tokens: these see each other; later ones see of them what is True.
+        kept_LHT: bool, L caches of global layers, the first T tokens: these see each other; later ones see of them what
+        is True.
         """
         causal_SS = torch.ones(len(token_ids), len(token_ids), dtype=torch.bool).tril()
         for attention in self._attention:
             window = attention.sliding_window  # tokens that one sees, itself included
             attention.seen_XSS = (causal_SS if window is None else causal_SS.triu(1 - window))[None]
         if kept_LHT is not None:
-            for attention, kept_HT in zip(self._evictable, kept_LHT, strict=True):
+            for readers, kept_HT in zip(self._readers, kept_LHT, strict=True):
                 heads, tokens = kept_HT.shape
-                attention.seen_XSS = causal_SS.repeat(heads, 1, 1)
-                attention.seen_XSS[:, tokens:, :tokens] = kept_HT[:, None]
+                seen_HSS = causal_SS.repeat(heads, 1, 1)
+                seen_HSS[:, tokens:, :tokens] = kept_HT[:, None]
+                for attention in readers:
+                    attention.seen_XSS = seen_HSS
         logits_SV = self._model(torch.tensor([token_ids]), use_cache=False, logits_to_keep=last).logits[0]
         return logits_SV.log_softmax(dim=-1)
 
@@ -50,9 +58,20 @@ class MaskedTransformer:
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **arguments: Any) -> tuple[Tensor, None]:
     """`[1, Q, S, D]` queries over `[1, H, S, D]` keys; transformers makes no mask for attention it does not know."""
-    assert mask is None and arguments.get("softcap") is None
+    assert mask is None
     group = query.shape[1] // key.shape[1]
     seen_QSS = module.seen_XSS.expand(key.shape[1], -1, -1).repeat_interleave(group, 0)
     key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-    mixed = scaled_dot_product_attention(query, key, value, attn_mask=seen_QSS[None], scale=arguments["scaling"])
-    return mixed.transpose(1, 2), None
+    cap, sinks_Q = arguments.get("softcap"), arguments.get("s_aux")
+    if cap is None and sinks_Q is None:
+        mixed = scaled_dot_product_attention(query, key, value, attn_mask=seen_QSS[None], scale=arguments["scaling"])
+        return mixed.transpose(1, 2), None
+    logits_QSS = (query @ key.mT)[0] * arguments["scaling"]
+    if cap is not None:
+        logits_QSS = cap * torch.tanh(logits_QSS / cap)
+    logits_QSS = logits_QSS.masked_fill(~seen_QSS, float("-inf"))
+    if sinks_Q is not None:  # as if each query saw one key more, of this logit, whose value is zero
+        sinks_QS1 = sinks_Q[:, None, None].expand(-1, logits_QSS.shape[1], 1)
+        logits_QSS = torch.cat([logits_QSS, sinks_QS1], dim=-1)
+    weights_QSS = logits_QSS.softmax(dim=-1)[..., : key.shape[2]]
+    return (weights_QSS @ value[0])[None].transpose(1, 2), None

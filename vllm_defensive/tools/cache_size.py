@@ -61,6 +61,7 @@ def read_model(config: Mapping[str, Any], tp: int = 1, kv_dtype: str = "auto") -
     if kinds is None:  # one kind for all layers: Mistral's old form, or Qwen2's with its switch
         windowed = bool(window) and text.get("use_sliding_window", True)
         kinds = [_SLIDING[0] if windowed else _FULL] * layers
+    kinds = kinds[: layers - (text.get("num_kv_shared_layers") or 0)]  # the last ones read the caches of others
     if any(kind in _SLIDING for kind in kinds) and not window:
         raise ValueError("--model: its configuration has layers with a window, but not the window's size")
     positions = text.get("max_position_embeddings")
