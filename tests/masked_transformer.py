@@ -15,8 +15,9 @@ NAME = "tests_masked"
 
 
 class MaskedTransformer:
-    """What transformers computes in float32, but for the attention, which is below. Evictable are the global layers:
-    others have a sliding window, attend within chunks, or are recurrent, and have no attention at all."""
+    """What transformers computes in float32, but for the attention, which is below. Evictable are the caches of global
+    layers: others have a sliding window, attend within chunks, or are recurrent, and have no attention at all. Who
+    shares a cache sees of it what its own layer does."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
@@ -27,7 +28,11 @@ class MaskedTransformer:
         layers = [getattr(layer, "self_attn", None) for layer in self._model.model.layers]
         self._attention: list[Any] = [attention for attention in layers if attention is not None]
         self._chunk = getattr(self._model.config, "attention_chunk_size", None)
-        self._evictable = [attention for attention in self._attention if not self._is_local(attention)]
+        whole = [attention for attention in self._attention if not self._is_local(attention)]
+        own = [attention for attention in whole if not getattr(attention, "is_kv_shared_layer", False)]
+        # In transformers' models that share caches it is the last one of a kind that others read.
+        self._readers = [[attention] for attention in own]
+        self._readers[-1] += [attention for attention in whole if attention not in own]
 
     def _is_local(self, attention: Any) -> bool:
         return getattr(attention, "sliding_window", None) is not None or self._is_chunked(attention)
@@ -45,7 +50,8 @@ class MaskedTransformer:
     ) -> Tensor:
         """fp32 `[S, vocabulary]` of what follows each token, or each of the `last`.
 
-        kept_LHT: bool, L global layers, the first T tokens: these see each other; later ones see of them what is True.
+        kept_LHT: bool, L caches of global layers, the first T tokens: these see each other; later ones see of them what
+        is True.
         again: of each eviction of a text that was evicted several times, from where on it is seen, and such a mask.
         """
         if kept_LHT is not None:
@@ -60,11 +66,12 @@ class MaskedTransformer:
                 seen_SS = causal_SS & (chunk_S[:, None] == chunk_S)
             attention.seen_XSS = seen_SS[None]
         for first, seen_LHT in again:
-            for attention, kept_HT in zip(self._evictable, seen_LHT, strict=True):
+            for readers, kept_HT in zip(self._readers, seen_LHT, strict=True):
                 heads, tokens = kept_HT.shape
-                seen_HSS = attention.seen_XSS.expand(heads, -1, -1).clone()
-                seen_HSS[:, first:, :tokens] = kept_HT[:, None]
-                attention.seen_XSS = seen_HSS
+                for attention in readers:
+                    seen_HSS = attention.seen_XSS.expand(heads, -1, -1).clone()
+                    seen_HSS[:, first:, :tokens] = kept_HT[:, None]
+                    attention.seen_XSS = seen_HSS
         logits_SV = self._model(torch.tensor([token_ids]), use_cache=False, logits_to_keep=last).logits[0]
         return logits_SV.log_softmax(dim=-1)
 
@@ -82,9 +89,20 @@ class MaskedTransformer:
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **arguments: Any) -> tuple[Tensor, None]:
     """`[1, Q, S, D]` queries over `[1, H, S, D]` keys; transformers makes no mask for attention it does not know."""
-    assert mask is None and arguments.get("softcap") is None
+    assert mask is None
     group = query.shape[1] // key.shape[1]
     seen_QSS = module.seen_XSS.expand(key.shape[1], -1, -1).repeat_interleave(group, 0)
     key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-    mixed = scaled_dot_product_attention(query, key, value, attn_mask=seen_QSS[None], scale=arguments["scaling"])
-    return mixed.transpose(1, 2), None
+    cap, sinks_Q = arguments.get("softcap"), arguments.get("s_aux")
+    if cap is None and sinks_Q is None:
+        mixed = scaled_dot_product_attention(query, key, value, attn_mask=seen_QSS[None], scale=arguments["scaling"])
+        return mixed.transpose(1, 2), None
+    logits_QSS = (query @ key.mT)[0] * arguments["scaling"]
+    if cap is not None:
+        logits_QSS = cap * torch.tanh(logits_QSS / cap)
+    logits_QSS = logits_QSS.masked_fill(~seen_QSS, float("-inf"))
+    if sinks_Q is not None:  # as if each query saw one key more, of this logit, whose value is zero
+        sinks_QS1 = sinks_Q[:, None, None].expand(-1, logits_QSS.shape[1], 1)
+        logits_QSS = torch.cat([logits_QSS, sinks_QS1], dim=-1)
+    weights_QSS = logits_QSS.softmax(dim=-1)[..., : key.shape[2]]
+    return (weights_QSS @ value[0])[None].transpose(1, 2), None

@@ -14,9 +14,13 @@ __all__ = [
     "random_weights",
     "tiny_tokenizer",
     "write_tiny_cohere2",
+    "write_tiny_gemma2",
     "write_tiny_gemma3",
     "write_tiny_gemma4",
+    "write_tiny_gemma4_e",
+    "write_tiny_gpt_oss",
     "write_tiny_granite_hybrid",
+    "write_tiny_granite_swa",
     "write_tiny_lfm2",
     "write_tiny_llama",
     "write_tiny_llama4",
@@ -48,6 +52,47 @@ def write_tiny_cohere2(folder: Path, seed: int = 0) -> Path:
     )
     model = Cohere2ForCausalLM(config)
     random_weights(model, seed)
+    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_tiny_gemma2(folder: Path, seed: int = 0, cap: float = 3.0) -> Path:
+    """Write a random bf16 Gemma 2: two global layers among two with a sliding window of 128 tokens. Return it.
+
+    Its head is tied to the embedding, as vLLM has it; what attention adds is large beside the embedding, so that it
+    does not repeat its last token. cap: of attention's logits, whose standard deviation is 4.
+    """
+    import torch
+    from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig
+
+    tokenizer = tiny_tokenizer(512)
+    special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = Gemma2Config(
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=128,
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        attn_logit_softcapping=cap,
+        final_logit_softcapping=30.0,
+        vocab_size=512,
+        max_position_embeddings=4096,
+        **special_ids,
+    )
+    model = Gemma2ForCausalLM(config)
+    random_weights(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.model.embed_tokens.weight *= config.hidden_size**-0.5  # Gemma multiplies by the root
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):  # scales by 1 + weight
+                weight += 0.2 * torch.randn(weight.shape, generator=generator) + 2.0 * ("post_attention" in name)
     model.generation_config = GenerationConfig(do_sample=False, **special_ids)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -98,23 +143,41 @@ def write_tiny_gemma3(folder: Path, seed: int = 0, global_first: bool = False, h
 def write_tiny_gemma4(folder: Path, seed: int = 0) -> Path:
     """Write a random bf16 Gemma 4 of the shape of the large ones: a token takes half as many bytes in its two global
     layers, of one KV head of size 64, as in the four with a sliding window, of four of size 32. Return it."""
+    types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    return _write_gemma4(
+        folder, seed, layer_types=types, num_key_value_heads=4, global_head_dim=64, num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+    )  # fmt: skip
+
+
+def write_tiny_gemma4_e(folder: Path, seed: int = 0) -> Path:
+    """Write a random bf16 Gemma 4 of the shape of the small ones, whose last layers have no cache of their own. Return
+    it.
+
+    Global layers are 1, 3, 5 and 6, of which the last two read the cache of layer 3; layer 4 that of layer 2, through a
+    sliding window of 128 tokens.
+    """
+    types = ["sliding_attention", "full_attention"] * 3 + ["full_attention"]
+    return _write_gemma4(
+        folder, seed, layer_types=types, num_key_value_heads=2, global_head_dim=32, num_kv_shared_layers=3
+    )
+
+
+def _write_gemma4(folder: Path, seed: int, layer_types: list[str], **shape: Any) -> Path:
     import torch
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig, GenerationConfig
 
     tokenizer = tiny_tokenizer(512)
     special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = Gemma4TextConfig(
-        num_hidden_layers=6,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        num_hidden_layers=len(layer_types),
+        layer_types=layer_types,
         sliding_window=128,
         hidden_size=128,
         intermediate_size=256,
         num_attention_heads=4,
-        num_key_value_heads=4,
         head_dim=32,
-        global_head_dim=64,
-        num_global_key_value_heads=1,
-        attention_k_eq_v=True,
+        **shape,
         hidden_size_per_layer_input=0,
         vocab_size=512,
         vocab_size_per_layer_input=512,
@@ -130,6 +193,83 @@ def write_tiny_gemma4(folder: Path, seed: int = 0) -> Path:
         for name, weight in model.named_parameters():
             if name.endswith("norm.weight"):  # as it is, unlike Gemma 3's
                 weight.copy_(1 + 0.2 * torch.randn(weight.shape, generator=generator))
+    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_tiny_gpt_oss(folder: Path, seed: int = 0, sink: float = 14.0) -> Path:
+    """Write a random bf16 gpt-oss: two global layers among two with a sliding window of 128 tokens, and four experts,
+    two at a time. Return it.
+
+    sink: the mean over heads of what is learned as the logit of nothing; attention's have a standard deviation of 7.
+    """
+    import torch
+    from transformers import GenerationConfig, GptOssConfig, GptOssForCausalLM
+
+    tokenizer = tiny_tokenizer(512)
+    special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = GptOssConfig(
+        num_hidden_layers=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=128,
+        hidden_size=128,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=512,
+        max_position_embeddings=4096,
+        **special_ids,
+    )
+    model = GptOssForCausalLM(config)
+    random_weights(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("sinks"):
+                weight.copy_(sink + torch.randn(weight.shape, generator=generator))
+            elif name.endswith("bias"):
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+            elif weight.dim() == 3:  # experts, from rows to columns
+                weight.copy_(weight.shape[1] ** -0.5 * torch.randn(weight.shape, generator=generator))
+    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_tiny_granite_swa(folder: Path, seed: int = 0, sink: float = 8.0) -> Path:
+    """Write a random bf16 Granite with attention sinks: two global layers among two with a sliding window of 128
+    tokens. Return it. sink: the mean over heads of the logit of nothing; attention's have a standard deviation of 4."""
+    import torch
+    from transformers import GenerationConfig, GraniteSWAConfig, GraniteSWAForCausalLM
+
+    tokenizer = tiny_tokenizer(512)
+    special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = GraniteSWAConfig(
+        num_hidden_layers=4,
+        layer_types=["full_attention", "sliding_attention"] * 2,
+        sliding_window=128,
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_multiplier=32**-0.5,
+        vocab_size=512,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        **special_ids,
+    )
+    model = GraniteSWAForCausalLM(config)
+    random_weights(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("sinks"):
+                weight.copy_(sink + torch.randn(weight.shape, generator=generator))
     model.generation_config = GenerationConfig(do_sample=False, **special_ids)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

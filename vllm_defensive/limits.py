@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_defensive.audit import make_folder
@@ -208,19 +208,19 @@ def of_one_size(groups: Sequence[Any]) -> bool:
     return len({group.kv_cache_spec.block_size for group in groups}) == 1
 
 
-def check_layers(names: list[str], layers: list[Any], context: Mapping[str, Any]) -> None:
+def check_layers(names: list[str], layers: list[Any]) -> None:
     """Refuse attention that packed pages cannot reproduce, or that scores would misjudge. Raises ValueError.
 
-    context: all layers of the model by name, those of other KV cache groups and those without a cache included.
+    layers: all that read an evicted cache, those that share another's included.
     """
-    readers = {getattr(layer, "kv_sharing_target_layer_name", None): name for name, layer in context.items()}
     for name, layer in zip(names, layers, strict=True):
         impl = layer.impl
         for wrong, what in (
             (impl.alibi_slopes is not None, "uses ALiBi"),
-            (impl.sinks is not None, "uses attention sinks"),
-            (getattr(impl, "logits_soft_cap", None) not in (None, 0), "caps its logits"),
-            (name in readers, f"shares its KV cache with {readers.get(name)}"),
+            (
+                layer.sliding_window is not None and layer.kv_sharing_target_layer_name is not None,
+                f"sees no more than a window of the KV cache of {layer.kv_sharing_target_layer_name}",
+            ),
             (layer.num_heads != layers[0].num_heads, "has another number of query heads than the first"),
         ):
             if wrong:

@@ -5,6 +5,7 @@ Axis letters, used in names all over the project (`score_HT`, `query_WQD`):
     L layers        H KV heads (of this rank)     G query heads a KV head     Q = H*G query heads
     T / S tokens    W observation window          N tokens (rows) of a head page
     D head size     E evicted rows of a batch     P pages
+    A attention layers that read the L layers' caches, those included: more than L where caches are shared
 
 Words: a *block* is vLLM's unit of allocation, so many tokens of every layer and head; a *page* is the part of a block
 that belongs to one layer and one head; where blocks are as large as the state of a recurrent layer, a head has several

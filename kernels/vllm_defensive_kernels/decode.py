@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from vllm_defensive_kernels import reference
 from vllm_defensive_kernels.addressing import power_of_two, runs_triton, width
 from vllm_defensive_kernels.checks import refuse, require_device, require_dtype, require_int, require_shape
 from vllm_defensive_kernels.decode_kernels import decode_kernel, merge_kernel
+from vllm_defensive_kernels.logits import check_void, factors
 from vllm_defensive_kernels.pages import PackedState, PagedKV
 from vllm_defensive_kernels.widths import CLASSES, header_bytes
 
@@ -102,6 +102,8 @@ def ragged_paged_decode(
     scale: float | None = None,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
+    cap: float = 0.0,
+    void_Q: Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
 ) -> Tensor:
     """Attention of each row's last query tokens over the keys that its head has left. Returns out_TQD.
@@ -113,6 +115,7 @@ def ragged_paged_decode(
     slot_R: int32, slot of `state` that holds what the row keeps, or -1 for an un-evicted row.
     splits: power of two; the launch grid depends on it, on the number of rows and on max_query_len alone.
     scale: of the logits, default `D ** -0.5`. key_scale, value_scale: what fp8 pages are multiplied with when read.
+    cap, void_Q: see `logits`; a kernel is compiled for each cap. void_Q: fp32, fp16 or bf16.
 
     The result equals softmax attention over the concatenation of the three segments, accumulated in fp32. Numbers of
     quantised pages are rounded to the queries' dtype first. No host sync; allocates nothing when out and workspace are
@@ -143,12 +146,13 @@ def ragged_paged_decode(
     out = torch.empty_like(query_TQD) if out_TQD is None else out_TQD
     require_shape("out_TQD", out, (tokens, num_heads, head_size))
     scale = head_size**-0.5 if scale is None else scale
+    check_void("void_Q", void_Q, (num_heads,), query_TQD.device)
     # As bytes, and as the fp16 numbers of their headers.
     coded_views = (pages.row_PNY, pages.half_PNX) if state.coded else (None, None)
     if not runs_triton(query_TQD):
         return reference.ragged_paged_decode(
             query_TQD, pages, layer, table_RB, query_start_R1, seq_len_R, slot_R, state, out_TQD=out,
-            scale=scale, key_scale=key_scale, value_scale=value_scale,
+            scale=scale, key_scale=key_scale, value_scale=value_scale, cap=cap, void_Q=void_Q,
         )  # fmt: skip
     if rows == 0 or tokens == 0:
         return out
@@ -170,17 +174,18 @@ def ragged_paged_decode(
         "CLASSES": coded_classes(pages, state),
     }
     tiling = {"BLOCK_M": block_m, "BLOCK_T": BLOCK_T // wide, "SPLITS": splits, "MIN_STEPS": MIN_STEPS}
+    scale_log2, bend = factors(scale * key_scale, cap)
     decode_kernel[(rows * q_tiles, kv_heads, splits)](
-        out, workspace.part, workspace.lse, query_TQD, pages.key_PND, pages.value_PND, *coded_views,
+        out, workspace.part, workspace.lse, query_TQD, pages.key_PND, pages.value_PND, *coded_views, void_Q,
         query_start_R1, seq_len_R, table_RB, slot_R,
         state.fresh_SK, state.offset_SO, state.shared_S, state.growth_S, pages.layer_page_L,
-        scale * key_scale * math.log2(math.e), value_scale, layer, q_tiles,
+        scale_log2, value_scale, layer, q_tiles,
         query_TQD.stride(0), query_TQD.stride(1), out.stride(0), out.stride(1),
         pages.key_PND.stride(0), pages.key_PND.stride(1), pages.value_PND.stride(0), pages.value_PND.stride(1),
         table_RB.stride(0), state.fresh_SK.stride(0), state.offset_SO.stride(0),
         pages.layer_pages or 0, pages.block_pages, pages.head_pages,
-        EVEN_LAYERS=pages.layer_pages is not None, ROW=pages.row_bytes if state.coded else 0, **shape, **tiling,
-        num_warps=WARPS, num_stages=STAGES,
+        EVEN_LAYERS=pages.layer_pages is not None, ROW=pages.row_bytes if state.coded else 0, CAP=bend,
+        **shape, **tiling, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(rows * max_query_len, num_heads)](

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from vllm_defensive_kernels.addressing import in_page, product
+from vllm_defensive_kernels.logits import before_any_key, bent
 
 
 @triton.jit
@@ -71,10 +72,10 @@ def _columns(D: tl.constexpr, BLOCK_D: tl.constexpr, HALVES: tl.constexpr):
 
 
 @triton.jit
-def _weighed(best, total, query, key, seen, scale_log2):
+def _weighed(best, total, query, key, seen, scale_log2, CAP: tl.constexpr):
     """One step of the online softmax. seen: bool `[M, T]`, or of all rows alike `[1, T]`. -> the highest logits and the
     sums so far, the weights of these keys, and what becomes of all that was added up before."""
-    logit = product(query, tl.trans(key)) * scale_log2
+    logit = bent(product(query, tl.trans(key)) * scale_log2, CAP)
     logit = tl.where(seen, logit, float("-inf"))
     new_best = tl.maximum(best, tl.max(logit, 1))
     # A query token that sees nothing yet keeps -inf; -inf - -inf would be NaN.
@@ -104,7 +105,7 @@ def _attend_codes(
     best, total, acc, query, scale_log2, byte_ptr, half_ptr, fresh_row, layer_page_ptr, first, held, begin, end,
     page_bytes, row_bytes, layer_pages, block_pages, head_pages,
     LH: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_LAYERS: tl.constexpr,
-    ROW: tl.constexpr, CLASS: tl.constexpr,
+    ROW: tl.constexpr, CAP: tl.constexpr, CLASS: tl.constexpr,
 ):  # fmt: skip
     """The online softmax after steps `[begin, end)` over the pages of one class, which hold `held` tokens. page_bytes,
     row_bytes: distances in memory, of rows within a page only where ROW is not 0."""
@@ -141,7 +142,7 @@ def _attend_codes(
         value_min = tl.load(halves_from + min_where, mask=exists, other=0.0).to(tl.float32)
         key = _codes(bytes_from, HEADER + token * KEY_BYTES, exists, row_bytes, D, BLOCK_D, KEY_BITS, ROW)
         key = (key * key_step[None, :] + key_min[None, :]).to(query.dtype)
-        best, total, weight, decay = _weighed(best, total, query, key, exists[None, :], scale_log2)
+        best, total, weight, decay = _weighed(best, total, query, key, exists[None, :], scale_log2, CAP)
         where = HEADER + TOKENS * KEY_BYTES + token * VALUE_BYTES
         value = _codes(bytes_from, where, exists, row_bytes, D, BLOCK_D, VALUE_BITS, ROW)
         value = (value * value_step[:, None] + value_min[:, None]).to(query.dtype)
@@ -152,7 +153,7 @@ def _attend_codes(
 # A number whose value changes from call to call must not make a variant of its own when it happens to be 1 or 16.
 @triton.jit(do_not_specialize=["layer", "q_tiles"])
 def decode_kernel(
-    out_ptr, part_ptr, lse_ptr, query_ptr, key_ptr, value_ptr, byte_ptr, half_ptr,
+    out_ptr, part_ptr, lse_ptr, query_ptr, key_ptr, value_ptr, byte_ptr, half_ptr, void_ptr,
     query_start_ptr, seq_len_ptr, table_ptr, slot_ptr, fresh_ptr, offset_ptr, shared_ptr, growth_ptr, layer_page_ptr,
     scale_log2, value_scale, layer, q_tiles,
     query_token_stride, query_head_stride, out_token_stride, out_head_stride,
@@ -160,7 +161,7 @@ def decode_kernel(
     table_stride, fresh_stride, offset_stride, layer_pages, block_pages, head_pages,
     LH: tl.constexpr, H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, MIN_STEPS: tl.constexpr,
-    EVEN_LAYERS: tl.constexpr, CLASSES: tl.constexpr, ROW: tl.constexpr,
+    EVEN_LAYERS: tl.constexpr, CLASSES: tl.constexpr, ROW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) // q_tiles
     tile = tl.program_id(0) % q_tiles
@@ -199,8 +200,7 @@ def decode_kernel(
     table_row = table_ptr + row.to(tl.int64) * table_stride
     fresh_row = fresh_ptr + slot * fresh_stride
     first_layer_page = tl.load(layer_page_ptr)
-    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    best, total = before_any_key(void_ptr, q_head, live, split, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for step in range(split * each, tl.minimum(split * each + each, steps)):
         key_index = step * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -228,7 +228,7 @@ def decode_kernel(
             mask=exists[:, None] & real[None, :], other=0.0,
         )  # fmt: skip
         seen = key_index[None, :] < sees[:, None]
-        best, total, weight, decay = _weighed(best, total, query, key.to(query.dtype), seen, scale_log2)
+        best, total, weight, decay = _weighed(best, total, query, key.to(query.dtype), seen, scale_log2, CAP)
         acc = acc * decay[:, None] + product(weight, value.to(query.dtype))
 
     NUMBER_BYTES: tl.constexpr = key_ptr.dtype.element_ty.primitive_bitwidth // 8
@@ -242,7 +242,7 @@ def decode_kernel(
             best, total, acc, query, scale_log2, byte_ptr, half_ptr, fresh_row, layer_page_ptr, coded_first, held,
             tl.maximum(split * each - before, 0), tl.minimum(split * each + each - before, coded),
             key_page_stride * NUMBER_BYTES, key_token_stride * NUMBER_BYTES, layer_pages, block_pages, head_pages,
-            LH, H, D, BLOCK_D, EVEN_LAYERS, ROW, CLASSES[c],
+            LH, H, D, BLOCK_D, EVEN_LAYERS, ROW, CAP, CLASSES[c],
         )  # fmt: skip
         left -= held
         before += coded

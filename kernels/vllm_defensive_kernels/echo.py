@@ -39,6 +39,8 @@ def reconstruct_attention(
     first: int,
     normalised: str,
     sink: int = 0,
+    cap: float = 0.0,
+    void_Q: Tensor | None = None,
 ) -> None:
     """Raise the scores of document tokens to the largest attention that these echoes pay them. In place, fp32 [H, S].
 
@@ -46,7 +48,8 @@ def reconstruct_attention(
         document, then of all echoes from position S to these at least; an echo sees none that is later than itself.
     scored: positions `[a, b)` that are scored.
     normalised: "all": softmax over everything that an echo sees, as the model's own. "chunk", the paper's: over the
-        first `sink` tokens, the scored ones and the echoes. With `(0, S)` both are the same.
+        first `sink` tokens, the scored ones and the echoes. With `(0, S)` both are the same. Where the model's own
+        softmax has a logit of nothing (cap, void_Q: as in `formulas.window_attention`), both have it.
 
     `2*Q*D*Y` flops and Q*Y exponentials an echo, Y the keys that take part: half the products of attention over them.
     In tiles of queries, head by head: a temporary has 2 MB, or G*Y numbers if these are more, beside one head's keys in
@@ -59,8 +62,9 @@ def reconstruct_attention(
     columns = slice(leading + scored[0] - begin, leading + scored[1] - begin)
     group = query_heads // heads
     for head, key_XD in enumerate(key_HXD):
-        query_TGD = query_TQD[:, head * group : (head + 1) * group]
+        some = slice(head * group, (head + 1) * group)
+        query_TGD, void_G = query_TQD[:, some], None if void_Q is None else void_Q[some]
         key_YD = torch.cat([key_XD[:leading], key_XD[begin:end], key_XD[document : first + echoes]])
         peak_A = peak_HS[head, scored[0] : scored[1]]
-        for attention_1GWY in attention_tiles(query_TGD, key_YD[None], scale, TILE_ELEMENTS):
+        for attention_1GWY in attention_tiles(query_TGD, key_YD[None], scale, TILE_ELEMENTS, cap, void_G):
             torch.maximum(peak_A, attention_1GWY[0, ..., columns].amax(dim=(0, 1)), out=peak_A)

@@ -45,16 +45,37 @@ def temporary_elements(tensor: Tensor) -> int:
 # ------------------------------------------------------------------------------------------------ attention and pooling
 
 
-def window_attention(query_WQD: Tensor, key_HSD: Tensor, scale: float, there_HS: Tensor | None = None) -> Tensor:
-    """Softmax attention of the last W queries over all S keys, causal. Any float dtype -> fp32 [H, G, W, S]. there_HS:
-    as in `window_logits`."""
-    return window_logits(query_WQD, key_HSD, scale, there_HS).softmax(dim=-1)
+def window_attention(
+    query_WQD: Tensor,
+    key_HSD: Tensor,
+    scale: float,
+    there_HS: Tensor | None = None,
+    cap: float = 0.0,
+    void_Q: Tensor | None = None,
+) -> Tensor:
+    """Attention of the last W queries over all S keys, causal. Any float dtype -> fp32 [H, G, W, S], with void_Q one
+    column more: see `softmax`. there_HS, cap: as in `window_logits`."""
+    logits_HGWS = window_logits(query_WQD, key_HSD, scale, there_HS, cap)
+    return softmax(logits_HGWS, None if void_Q is None else void_Q.view(logits_HGWS.shape[:2]))
 
 
-def window_logits(query_WQD: Tensor, key_HSD: Tensor, scale: float, there_HS: Tensor | None = None) -> Tensor:
+def softmax(logits_HGWS: Tensor, void_HG: Tensor | None = None) -> Tensor:
+    """Shares of attention. Same shape, unless there is void_HG, any float dtype: the logit of nothing, of each query
+    head (the attention sinks of gpt-oss). Nothing is like a key behind all others, whose value is zero, and its share a
+    column more: [H, G, W, S + 1]."""
+    if void_HG is not None:
+        void_HG11 = void_HG.to(logits_HGWS.dtype)[..., None, None]
+        logits_HGWS = torch.cat([logits_HGWS, void_HG11.expand(*logits_HGWS.shape[:-1], 1)], dim=-1)
+    return logits_HGWS.softmax(dim=-1)
+
+
+def window_logits(
+    query_WQD: Tensor, key_HSD: Tensor, scale: float, there_HS: Tensor | None = None, cap: float = 0.0
+) -> Tensor:
     """What `window_attention` is the softmax of; of keys that lie behind the query, -inf. -> fp32 [H, G, W, S].
 
     there_HS: bool, the tokens that a head still has; of others the logits are -inf.
+    cap: logits are bent to cap * tanh(logit / cap), which stays within +-cap (Gemma 2); 0: they are not.
     Both factors are widened before the product: rounded logits would make most scores equal.
     """
     window, query_heads, head_size = query_WQD.shape
@@ -64,6 +85,8 @@ def window_logits(query_WQD: Tensor, key_HSD: Tensor, scale: float, there_HS: Te
     group = query_heads // heads
     query_HRD = query_WQD.movedim(1, 0).float().mul(scale).reshape(heads, group * window, head_size)
     logits_HGWS = torch.bmm(query_HRD, key_HSD.float().mT).view(heads, group, window, tokens)
+    if cap:
+        logits_HGWS = logits_HGWS.div_(cap).tanh_().mul_(cap)
     future_WW = torch.ones(window, window, dtype=torch.bool, device=key_HSD.device).triu(1)
     logits_HGWS[..., tokens - window :].masked_fill_(future_WW, float("-inf"))
     if there_HS is not None:
@@ -176,23 +199,38 @@ def aggregate_defensive(attention_HGWT: Tensor, kernel: int) -> Tensor:
     return clamp_to_mean(aggregate_peak(attention_HGWT, kernel))
 
 
-def attention_tiles(query_CQD: Tensor, key_HSD: Tensor, scale: float, elements: int) -> Iterator[Tensor]:
-    """`window_attention` of the last C queries, some of them at a time: fp32 [H, G, W, seen], each of as many keys as
-    its last query sees. A tile has at most `elements`, but Q*S for one query, never S*S."""
+def attention_tiles(
+    query_CQD: Tensor,
+    key_HSD: Tensor,
+    scale: float,
+    elements: int,
+    cap: float = 0.0,
+    void_Q: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """`window_attention` of the last C queries to keys, some of them at a time: fp32 [H, G, W, seen], each of as many
+    keys as its last query sees. A tile has at most `elements`, but Q*S for one query, never S*S."""
     chunk, query_heads, _ = query_CQD.shape
     tokens = key_HSD.shape[1]
     key_HSD = key_HSD.float()
     tile = max(1, elements // (query_heads * tokens))
     for first in range(0, chunk, tile):
         query_WQD = query_CQD[first : first + tile]
-        yield window_attention(query_WQD, key_HSD[:, : tokens - chunk + first + len(query_WQD)], scale)
+        seen = tokens - chunk + first + len(query_WQD)
+        yield window_attention(query_WQD, key_HSD[:, :seen], scale, None, cap, void_Q)[..., :seen]
 
 
-def accumulate_attention(mass_HS: Tensor, query_CQD: Tensor, key_HSD: Tensor, scale: float) -> None:
+def accumulate_attention(
+    mass_HS: Tensor,
+    query_CQD: Tensor,
+    key_HSD: Tensor,
+    scale: float,
+    cap: float = 0.0,
+    void_Q: Tensor | None = None,
+) -> None:
     """Add to each of the S keys the attention that the last C queries pay it, causal, summed over the queries and
     averaged over the group (H2O, arXiv 2306.14048). In place, fp32 [H, S]."""
     share = mass_HS.shape[0] / query_CQD.shape[1]
-    for attention_HGWS in attention_tiles(query_CQD, key_HSD, scale, ACCUMULATED_ELEMENTS):
+    for attention_HGWS in attention_tiles(query_CQD, key_HSD, scale, ACCUMULATED_ELEMENTS, cap, void_Q):
         mass_HS[:, : attention_HGWS.shape[-1]] += attention_HGWS.sum(dim=(1, 2)).mul_(share)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from vllm_defensive_kernels.checks import (
     require_shape,
 )
 from vllm_defensive_kernels.echo import NORMALISED, taking_part
+from vllm_defensive_kernels.logits import check_void, factors
 from vllm_defensive_kernels.pages import PagedKV
 from vllm_defensive_kernels.reconstruction_kernels import merge_lse_kernel, peak_kernel, row_lse_kernel
 
@@ -102,6 +101,8 @@ def reconstruction_scores(
     sink: int = 0,
     scale: float | None = None,
     key_scale: float = 1.0,
+    cap: float = 0.0,
+    void_Q: Tensor | None = None,
 ) -> None:
     """Raise the scores of document tokens to the largest attention that these echoes pay them, in one layer. In place.
 
@@ -111,7 +112,8 @@ def reconstruction_scores(
         keys are in the cache already.
     peak_HS: fp32 `[H, S]`, running maxima, none below zero: zeros before the first echo.
     scored, normalised, sink: as in `echo.reconstruct_attention`, which has the formula.
-    scale: of the logits, default `D ** -0.5`. key_scale: of fp8 pages.
+    scale: of the logits, default `D ** -0.5`. key_scale: of fp8 pages. cap, void_Q: see `logits`; kernels are compiled
+    for each cap. void_Q: fp32, fp16 or bf16.
 
     Of Y keys that take part, A of them scored: `2*Q*D*(Y + A)` flops and Q*Y exponentials an echo. From memory come
     `H*D*(Y + A)` numbers of keys, `2*Q*D` of queries an echo; each further 128 query rows of a head (fp8 or D > 128:
@@ -121,20 +123,22 @@ def reconstruction_scores(
     ValueError for arguments that do not fit.
     """
     check(query_TQD, pages, layer, table_1B, peak_HS, scored, first, normalised, sink)
+    check_void("void_Q", void_Q, (query_TQD.shape[1],), query_TQD.device)
     scale = pages.head_size**-0.5 if scale is None else scale
     if not runs_triton(query_TQD):
         reference.reconstruction_scores(
             query_TQD, pages, layer, table_1B, peak_HS=peak_HS, scored=scored, first=first,
-            normalised=normalised, sink=sink, scale=scale, key_scale=key_scale,
+            normalised=normalised, sink=sink, scale=scale, key_scale=key_scale, cap=cap, void_Q=void_Q,
         )  # fmt: skip
     elif len(query_TQD):
         part = taking_part(peak_HS.shape[1], scored, normalised, sink)
-        _launch(query_TQD, pages, layer, table_1B, peak_HS, scored, first, part, scale * key_scale * math.log2(math.e))
+        softmax = *factors(scale * key_scale, cap), void_Q
+        _launch(query_TQD, pages, layer, table_1B, peak_HS, scored, first, part, *softmax)
 
 
 def _launch(
     query_TQD: Tensor, pages: PagedKV, layer: int, table_1B: Tensor, peak_HS: Tensor, scored: tuple[int, int],
-    first: int, part: tuple[int, int, int], scale_log2: float,
+    first: int, part: tuple[int, int, int], scale_log2: float, bend: float, void_Q: Tensor | None,
 ) -> None:  # fmt: skip
     (echoes, num_heads, head_size), (heads, document) = query_TQD.shape, peak_HS.shape
     leading, begin, end = part
@@ -151,8 +155,9 @@ def _launch(
     )  # fmt: skip
     shape = {"G": num_heads // heads, "N": pages.page_tokens, "D": head_size, "BLOCK_D": power_of_two(head_size, 16)}
     row_lse_kernel[(q_tiles, heads, spans)](
-        lse, query_TQD, pages.key_PND, *where, leading, begin, document_part, document, seen, span, lse.stride(0),
-        *strides, **shape, BLOCK_M=block_m, BLOCK_T=block_t, num_warps=WARPS, num_stages=STAGES,
+        lse, void_Q, query_TQD, pages.key_PND, *where, leading, begin, document_part, document, seen, span,
+        lse.stride(0), *strides, **shape, CAP=bend, BLOCK_M=block_m, BLOCK_T=block_t,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     if spans > 1:
         merge_lse_kernel[(-(-rows // MERGE_BLOCK), heads)](lse, rows, spans, lse.stride(0), BLOCK=MERGE_BLOCK)
@@ -160,5 +165,5 @@ def _launch(
     share = shared_out(query_tiles, key_tiles * heads, MIN_TILES)
     peak_kernel[(key_tiles, heads, -(-query_tiles // share))](
         peak_HS.view(torch.int32), lse, query_TQD, pages.key_PND, *where, *scored, share, peak_HS.stride(0),
-        *strides, **shape, BLOCK_M=peak_m, BLOCK_T=peak_t, num_warps=PEAK_WARPS, num_stages=PEAK_STAGES,
+        *strides, **shape, CAP=bend, BLOCK_M=peak_m, BLOCK_T=peak_t, num_warps=PEAK_WARPS, num_stages=PEAK_STAGES,
     )  # fmt: skip

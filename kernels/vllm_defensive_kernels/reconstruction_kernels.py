@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from vllm_defensive_kernels.addressing import positional_page, product
+from vllm_defensive_kernels.logits import before_any_key, bent
 
 
 @triton.jit
@@ -44,11 +45,11 @@ def _key_tile(key_ptr, t, exists, table_ptr, first_page, block_pages, page_strid
     "table_ptr", "layer", "rows", "leading", "begin", "document_part", "document", "seen", "span", "plane",
 ])  # fmt: skip
 def row_lse_kernel(
-    lse_ptr, query_ptr, key_ptr, table_ptr, layer_page_ptr,
+    lse_ptr, void_ptr, query_ptr, key_ptr, table_ptr, layer_page_ptr,
     scale_log2, layer, rows, leading, begin, document_part, document, seen, span, plane,
     query_token_stride, query_head_stride, key_page_stride, key_token_stride, block_pages, head_pages,
     G: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp (base 2) of a tile of query rows over one span. The first `document_part` keys are the document's,
     of which `leading` come first and the others from position `begin` on; the first echo sees `seen` keys."""
@@ -59,8 +60,7 @@ def row_lse_kernel(
     first_page = tl.load(layer_page_ptr + layer) + head.to(tl.int64) * head_pages
     from_y = tl.program_id(2) * span
     keys = seen + (tl.minimum(tile * BLOCK_M + BLOCK_M, rows) - 1) // G  # what the tile's last row sees
-    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    best, total = before_any_key(void_ptr, head * G + m % G, m < rows, tl.program_id(2), BLOCK_M)
     for start in range(from_y, tl.minimum(from_y + span, keys), BLOCK_T):
         y = start + tl.arange(0, BLOCK_T)
         t = tl.where(y < document_part, y - leading + begin, y - document_part + document)
@@ -68,7 +68,7 @@ def row_lse_kernel(
         key = _key_tile(
             key_ptr, t, y < keys, table_ptr, first_page, block_pages, key_page_stride, key_token_stride, N, D, BLOCK_D
         )
-        logit = product(query, tl.trans(key.to(query.dtype))) * scale_log2
+        logit = bent(product(query, tl.trans(key.to(query.dtype))) * scale_log2, CAP)
         logit = tl.where(y[None, :] < sees[:, None], logit, float("-inf"))
         new_best = tl.maximum(best, tl.max(logit, 1))
         base = tl.where(new_best == float("-inf"), 0.0, new_best)  # a span of echoes may hide all its keys
@@ -103,7 +103,7 @@ def peak_kernel(
     scale_log2, layer, rows, first, last, share, peak_head_stride,
     query_token_stride, query_head_stride, key_page_stride, key_token_stride, block_pages, head_pages,
     G: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Raise the scores of a tile of the tokens `[first, last)` to the attention of `share` tiles of query rows."""
     head = tl.program_id(1)
@@ -120,7 +120,8 @@ def peak_kernel(
             query_ptr, head, tile, rows, query_token_stride, query_head_stride, G, D, BLOCK_D, BLOCK_M
         )
         lse = tl.load(lse_ptr + head.to(tl.int64) * rows + m, mask=m < rows, other=float("inf"))  # absent: exp2(-inf)
-        peak = tl.maximum(peak, tl.max(product(key, tl.trans(query)) * scale_log2 - lse[None, :], 1))
+        logit = bent(product(key, tl.trans(query)) * scale_log2, CAP)
+        peak = tl.maximum(peak, tl.max(logit - lse[None, :], 1))
     # Bits of numbers that are not negative are in the order of the numbers, and a maximum depends on no order: whoever
     # comes first, the result is the same.
     bits = tl.exp2(peak).to(tl.int32, bitcast=True)

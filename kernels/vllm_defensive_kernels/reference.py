@@ -28,7 +28,8 @@ def _gather_heads(pages_PND: Tensor, pages: PagedKV, layer: int, table_B: Tensor
 
 def window_scores(
     query_LRWQD: Tensor, pages: PagedKV, table_RB: Tensor, tokens: RaggedTokens, *,
-    aggregate: str, pool: int, clamp: bool, scale: float, key_scale: float,
+    aggregate: str, pool: int, clamp: bool, scale: float, key_scale: float, cap: float = 0.0,
+    void_LQ: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Reference of `window.window_scores`."""
     layers, _, window, _, _ = query_LRWQD.shape
@@ -40,8 +41,10 @@ def window_scores(
             if scored == 0:
                 continue
             key_HSD = _gather_heads(pages.key_PND, pages, layer, table_RB[row], scored + window)
-            attention = formulas.window_attention(query_LRWQD[layer, row], key_HSD.float(), scale * key_scale)
-            attention = attention[..., :scored]
+            attention = formulas.window_attention(
+                query_LRWQD[layer, row], key_HSD.float(), scale * key_scale,
+                cap=cap, void_Q=None if void_LQ is None else void_LQ[layer],
+            )[..., :scored]  # fmt: skip
             mean_HT = formulas.aggregate_mean(attention)
             if aggregate == "mean":
                 score_HT = formulas.pool_tokens(mean_HT, pool)
@@ -54,13 +57,15 @@ def window_scores(
 
 def reconstruction_scores(
     query_TQD: Tensor, pages: PagedKV, layer: int, table_1B: Tensor, *, peak_HS: Tensor, scored: tuple[int, int],
-    first: int, normalised: str, sink: int, scale: float, key_scale: float,
+    first: int, normalised: str, sink: int, scale: float, key_scale: float, cap: float = 0.0,
+    void_Q: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Reference of `reconstruction.reconstruction_scores`."""
     key_HXD = _gather_heads(pages.key_PND, pages, layer, table_1B[0], first + len(query_TQD))
     echo.reconstruct_attention(
-        peak_HS, query_TQD, key_HXD, scale * key_scale, scored=scored, first=first, normalised=normalised, sink=sink
-    )
+        peak_HS, query_TQD, key_HXD, scale * key_scale, scored=scored, first=first, normalised=normalised, sink=sink,
+        cap=cap, void_Q=void_Q,
+    )  # fmt: skip
 
 
 def value_norm(
@@ -225,6 +230,7 @@ def coded_rows(pages: PagedKV, layer: int, head: int, slot: int, state: PackedSt
 def ragged_paged_decode(
     query_TQD: Tensor, pages: PagedKV, layer: int, table_RB: Tensor, query_start_R1: Tensor, seq_len_R: Tensor,
     slot_R: Tensor, state: PackedState, *, out_TQD: Tensor, scale: float, key_scale: float, value_scale: float,
+    cap: float = 0.0, void_Q: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Reference of `decode.ragged_paged_decode`."""
     group = query_TQD.shape[1] // pages.num_kv_heads
@@ -237,9 +243,17 @@ def ragged_paged_decode(
             key_TD, value_TD = (torch.cat(each) for each in zip(coded, plain, strict=True))
             heads = slice(head * group, (head + 1) * group)
             logits_QGT = query_TQD[begin:end, heads].float() @ key_TD.T * (scale * key_scale)
+            logits_QGT = cap * torch.tanh(logits_QGT / cap) if cap else logits_QGT
             # The row's last query token sees all keys, the one before it all but one, and so on.
             future = torch.ones(logits_QGT.shape[::2], dtype=torch.bool, device=key_TD.device)
             future = future.triu(key_TD.shape[0] - (end - begin) + 1)[:, None]
-            weight_QGT = logits_QGT.masked_fill(future, float("-inf")).softmax(-1).nan_to_num(0.0)
+            logits_QGT = logits_QGT.masked_fill(future, float("-inf"))
+            if void_Q is not None:  # a key more, whose value is zero
+                void_QG1 = void_Q[heads].to(logits_QGT.dtype)[None, :, None].expand(end - begin, -1, 1)
+                logits_QGT, value_TD = (
+                    torch.cat([logits_QGT, void_QG1], -1),
+                    torch.nn.functional.pad(value_TD, (0, 0, 0, 1)),
+                )
+            weight_QGT = logits_QGT.softmax(-1).nan_to_num(0.0)
             out_TQD[begin:end, heads] = (weight_QGT @ value_TD * value_scale).to(out_TQD.dtype)
     return out_TQD

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from vllm_defensive_kernels.checks import (
     require_int,
     require_shape,
 )
+from vllm_defensive_kernels.logits import check_void, factors
 from vllm_defensive_kernels.pages import PagedKV, RaggedTokens
 from vllm_defensive_kernels.window_kernels import (
     clamp_kernel,
@@ -76,6 +76,8 @@ def window_scores(
     clamp: bool = True,
     scale: float | None = None,
     key_scale: float = 1.0,
+    cap: float = 0.0,
+    void_LQ: Tensor | None = None,
 ) -> WindowScores:
     """Score the prompt tokens before the observation window by the attention that the window pays them, in all layers.
 
@@ -86,6 +88,7 @@ def window_scores(
     aggregate: "defensive": maximum over group and window of the mass-preservingly pooled attention, then, with clamp,
         no token below its head's mean (DefensiveKV, arXiv 2510.13334). "mean": pooled mean (SnapKV, arXiv 2404.14469).
     pool: neighbours averaged, 1, 3 or 5. scale: of the logits, default `D ** -0.5`. key_scale: of fp8 pages.
+    cap, void_LQ: see `logits`; kernels are compiled for each cap. void_LQ: fp32, fp16 or bf16.
 
     Returns fp32 scores; formulas in `formulas.py`. Stores nothing of size [G, W, S] and reads K twice; a head with more
     than 128 query rows (fp8 or D > 128: 64) reads it again for each further 128, from the L2 cache, and needs scratch
@@ -108,10 +111,11 @@ def window_scores(
         refuse("tokens.counts", tokens.counts, f"{rows} counts, one a row")
     require_int("tokens.longest + W", tokens.longest + window, 1, table_RB.shape[1] * page_tokens)
     scale = head_size**-0.5 if scale is None else scale
+    check_void("void_LQ", void_LQ, (layers, num_heads), query_LRWQD.device)
     if not runs_triton(query_LRWQD):
         return WindowScores(*reference.window_scores(
             query_LRWQD, pages, table_RB, tokens,
-            aggregate=aggregate, pool=pool, clamp=clamp, scale=scale, key_scale=key_scale,
+            aggregate=aggregate, pool=pool, clamp=clamp, scale=scale, key_scale=key_scale, cap=cap, void_LQ=void_LQ,
         ))  # fmt: skip
 
     group, device = num_heads // heads, query_LRWQD.device
@@ -130,7 +134,7 @@ def window_scores(
     slabs: Sequence[Tensor] = (score_LHT, mean_LHT)
     if chunks > 1:
         slabs = torch.empty(2, chunks, *score_LHT.shape, dtype=torch.float32, device=device).unbind()
-    scale_log2 = scale * key_scale * math.log2(math.e)
+    scale_log2, bend = factors(scale * key_scale, cap)
     strides = (
         *query_LRWQD.stride()[:4], pages.key_PND.stride(0), pages.key_PND.stride(1),
         table_RB.stride(0), pages.block_pages, pages.head_pages,
@@ -140,16 +144,16 @@ def window_scores(
     row_statistics_kernel[(spans, layers * heads, rows * chunks)](
         stats, query_LRWQD, pages.key_PND, table_RB, tokens.count_R, pages.layer_page_L,
         scale_log2, chunks, spans, stats.stride(0), *strides,
-        **shape, BLOCK_T=block_t, SPAN=span, num_warps=4, num_stages=STAGES,
+        **shape, BLOCK_T=block_t, SPAN=span, CAP=bend, num_warps=4, num_stages=STAGES,
     )  # fmt: skip
     merge_statistics_kernel[(layers * heads * chunks, rows)](
-        lse, gain, stats, tokens.count_R, chunks, spans, stats.stride(0),
-        W=window, BLOCK_M=block_m, SPAN=span, MERGE_SPANS=MERGE_SPANS, num_warps=4,
+        lse, gain, stats, tokens.count_R, void_LQ, chunks, spans, stats.stride(0),
+        G=group, W=window, BLOCK_M=block_m, SPAN=span, MERGE_SPANS=MERGE_SPANS, num_warps=4,
     )  # fmt: skip
     score_kernel[(-(-tokens.longest // (lines * run)) * chunks, layers * heads, rows)](
         *slabs, lse, gain, query_LRWQD, pages.key_PND, table_RB, tokens.count_R, tokens.start_R, pages.layer_page_L,
         scale_log2, chunks, score_LHT.numel(), tokens.total, *strides,
-        **shape, LINES=lines, RUN=run, PEAK=peak, PARTS=2 if block_m > 64 else 1,
+        **shape, LINES=lines, RUN=run, PEAK=peak, PARTS=2 if block_m > 64 else 1, CAP=bend,
         num_warps=SCORE_WARPS, num_stages=STAGES,
     )  # fmt: skip
     grid = (-(-tokens.longest // BLOCK), layers * heads, rows)

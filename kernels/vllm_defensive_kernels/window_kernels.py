@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from vllm_defensive_kernels.addressing import positional_page, product
+from vllm_defensive_kernels.logits import before_any_key, bent
 
 
 @triton.jit
@@ -43,6 +44,7 @@ def row_statistics_kernel(
     key_page_stride, key_token_stride, table_stride, block_pages, head_pages,
     H: tl.constexpr, G: tl.constexpr, W: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, SPAN: tl.constexpr, POOL: tl.constexpr,
+    CAP: tl.constexpr,
 ):  # fmt: skip
     span = tl.program_id(0)
     layer = tl.program_id(1) // H
@@ -70,7 +72,7 @@ def row_statistics_kernel(
         page = positional_page(t, exists, table_row, first_page, block_pages, N)
         where = page * key_page_stride + (t % N) * key_token_stride
         key = tl.load(key_ptr + where[:, None] + d[None, :], mask=exists[:, None] & (d[None, :] < D), other=0.0)
-        logit = product(query, tl.trans(key.to(query.dtype))) * scale_log2
+        logit = bent(product(query, tl.trans(key.to(query.dtype))) * scale_log2, CAP)
         logit = tl.where(t[None, :] <= last_seen[:, None], logit, float("-inf"))
         new_best = tl.maximum(best, tl.max(logit, 1))
         base = tl.where(new_best == float("-inf"), 0.0, new_best)  # a span inside the window may hide all its keys
@@ -94,8 +96,8 @@ def row_statistics_kernel(
 
 @triton.jit(do_not_specialize=["chunks", "spans", "stats_plane"])
 def merge_statistics_kernel(
-    lse_ptr, gain_ptr, stats_ptr, count_ptr, chunks, spans, stats_plane,
-    W: tl.constexpr, BLOCK_M: tl.constexpr, SPAN: tl.constexpr, MERGE_SPANS: tl.constexpr,
+    lse_ptr, gain_ptr, stats_ptr, count_ptr, void_ptr, chunks, spans, stats_plane,
+    G: tl.constexpr, W: tl.constexpr, BLOCK_M: tl.constexpr, SPAN: tl.constexpr, MERGE_SPANS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1)
     scored = tl.load(count_ptr + row)
@@ -104,8 +106,9 @@ def merge_statistics_kernel(
     used = tl.cdiv(scored + W, SPAN)
     m = tl.arange(0, BLOCK_M)
     tile = row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)  # of [R, L*H, chunks]
-    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    full = tl.zeros([BLOCK_M], tl.float32)
+    place = tl.program_id(0) % chunks * BLOCK_M + m  # among the head's G*W query rows
+    q_head = tl.program_id(0) // chunks * G + place // W
+    best, full = before_any_key(void_ptr, q_head, place < G * W, 0, BLOCK_M)
     before = tl.zeros([BLOCK_M], tl.float32)
     pooled = tl.zeros([BLOCK_M], tl.float32)
     for begin in range(0, used, MERGE_SPANS):
@@ -126,9 +129,9 @@ def merge_statistics_kernel(
 
 
 @triton.jit
-def _attend(key, exists, query, lse, scale_log2):
+def _attend(key, exists, query, lse, scale_log2, CAP: tl.constexpr):
     """Attention of each query row to each line's key [LINES, rows]; 0 where there is no key."""
-    weight = tl.exp2(product(key.to(query.dtype), tl.trans(query)) * scale_log2 - lse[None, :])
+    weight = tl.exp2(bent(product(key.to(query.dtype), tl.trans(query)) * scale_log2, CAP) - lse[None, :])
     return tl.where(exists[:, None], weight, 0.0)
 
 
@@ -151,7 +154,7 @@ def score_kernel(
     key_page_stride, key_token_stride, table_stride, block_pages, head_pages,
     H: tl.constexpr, G: tl.constexpr, W: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, LINES: tl.constexpr, RUN: tl.constexpr, POOL: tl.constexpr, PEAK: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs read the same keys for other query rows: all but the first find them in the L2 cache.
     tile = tl.program_id(0) // chunks
@@ -195,12 +198,12 @@ def score_kernel(
         where = page * key_page_stride + (t % N) * key_token_stride
         key = tl.load(key_ptr + where[:, None] + d[None, :], mask=exists[:, None] & (d[None, :] < D), other=0.0)
 
-        weight = _attend(key, exists, query_a, lse_a, scale_log2)
+        weight = _attend(key, exists, query_a, lse_a, scale_log2, CAP)
         mean = tl.sum(weight, 1)
         pooled, a_1, a_2, a_3, a_4 = _slide(weight, a_1, a_2, a_3, a_4, POOL)
         peak = tl.max(pooled * gain_a[None, :], 1)
         if PARTS == 2:
-            weight = _attend(key, exists, query_b, lse_b, scale_log2)
+            weight = _attend(key, exists, query_b, lse_b, scale_log2, CAP)
             mean += tl.sum(weight, 1)
             pooled, b_1, b_2, b_3, b_4 = _slide(weight, b_1, b_2, b_3, b_4, POOL)
             peak = tl.maximum(peak, tl.max(pooled * gain_b[None, :], 1))

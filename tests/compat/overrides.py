@@ -26,7 +26,6 @@ NOT_OURS = {
     "supports_pcp",
     "supports_per_head_quant_scales",
     "supports_rswa",
-    "supports_sink",
 }
 
 

@@ -81,13 +81,15 @@ def reshape_and_cache_flash(
 def attention(
     *, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens_q: Tensor, seqused_k: Tensor, block_table: Tensor,
     softmax_scale: float, causal: bool = True, window_size: Any = None, softcap: float = 0,
-    k_descale: Tensor | None = None, v_descale: Tensor | None = None, mm_prefix_range: Tensor | None = None, **_: Any,
+    k_descale: Tensor | None = None, v_descale: Tensor | None = None, mm_prefix_range: Tensor | None = None,
+    sinks: Tensor | None = None, s_aux: Tensor | None = None, **_: Any,
 ) -> Tensor:  # fmt: skip
     """Causal attention over paged keys, a row of the batch at a time. q: `[T, Q, D]`; k, v: `[B, N, H, D]`.
 
     window_size: (how far a query looks back or -1, 0 or -1). mm_prefix_range: int `[rows, ranges, 2]`, first and last
-    position between which all see all, of empty ranges the same."""
-    assert causal and softcap == 0
+    position between which all see all, of empty ranges the same. sinks, s_aux: a logit more of each query head."""
+    assert causal
+    sinks = s_aux if sinks is None else sinks
     before, ahead = tuple(window_size or (-1, -1))
     assert ahead <= 0
     starts, page, group = cu_seqlens_q.tolist(), k.shape[1], q.shape[1] // k.shape[2]
@@ -103,7 +105,10 @@ def attention(
         )
         logits = torch.einsum("tqd,sqd->qts", q[begin:end].float(), keys) * softmax_scale
         seen = _seen(length - (end - begin), length, before, () if mm_prefix_range is None else mm_prefix_range[row])
-        weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
+        logits = (softcap * torch.tanh(logits / softcap) if softcap else logits).masked_fill(~seen, float("-inf"))
+        if sinks is not None:
+            logits = torch.cat([logits, sinks.float()[:, None, None].expand(-1, logits.shape[1], 1)], dim=-1)
+        weights = logits.softmax(-1)[..., :length]
         out[begin:end] = torch.einsum("qts,sqd->tqd", weights, values).to(out.dtype)
     return out
 

@@ -46,7 +46,7 @@ def test_what_lasts_is_counted_byte_for_byte() -> None:
     captures = [windows.plan(str(i), (TOKENS - W, TOKENS), (TOKENS - 8, TOKENS), 0) for i in range(PROMPTS)]
     assert bytes_of(runtime.workspace) == counted.decode
     assert bytes_of(runtime.state, runtime.slot_R) == counted.state
-    assert sum(c.window_LWQD.untyped_storage().nbytes() for c in captures if c is not None) == counted.windows
+    assert sum(c.window_AWQD.untyped_storage().nbytes() for c in captures if c is not None) == counted.windows
     for name in "ab":  # one at a time: "a" was given up
         runtime.reconstructions.plan(Reconstruction(name, TOKENS, (0, TOKENS), 2 * TOKENS, "all"), (TOKENS, TOKENS + 1))
     peaks = bytes_of(*runtime.reconstructions._seen.values())

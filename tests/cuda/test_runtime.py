@@ -241,7 +241,7 @@ def test_window_queries_are_taken_where_the_chunk_overlaps_the_window(runtime: C
     assert (capture.source, capture.target, capture.count) == (0, 12, 20)
     query = torch.randn(20, Q, D)
     capture.take(1, query)
-    assert torch.equal(capture.window_LWQD[1, 12:], query)
+    assert torch.equal(capture.window_AWQD[1, 12:], query)
     runtime.end()
     assert not runtime.observing
 

@@ -140,13 +140,13 @@ def watch_evictions(evictor: Any) -> dict[str, list[Layer]]:
 
     def score_and_note(score: Score) -> Any:
         if not PRESETS[score.policy].accumulates:
-            window_LWQD = evictor._runtime.windows._buffers[score.request_id].clone()
+            window_AWQD = evictor._runtime.windows._buffers[score.request_id].clone()
             pages_LHB = evictor._view.of_blocks(torch.tensor(score.source_blocks))
-            whole = Scored(score, PRESETS[score.policy], window_LWQD, pages_LHB, first_value=0)
+            whole = Scored(score, PRESETS[score.policy], window_AWQD, pages_LHB, first_value=0)
             room = evictor._room(pages_LHB)[0]
             seen[score.request_id.rpartition("-")[0]] = [
                 Layer(query_WQD, *(x[:, : score.region.stop].clone() for x in evictor._read(whole, layer, room)))
-                for layer, query_WQD in enumerate(window_LWQD)
+                for layer, query_WQD in enumerate(window_AWQD)
             ]
         return carry_out(score)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.e2e.engines import audit_of, engine, generate, random_prompts, worker_of
+from vllm_defensive.worker.softmax import Softmax
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
@@ -19,9 +20,9 @@ def test_a_layers_own_scale_decides_what_it_keeps(tiny_model: Path, policy: str,
     kept = []
     with engine(tiny_model, policy, dtype="float32", keep=0.2, audit=str(tmp_path), enable_prefix_caching=False) as llm:
         evictor = worker_of(llm)._evictor
-        scales = list(evictor._scales)
-        for changed in (scales, [scales[0], 40 * scales[1], scales[2]]):
-            evictor._scales = evictor._runtime.accumulations._scales = changed
+        own = list(evictor._softmax_A)
+        for changed in (own, [own[0], Softmax(40 * own[1].scale), own[2]]):
+            evictor._softmax_A = evictor._runtime.accumulations._softmax_A = changed
             (answer,) = generate(llm, prompts, 2)
             kept.append(audit_of(tmp_path, answer.request_id).mask())
     differs = [not torch.equal(a, b) for a, b in zip(*kept, strict=True)]

@@ -17,6 +17,8 @@ from vllm_defensive_kernels.pages import PackedState, PagedKV
 LAYOUTS = ("LBHNC", "BLHNC", "LBNHC", "BNLHC")
 # Head sizes whose tiles take fewer tokens, and the pages' dtypes.
 WIDE = ((192, torch.bfloat16), (256, torch.float8_e4m3fn), (512, torch.bfloat16))
+# Caps of logits, and logits of nothing on average: see `vllm_defensive_kernels.logits`.
+BENT = ((3.0, None), (0.0, 9.0), (2.0, 1.0))
 TOLERANCE = {
     torch.float32: 1e-5,  # of a float64 reference: a few roundings of 6e-8, relative to the largest entry
     torch.float16: 1e-3,  # one rounding step of the inputs of the second product, 2 ** -10

@@ -93,15 +93,16 @@ def tokens_apart(pages: PagedKV, dtype: torch.dtype) -> PagedKV:
 
 def decode(
     dtype: torch.dtype, group: int, page_tokens: int, head_size: int, kv: torch.dtype, queries: int, heads: int = 8,
-    classes: tuple[str, ...] = (), apart: bool = False,
+    classes: tuple[str, ...] = (), apart: bool = False, cap: float = 0.0, void: bool = False,
 ) -> None:  # fmt: skip
-    """classes: beside 16."""
+    """classes: beside 16. void: with logits of nothing."""
     pages = cache(kv, heads, page_tokens, head_size)
     pages = tokens_apart(pages, kv) if apart else pages
     query = torch.zeros(4 * queries, heads * group, head_size, dtype=dtype)
     rows = int32(4, 64), int32(5), int32(4), int32(4)
     state = PackedState.empty(4, 16, 2, heads, "cpu", ("16", *classes))
-    ragged_paged_decode(query, pages, 1, *rows, state, max_query_len=queries)
+    softmax = {"cap": cap, "void_Q": torch.zeros(heads * group, dtype=dtype) if void else None}
+    ragged_paged_decode(query, pages, 1, *rows, state, max_query_len=queries, **softmax)
 
 
 def window(
@@ -109,21 +110,24 @@ def window(
 ) -> None:
     pages, tokens = cache(kv, heads, page_tokens, head_size), RaggedTokens.of([options.pop("count", 9000)], "cpu")
     query = torch.zeros(2, 1, options.pop("rows", 32), heads * group, head_size, dtype=dtype)
+    if options.pop("void", False):
+        options["void_LQ"] = torch.zeros(2, heads * group, dtype=dtype)
     window_scores(query, pages, int32(1, 1 + 10000 // page_tokens), tokens, **options)
 
 
 def echoes(
     dtype: torch.dtype, group: int, page_tokens: int, head_size: int, kv: torch.dtype, heads: int = 8,
-    counts: tuple[int, ...] = (64,), document: int = 4000,
+    counts: tuple[int, ...] = (64,), document: int = 4000, cap: float = 0.0, void: bool = False,
 ) -> None:  # fmt: skip
     """Steps of so many echoes, one after the other: so few that their keys are shared out."""
     pages, first = cache(kv, heads, page_tokens, head_size), document
     query = torch.zeros(sum(counts), heads * group, head_size, dtype=dtype)
+    softmax = {"cap": cap, "void_Q": torch.zeros(heads * group, dtype=dtype) if void else None}
     table, peak = int32(1 + len(counts), 2 + 10000 // page_tokens), torch.zeros(len(counts), heads, document)
     for step, count in enumerate(counts):
         reconstruction_scores(
             query[first - document :][:count], pages, step % 2, table[step : step + 1], peak_HS=peak[step],
-            scored=(step, 2048), first=first, normalised="chunk", sink=step,
+            scored=(step, 2048), first=first, normalised="chunk", sink=step, **softmax,
         )  # fmt: skip
         first += count
 
@@ -206,6 +210,8 @@ QUICK: dict[str, Callable[[], None]] = {
         for size, name in CODED.items()
     },
     "decode bf16 fp8 pages": lambda: decode(BF16, 4, 16, 128, FP8, 1),
+    "decode bf16 D=256 G=2 cap": lambda: decode(BF16, 2, 16, 256, BF16, 1, cap=50.0),
+    "window bf16 D=64 G=8 void": lambda: window(BF16, 8, 16, 64, BF16, void=True),
     "decode bf16 D=512": lambda: decode(BF16, 8, 16, 512, BF16, 1),
     "value_norm bf16 L2 D=256": lambda: norm(BF16, 16, 256, BF16, 2),
 }
@@ -215,6 +221,25 @@ ALL: dict[str, Callable[[], None]] = QUICK | {
     "decode bf16 G=1": lambda: decode(BF16, 1, 16, 128, BF16, 1),
     "decode bf16 5 queries": lambda: decode(BF16, 4, 16, 128, BF16, 5),
     "decode bf16 long queries": lambda: decode(BF16, 4, 16, 128, BF16, 512),
+    # The heads of Gemma 2, of 9 and 27 billion parameters, and of gpt-oss; and both at once.
+    **{
+        f"{name} bf16 D={size} G={group} {label}": partial(call, BF16, group, 16, size, BF16, *more, **softmax)
+        for name, call, more in (
+            ("decode", decode, (1,)),
+            ("decode long queries", decode, (512,)),
+            ("window", window, ()),
+            ("reconstruction", echoes, ()),
+        )
+        for size, group, label, softmax in (
+            (256, 2, "cap", {"cap": 50.0}),
+            (128, 2, "cap", {"cap": 50.0}),
+            (64, 8, "void", {"void": True}),
+            (128, 4, "cap and void", {"cap": 50.0, "void": True}),
+        )
+    },
+    "decode bf16 8+4 void": lambda: decode(BF16, 8, 16, 64, BF16, 1, classes=("8", "4"), void=True),
+    "decode bf16 fp8 pages void": lambda: decode(BF16, 8, 16, 64, FP8, 1, void=True),
+    "window bf16 fp8 pages void": lambda: window(BF16, 8, 16, 64, FP8, void=True),
     "decode fp32": lambda: decode(FP32, 4, 16, 128, FP32, 1),
     "window bf16 short": lambda: window(BF16, 4, 16, 128, BF16, count=900),
     "window bf16 no pool": lambda: window(BF16, 4, 16, 128, BF16, pool=1),

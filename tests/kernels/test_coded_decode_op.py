@@ -94,7 +94,10 @@ def tokens_of(pages: PagedKV, table_B: Tensor, row: int, layer: int, head: int) 
     return torch.cat(key), torch.cat(value)
 
 
-def over_plain_cache(query_TQD: Tensor, starts: list[int], layer: int, pages: PagedKV, table_RB: Tensor) -> Tensor:
+def over_plain_cache(
+    query_TQD: Tensor, starts: list[int], layer: int, pages: PagedKV, table_RB: Tensor, cap: float,
+    void_Q: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The same op, un-evicted, a head of a row at a time, over what its codes stand for in the queries' dtype."""
     out, group = torch.empty_like(query_TQD), query_TQD.shape[1] // H
     for row, (begin, end) in enumerate(itertools.pairwise(starts)):
@@ -108,14 +111,15 @@ def over_plain_cache(query_TQD: Tensor, starts: list[int], layer: int, pages: Pa
             heads = slice(head * group, (head + 1) * group)
             out[begin:end, heads] = ragged_paged_decode(
                 query_TQD[begin:end, heads].contiguous(), plain, 0, *args, int32(-1),
-                PackedState.empty(1, 1, 1, 1, DEVICE), max_query_len=end - begin, splits=1,
+                PackedState.empty(1, 1, 1, 1, DEVICE), max_query_len=end - begin, splits=1, cap=cap,
+                void_Q=None if void_Q is None else void_Q[heads],
             )  # fmt: skip
     return out
 
 
 def assert_as_plain(
     head_size: int, group: int, dtype: torch.dtype, starts: list[int], *, splits: int, layer: int = 1,
-    layout: str = "BLHNC", even_layers: bool = True,
+    layout: str = "BLHNC", even_layers: bool = True, cap: float = 0.0, void: float | None = None,
 ) -> None:  # fmt: skip
     """By the kernel, and by the reference in float64. That rounds none of the numbers, and the interpreter rounds to
     bf16 towards zero, which is more than a step together: of bf16 the plain cache says enough."""
@@ -129,11 +133,13 @@ def assert_as_plain(
     state = state_of([row for row in rows if SLOTS[row] >= 0], ALL)
     args = (query, pages, layer, table, int32(*starts), int32(*SEQ_LENS), int32(*SLOTS), state)
     longest = max(end - begin for begin, end in itertools.pairwise(starts))
-    actual = ragged_paged_decode(*args, max_query_len=longest, splits=splits)
-    assert_close(actual, over_plain_cache(query, starts, layer, pages, table), dtype, "plain cache")
+    void_Q = None if void is None else void + randn(H * group)
+    softmax = {"cap": cap, "void_Q": void_Q}
+    actual = ragged_paged_decode(*args, max_query_len=longest, splits=splits, **softmax)
+    assert_close(actual, over_plain_cache(query, starts, layer, pages, table, cap, void_Q), dtype, "plain cache")
     if dtype == torch.bfloat16:
         return
-    scales = {"scale": head_size**-0.5, "key_scale": 1.0, "value_scale": 1.0}
+    scales = {"scale": head_size**-0.5, "key_scale": 1.0, "value_scale": 1.0, **softmax}
     with in_float64():
         expected = reference.ragged_paged_decode(*args, out_TQD=torch.zeros_like(query.double()), **scales)
     assert_close(actual, expected, dtype, "reference")
@@ -170,6 +176,11 @@ def test_rows_of_every_kind_in_one_batch(head_size: int, group: int, dtype: torc
 @pytest.mark.parametrize("splits", [pytest.param(1, marks=pytest.mark.nightly), 4])
 def test_several_query_tokens_see_all_packed_tokens_and_are_causal_among_themselves(splits: int) -> None:
     assert_as_plain(32, 2, torch.float32, [0, 3, 4, 9, 10, 14], splits=splits)
+
+
+@pytest.mark.parametrize("splits", [pytest.param(1, marks=pytest.mark.nightly), 4])
+def test_caps_and_voids_over_all_pages_of_a_row(splits: int) -> None:
+    assert_as_plain(32, 2, torch.float32, [0, 1, 2, 3, 4, 5], splits=splits, cap=1.0, void=1.0)
 
 
 def test_rows_of_pages_that_lie_apart_and_layers_at_uneven_distances() -> None:

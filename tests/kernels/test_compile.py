@@ -23,6 +23,7 @@ HEAD_SIZES = (64, 80, 96, 128, 192, 256, 512)
 # Bytes that a thread may spill: 64 rows of queries take most registers, and widening fp8 keys takes some of its own.
 SPILLED = {("decode_kernel", f"decode long queries D={head_size} fp8"): 32 for head_size in (80, 96, 128)}
 SPILLED["decode_kernel", "decode bf16 long queries D=256 8+4"] = 40  # as do codes that become keys
+SPILLED["score_kernel", "window bf16 D=128 G=4 cap and void"] = 24  # and the attention of 128 rows, where it is bent
 
 
 def compile_for_hopper(folder: Path, *options: str) -> list[dict[str, Any]]:

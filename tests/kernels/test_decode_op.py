@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cases import WIDE, assert_close, in_float64, int32, make_pages, make_state, make_table, randn
+from tests.kernels.cases import BENT, WIDE, assert_close, in_float64, int32, make_pages, make_state, make_table, randn
 from vllm_defensive_kernels import PackedState, PagedKV, formulas, ragged_paged_decode, reference
 
 L, H, N = 2, 3, 16
@@ -30,7 +31,7 @@ def state_of_rows() -> PackedState:
 
 
 def run_both(
-    pages: PagedKV, query: Tensor, starts: list[int], seq_lens: list[int], layer: int, splits: int, **scales: float
+    pages: PagedKV, query: Tensor, starts: list[int], seq_lens: list[int], layer: int, splits: int, **scales: Any
 ) -> tuple[Tensor, Tensor]:
     """The op's result and the float64 reference's."""
     table = make_table(len(seq_lens), 12, 64)
@@ -65,6 +66,29 @@ def test_wide_heads(head_size: int, dtype: torch.dtype, monkeypatch: pytest.Monk
     monkeypatch.setattr("vllm_defensive_kernels.decode.MIN_STEPS", 1)
     pages, query = make_pages(L, 64, H, N, head_size, dtype=dtype), randn(6, H * 4, head_size, dtype=torch.bfloat16)
     actual, expected = run_both(pages, query, [0, 1, 6], SEQ_LENS[:2], 1, 2)
+    assert_close(actual, expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("splits", [pytest.param(1, marks=pytest.mark.nightly), 4])
+@pytest.mark.parametrize(("cap", "void"), BENT, ids=str)
+def test_caps_and_voids(cap: float, void: float | None, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each query head has a logit of nothing of its own, which takes its share once, however many splits are merged."""
+    monkeypatch.setattr("vllm_defensive_kernels.decode.MIN_STEPS", 1)
+    pages, query, void_Q = make_pages(L, 64, H, N, 32), 3 * randn(10, H * 4, 32), None
+    if void is not None:
+        void_Q = void + randn(H * 4)
+    rows = [0, 3, 4, 9, 10], SEQ_LENS, 1, splits
+    actual, expected = run_both(pages, query, *rows, cap=cap, void_Q=void_Q)
+    assert_close(actual, expected, torch.float32)
+    monkeypatch.setattr("vllm_defensive_kernels.decode.runs_triton", lambda tensor: False)
+    without, _ = run_both(pages, query, *rows)
+    assert float((actual - without).abs().max()) > 0.1, "else this could not fail"
+
+
+def test_caps_and_voids_of_half_precision_models() -> None:
+    pages, query = make_pages(L, 64, H, N, 64, dtype=torch.bfloat16), randn(4, H * 4, 64, dtype=torch.bfloat16)
+    void_Q = 2 + randn(H * 4, dtype=torch.bfloat16)
+    actual, expected = run_both(pages, query, [0, 1, 2, 3, 4], SEQ_LENS, 1, 2, cap=50.0, void_Q=void_Q)
     assert_close(actual, expected, torch.bfloat16)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cases import assert_close, in_float64, make_pages, make_table, randn
+from tests.kernels.cases import BENT, assert_close, in_float64, make_pages, make_table, randn
 from tests.kernels.conftest import DEVICE
 from vllm_defensive_kernels import PagedKV, echo, formulas, reconstruction, reconstruction_scores, reference
 from vllm_defensive_kernels.echo import reconstruct_attention
@@ -19,7 +20,7 @@ BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 
 def loops(
     query: list, key: list, scale: float, document: int, *, scored: tuple[int, int], first: int, normalised: str,
-    sink: int,
+    sink: int, cap: float = 0.0, void: list | None = None,
 ) -> Tensor:  # fmt: skip
     """The formula once more, of one number at a time; query [T][Q][D], key [H][X][D], lists of Python's floats."""
     peak = [[0.0] * document for _ in key]
@@ -32,8 +33,9 @@ def loops(
                 for t in range(first + place + 1)
                 if normalised == "all" or t < sink or scored[0] <= t < scored[1] or t >= document
             ]
-            weights = {t: math.exp(scale * math.fsum(map(float.__mul__, vector, row[t]))) for t in taking_part}
-            total = math.fsum(weights.values())
+            logits = {t: scale * math.fsum(map(float.__mul__, vector, row[t])) for t in taking_part}
+            weights = {t: math.exp(cap * math.tanh(z / cap) if cap else z) for t, z in logits.items()}
+            total = math.fsum(weights.values()) + (0.0 if void is None else math.exp(void[q]))
             for t in range(*scored):
                 peak[q // group][t] = max(peak[q // group][t], weights[t] / total)
     return torch.tensor(peak, dtype=torch.float64)
@@ -64,11 +66,23 @@ def test_formula_equals_loops(case: tuple, normalised: str, elements: int, monke
     assert (peak[:, scored[1] :] == 0).all()
 
 
+@pytest.mark.parametrize(("cap", "void"), BENT, ids=str)
+def test_caps_and_voids_of_the_formula(cap: float, void: float | None) -> None:
+    query, key = randn(3, 6, 8), randn(2, 40, 8, seed=3) * 2
+    void_Q = None if void is None else void + randn(6)
+    options = {"scored": (9, 22), "first": 37, "normalised": "chunk", "sink": 4, "cap": cap}
+    peak = torch.zeros(2, 30, device=DEVICE)
+    reconstruct_attention(peak, query, key, 0.4, **options, void_Q=void_Q)
+    void_list = None if void_Q is None else void_Q.tolist()
+    expected = loops(query.double().tolist(), key.double().tolist(), 0.4, 30, **options, void=void_list)
+    assert_close(peak.cpu(), expected, torch.float32)
+
+
 def test_a_temporary_never_holds_all_queries_times_all_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles: list[int] = []
     attend = formulas.window_attention
 
-    def counted(*arguments: object) -> Tensor:
+    def counted(*arguments: Any) -> Tensor:
         attention = attend(*arguments)
         tiles.append(attention.numel())
         return attention
@@ -124,6 +138,22 @@ def test_op_equals_the_formula(
     key_scale = {"key_scale": 0.5} if dtype == FP8 else {}
     actual, expected = run_both(pages, query, 83, before=9, **OPTIONS[name], **key_scale)
     assert_close(actual, expected, torch.float32)
+
+
+@pytest.mark.parametrize("tiles_of_two_sizes", [True], ids=["small tiles"], indirect=True)
+@pytest.mark.parametrize(("cap", "void"), BENT, ids=str)
+@pytest.mark.parametrize("name", ["chunk", pytest.param("all", marks=pytest.mark.nightly)])
+def test_caps_and_voids(
+    name: str, cap: float, void: float | None, tiles_of_two_sizes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each query head has a logit of nothing of its own, which takes its share once, however many spans are merged."""
+    pages, query = make_pages(2, 12, 2, 16, 32, dtype=BF16), 3 * randn(5, 6, 32, dtype=BF16)
+    void_Q = None if void is None else void + randn(6)
+    actual, expected = run_both(pages, query, 83, before=9, cap=cap, void_Q=void_Q, **OPTIONS[name])
+    assert_close(actual, expected, torch.float32)
+    monkeypatch.setattr(reconstruction, "runs_triton", lambda tensor: False)
+    without, _ = run_both(pages, query, 83, before=9, **OPTIONS[name])
+    assert float((actual - without).abs().max()) > 0.01, "else this could not fail"
 
 
 @pytest.mark.parametrize("group", [1, 3, 7])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cases import WIDE, assert_close, in_float64, make_pages, make_table, randn
+from tests.kernels.cases import BENT, WIDE, assert_close, in_float64, make_pages, make_table, randn
 from tests.kernels.conftest import DEVICE
 from vllm_defensive_kernels import PagedKV, RaggedTokens, reference, window, window_scores
 
@@ -77,6 +77,30 @@ def test_wide_heads(head_size: int, dtype: torch.dtype) -> None:
     assert_close(actual[1], expected[1], torch.float32)
 
 
+@pytest.mark.parametrize("aggregate", ["defensive", pytest.param("mean", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(("cap", "void"), BENT, ids=str)
+def test_caps_and_voids(cap: float, void: float | None, aggregate: str, small_tiles: None) -> None:
+    """Two layers of two heads, whose query heads have logits of nothing of their own; chunks, spans, an empty row."""
+    pages, query = make_pages(2, 12, 2, N, 32), 3 * randn(2, 2, 8, 12, 32)
+    void_LQ = None if void is None else void + randn(2, 12)
+    actual, expected = run_both(pages, query, [0, 70], aggregate=aggregate, cap=cap, void_LQ=void_LQ)
+    assert_close(actual[0], expected[0], torch.float32, "score")
+    assert_close(actual[1], expected[1], torch.float32, "mean")
+    table, tokens, options = (
+        make_table(2, 5, 11),
+        RaggedTokens.of([0, 70], DEVICE),
+        {"scale": 32**-0.5, "key_scale": 1.0},
+    )
+    _, plain = reference.window_scores(query, pages, table, tokens, aggregate="mean", pool=1, clamp=False, **options)
+    assert float((actual[1] - plain).abs().max()) > 0.01, "else this could not fail"
+
+
+def test_the_void_of_half_precision_models(small_tiles: None) -> None:
+    pages, query = make_pages(1, 10, 2, N, 32, dtype=torch.bfloat16), randn(1, 1, 8, 6, 32, dtype=torch.bfloat16)
+    actual, expected = run_both(pages, query, [90], void_LQ=3 + randn(1, 6, dtype=torch.bfloat16), cap=50.0)
+    assert_close(actual[0], expected[0], torch.float32)
+
+
 def test_fp8_keys_are_scaled() -> None:
     pages = make_pages(1, 10, 1, N, 32, dtype=torch.float8_e4m3fn)
     actual, expected = run_both(pages, randn(1, 1, 8, 2, 32, dtype=torch.bfloat16), [63], key_scale=0.25)
@@ -106,6 +130,7 @@ def test_no_rows_and_no_tokens() -> None:
 @pytest.mark.parametrize(("options", "message"), [
     ({"aggregate": "max"}, "aggregate='max': choose 'defensive' or 'mean'"),
     ({"pool": 4}, "pool=4: choose 1 or 3 or 5"),
+    ({"void_LQ": torch.zeros(2)}, "void_LQ.shape="),
 ])  # fmt: skip
 def test_wrong_arguments_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

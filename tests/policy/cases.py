@@ -94,7 +94,8 @@ def score(
     if policy.reconstructs or policy.learned:
         arguments |= {"echo_HS": echoed(inputs.key_HSD), "window": shape.window}
     if policy.accumulates:
-        arguments |= {"mass_HS": accumulated(inputs, arguments["scale"]), "window": shape.window}
+        softmax = {name: arguments[name] for name in ("cap", "void_Q") if name in arguments}
+        arguments |= {"mass_HS": accumulated(inputs, arguments["scale"], **softmax), "window": shape.window}
     return score_layer(policy, layer=layer, **arguments)
 
 
@@ -103,10 +104,10 @@ def echoed(key_HSD: Tensor) -> Tensor:
     return key_HSD.square().sum(dim=-1) / key_HSD.square().sum(dim=-1).sum(dim=-1, keepdim=True)
 
 
-def accumulated(inputs: LayerInputs, scale: float) -> Tensor:
+def accumulated(inputs: LayerInputs, scale: float, cap: float = 0.0, void_Q: Tensor | None = None) -> Tensor:
     """What the last queries, the only ones that `inputs` has, pay to each token: fp32 `[H, S]`."""
     mass_HS = torch.zeros(inputs.key_HSD.shape[:2])
-    formulas.accumulate_attention(mass_HS, inputs.query_WQD, inputs.key_HSD, scale)
+    formulas.accumulate_attention(mass_HS, inputs.query_WQD, inputs.key_HSD, scale, cap, void_Q)
     return mass_HS
 
 

@@ -7,6 +7,7 @@ are kept first.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def mean_scores(rows: Rows, kernel: int) -> np.ndarray:
 def accumulated_scores(layer: Layer, scale: float, n: int) -> np.ndarray:
     """What each of the first n tokens gets from all queries there are, on average over the group."""
     query = layer.query if layer.earlier is None else np.concatenate([layer.earlier, layer.query])
-    rows = attention(Layer(query, layer.key, layer.value, layer.output), scale)
+    rows = attention(replace(layer, query=query), scale)
     return rows.sum(axis=2).mean(axis=1)[:, :n]
 
 
@@ -84,8 +85,9 @@ def layer_budgets(policy, weights: list[float], *, total: int, forced: int, most
 def certain_tokens(rows: Rows, full_rows: Rows, keep_ratio: float, window_bias: str) -> list[set[int]]:
     """Stage 1 of DefensiveKV: for each head the tokens that are kept for certain."""
     heads, _, window, n = rows.shape
-    before = rows[..., -window:] if window_bias == "reference" else full_rows[..., n:]
-    threshold = 0.9 - before.sum(axis=-1).mean()
+    # What goes to the window, and to nothing, is what does not go to the tokens before it.
+    before = rows[..., -window:].sum(axis=-1) if window_bias == "reference" else 1 - full_rows[..., :n].sum(axis=-1)
+    threshold = 0.9 - before.mean()
     cap = max(int(n * (1 - (1 - keep_ratio)) - window), 0)
     certain = []
     for h in range(heads):

@@ -13,7 +13,8 @@ Rows = np.ndarray  # [H, G, W, n], attention of the window's queries to the toke
 class Layer:
     """Inputs of one layer, float64. query [W, Q, D], key and value [H, S, D], output [Q, D, M] or None.
 
-    earlier: queries of tokens before the window, `[_, Q, D]`, where the test has them.
+    earlier: queries of tokens before the window, `[_, Q, D]`, where the test has them. cap: of logits, 0 for none. void
+    [Q]: the logit of nothing of each query head, or None.
     """
 
     query: np.ndarray
@@ -21,6 +22,12 @@ class Layer:
     value: np.ndarray
     output: np.ndarray | None
     earlier: np.ndarray | None = None
+    cap: float = 0.0
+    void: np.ndarray | None = None
+
+
+def logit(layer: Layer, product: float, scale: float) -> float:
+    return layer.cap * np.tanh(product * scale / layer.cap) if layer.cap else product * scale
 
 
 def attention(layer: Layer, scale: float) -> Rows:
@@ -32,9 +39,11 @@ def attention(layer: Layer, scale: float) -> Rows:
         for g in range(group):
             for w in range(window):
                 seen = tokens - window + w + 1
-                logits = layer.key[h, :seen] @ layer.query[w, h * group + g] * scale
+                products = layer.key[h, :seen] @ layer.query[w, h * group + g]
+                logits = np.array([logit(layer, product, scale) for product in products])
                 weights = np.exp(logits - logits.max())
-                rows[h, g, w, :seen] = weights / weights.sum()
+                void = 0.0 if layer.void is None else np.exp(layer.void[h * group + g] - logits.max())
+                rows[h, g, w, :seen] = weights / (weights.sum() + void)
     return rows
 
 

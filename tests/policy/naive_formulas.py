@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.policy.naive_blocks import Layer, attention, largest_around, pool, projected
+from tests.policy.naive_blocks import Layer, attention, largest_around, logit, pool, projected
 
 Formula = Callable[[Any, Layer, int, float], np.ndarray]
 
@@ -75,9 +75,8 @@ def rkv(policy: Any, layer: Layer, index: int, scale: float) -> np.ndarray:
     for h in range(heads):
         attention = np.zeros(n)
         for w in recent:
-            logits = [
-                max(layer.query[w, h * group + g] @ key * scale for g in range(group)) for key in layer.key[h, :n]
-            ]
+            products = [max(layer.query[w, h * group + g] @ key for g in range(group)) for key in layer.key[h, :n]]
+            logits = [logit(layer, product, scale) for product in products]
             attention += softmax(np.array(logits)) / len(recent)
         unit = layer.key[h] / np.linalg.norm(layer.key[h], axis=1, keepdims=True)
         cosines = unit @ unit.T
@@ -106,10 +105,10 @@ def lava(policy: Any, layer: Layer, index: int, scale: float) -> np.ndarray:
 
 
 def without(layer: Layer, row: np.ndarray, h: int, t: int) -> np.ndarray:
-    """The output if token t were not there: softmax over the others."""
-    left = row.copy()
+    """The output if token t were not there: softmax over the others, and nothing."""
+    left, nothing = row.copy(), 0.0 if layer.void is None else 1 - row.sum()
     left[t] = 0
-    return left @ layer.value[h] / left.sum()
+    return left @ layer.value[h] / (left.sum() + nothing)
 
 
 def by_removal(damage: Callable[..., float]) -> Formula:
@@ -123,10 +122,10 @@ def by_removal(damage: Callable[..., float]) -> Formula:
                 for g in range(group):
                     for w in range(window):
                         row = rows[h, g, w]
-                        logit = layer.key[h, t] @ layer.query[w, h * group + g] * scale
+                        z = logit(layer, layer.key[h, t] @ layer.query[w, h * group + g], scale)
                         output, other = row @ layer.value[h], without(layer, row, h, t)
                         scores[h, t] += damage(
-                            row[t], logit, layer.value[h, t], output, projected(layer, h, g, output - other)
+                            row[t], z, layer.value[h, t], output, projected(layer, h, g, output - other)
                         )
             scores[h] = pooled(policy, scores[h] / divisor(policy, group, window))
         return scores

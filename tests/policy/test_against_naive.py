@@ -58,6 +58,31 @@ def test_scores_are_the_formula(policy: Policy, shape: Shape) -> None:
             assert ours.rank_HE[:, n:].isinf().all()
 
 
+@pytest.mark.parametrize(("cap", "void"), [(0.5, None), (0.0, 5.0), (1.0, 3.0)], ids=["cap", "void", "both"])
+def test_caps_and_voids_are_in_every_formula(policy: Policy, cap: float, void: float | None) -> None:
+    """Large enough that most of the attention goes to nothing, or that the highest logits are quartered."""
+    shape = Shape(97, heads=2, group=2, window=5)
+    n, inputs = shape.tokens - shape.window, make_layers(shape)[0]
+    void_Q = None if void is None else void + torch.linspace(-1, 1, shape.heads * shape.group)
+    layer = replace(naive_layer(inputs), cap=cap, void=None if void_Q is None else void_Q.double().numpy())
+    ours = score(policy, shape, inputs, cap=cap, void_Q=void_Q)
+    expected, rank = naive.scores(policy, layer, index=0, scale=scale_of(shape), keep_ratio=0.4)
+    cosine = policy.aggregate in ("key-difference", "redundancy")
+    np.testing.assert_allclose(ours.scores_HE[:, :n], expected, rtol=2e-5, atol=1e-7 if cosine else 0)
+    if rank is not None:
+        np.testing.assert_allclose(ours.rank_HE[:, :n], rank, rtol=2e-5)
+
+
+def test_caps_and_voids_change_scores() -> None:
+    """Else the test above could not fail. Scores of a window's mean are attention itself."""
+    inputs = make_layers(SHAPES[3])[0]
+    plain = score(PRESETS["snapkv"], SHAPES[3], inputs).scores_HE
+    for options in ({"cap": 0.5}, {"void_Q": torch.full((4,), 5.0)}):
+        other = score(PRESETS["snapkv"], SHAPES[3], inputs, **options).scores_HE
+        finite = plain.isfinite()
+        assert ((other - plain)[finite].abs() / plain[finite]).max() > 0.2
+
+
 @pytest.mark.parametrize("keep_ratio", [0.35, 0.8])
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s.window <= 0.35 * s.tokens], ids=str)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])

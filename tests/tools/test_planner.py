@@ -119,6 +119,13 @@ def test_every_fourth_layer_of_a_llama_4_sees_everything() -> None:
     assert (model.full_layers, model.windowed_layers, model.window) == (8, 24, 8192)
 
 
+def test_layers_that_read_the_cache_of_others_have_none() -> None:
+    kinds = ["sliding_attention", "full_attention"] * 3
+    shape = {"num_hidden_layers": 6, "num_kv_shared_layers": 3, "layer_types": kinds, "sliding_window": 100}
+    model = read_model({**LLAMA_8B, **shape})
+    assert (model.full_layers, model.windowed_layers) == (1, 2)
+
+
 @pytest.mark.parametrize(("switch", "full"), [({}, 0), ({"use_sliding_window": False}, 32)])
 def test_a_window_without_layer_types_holds_for_all_layers_unless_switched_off(
     switch: dict[str, bool], full: int

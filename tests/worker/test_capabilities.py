@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.compat.overrides import NOT_OURS, promises
+from vllm_defensive.compat.worker import _may_have_sinks
 from vllm_defensive.worker.capabilities import limited
 from vllm_defensive.worker.cpu.backend import EvictionCPUBackend, EvictionCPUImpl, EvictionCPUMetadataBuilder
 
@@ -28,3 +29,13 @@ def test_what_vllm_learns_tomorrow_is_not_promised(value: object) -> None:
     assert promises(stock) == {"supports_tomorrow": True}
     assert promises(ours) == {"supports_tomorrow": False}
     assert ours.supports_dtype, "what it lists is the stock backend's to answer"
+
+
+def test_models_with_attention_sinks_are_known_by_their_configuration() -> None:
+    """FlashAttention has sinks since Hopper only, and is chosen before the layers are made."""
+    from transformers import GptOssConfig, GraniteConfig, GraniteSWAConfig, LlamaConfig
+
+    with_sinks = GptOssConfig(), GraniteSWAConfig(), LlamaConfig(swa_attention_sink_enabled=True)
+    assert all(_may_have_sinks(config) for config in with_sinks)
+    without = LlamaConfig(), GraniteConfig(), LlamaConfig(swa_attention_sink_enabled=False)
+    assert not any(_may_have_sinks(config) for config in without)

@@ -30,37 +30,36 @@ def layer(**different: Any) -> SimpleNamespace:
     impl = {"alibi_slopes": None, "sinks": None, "logits_soft_cap": 0, "scale": 0.125}
     impl.update({k: v for k, v in different.items() if k in impl})
     own = {k: v for k, v in different.items() if k not in impl}
-    return SimpleNamespace(
-        **{"num_heads": 8, "kv_sharing_target_layer_name": None, **own}, impl=SimpleNamespace(**impl)
-    )
+    plain = {"num_heads": 8, "kv_sharing_target_layer_name": None, "sliding_window": None}
+    return SimpleNamespace(**{**plain, **own}, impl=SimpleNamespace(**impl))
 
 
 def test_ordinary_layers_pass() -> None:
-    layers = [layer(), layer(logits_soft_cap=None)]
-    check_layers(NAMES, layers, dict(zip(NAMES, layers, strict=True)))
+    layers = [layer(), layer(logits_soft_cap=None), layer(logits_soft_cap=50.0), layer(sinks=[0.0])]
+    names = [f"model.layers.{i}.attn" for i in range(len(layers))]
+    check_layers(names, layers)
 
 
 @pytest.mark.parametrize(
     ("different", "what"),
     [
         ({"alibi_slopes": [0.5]}, "uses ALiBi"),
-        ({"sinks": [0.0]}, "uses attention sinks"),
-        ({"logits_soft_cap": 50.0}, "caps its logits"),
         ({"num_heads": 4}, "another number of query heads"),
     ],
 )
 def test_each_refusal_names_the_layer_and_the_way_out(different: dict[str, Any], what: str) -> None:
     layers = [layer(), layer(**different)]
     with pytest.raises(ValueError, match=rf"model\.layers\.1\.attn .*{what}.*--kv-eviction"):
-        check_layers(NAMES, layers, dict(zip(NAMES, layers, strict=True)))
+        check_layers(NAMES, layers)
 
 
-def test_a_layer_whose_cache_another_reads_is_refused() -> None:
-    layers = [layer(), layer()]
-    context = dict(zip(NAMES, layers, strict=True))
-    context["model.layers.2.attn"] = layer(kv_sharing_target_layer_name=NAMES[1])
-    with pytest.raises(ValueError, match=r"layers\.1\.attn shares its KV cache with model\.layers\.2\.attn"):
-        check_layers(NAMES, layers, context)
+def test_a_cache_that_another_layer_reads_is_evicted_unless_that_sees_a_window_of_it() -> None:
+    """It would look for the last tokens, and read the last of those that were kept."""
+    names = [*NAMES, "model.layers.2.attn"]
+    check_layers(names, [layer(), layer(), layer(kv_sharing_target_layer_name=NAMES[1])])
+    layers = [layer(), layer(), layer(kv_sharing_target_layer_name=NAMES[1], sliding_window=64)]
+    with pytest.raises(ValueError, match=r"layers\.2\.attn sees no more than a window of the KV cache .*--kv-eviction"):
+        check_layers(names, layers)
 
 
 SHAPE: dict[str, Any] = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}

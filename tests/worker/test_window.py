@@ -51,7 +51,7 @@ def test_a_step_that_is_planned_twice_is_seen_once() -> None:
     windows = WindowQueries(L, W, Q, D, torch.float32)
     for chunk in ((10, 15), (10, 15), (15, 20), (15, 20)):
         once, twice = (windows.plan("a", (12, 20), chunk, 3) for _ in range(2))
-        assert once is not None and once == twice and once.window_LWQD is twice.window_LWQD
+        assert once is not None and once == twice and once.window_AWQD is twice.window_AWQD
     assert windows.pop("a").shape == (L, W, Q, D)
     windows.plan("a", (12, 20), (15, 20), 0)
     windows.plan("a", (12, 20), (15, 20), 0)

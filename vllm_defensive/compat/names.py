@@ -95,7 +95,7 @@ SERVING: dict[str, dict[str, str | None]] = {
         **_has(
             "ModelConfig",
             "runner_type is_encoder_decoder use_mla model dtype max_model_len served_model_name is_mm_prefix_lm "
-            "is_diffusion is_hybrid attention_chunk_size",
+            "is_diffusion is_hybrid attention_chunk_size hf_text_config",
         ),
         "ModelConfig.get_sliding_window": "",
         "ModelConfig.get_total_num_kv_heads": "",
@@ -295,7 +295,8 @@ WORKER: dict[str, dict[str, str | None]] = {
     "vllm.v1.worker.utils": _has("AttentionGroup", "metadata_builders"),
     "vllm.model_executor.layers.attention": _has(
         "Attention",
-        "get_attn_backend head_size impl kv_cache kv_cache_dtype kv_sharing_target_layer_name num_heads num_kv_heads",
+        "get_attn_backend head_size impl kv_cache kv_cache_dtype kv_sharing_target_layer_name num_heads num_kv_heads "
+        "sliding_window",
     ),
     "vllm.model_executor.layers.attention_layer_base": {"AttentionLayerBase": None},
     "vllm.model_executor.custom_op": {"CustomOp.forward": "...", "CustomOp.forward_native": "..."},

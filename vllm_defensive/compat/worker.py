@@ -73,13 +73,21 @@ def prefers_flash_attention(vllm_config: Any) -> bool:
         kv_cache_dtype=cache.cache_dtype,
         block_size=cache.block_size,
         use_mla=False,
-        has_sink=False,
+        has_sink=_may_have_sinks(model.hf_text_config),
         use_sparse=False,
         use_mm_prefix=model.is_mm_prefix_lm,
         use_per_head_quant_scales=False,
         device_capability=current_platform.get_device_capability(),
         attn_type="decoder",
     )
+
+
+def _may_have_sinks(config: Any) -> bool:
+    """Whether layers of this model may have attention sinks, which not every FlashAttention takes. The layers say so
+    when they are made; we choose before. If they have none after all, Triton's attention is slower, not wrong."""
+    named = any("sink" in name and value for name, value in config.to_dict().items())
+    granite = config.model_type.startswith("granite") and getattr(config, "layer_types", None) is not None
+    return named or granite or config.model_type == "gpt_oss"
 
 
 def keep_out_of_decode_graphs(model_runner: Any, when: Callable[[], bool]) -> None:

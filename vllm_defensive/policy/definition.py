@@ -81,7 +81,7 @@ class Policy:
     """Bits in which what is kept is packed (`packing.WIDTHS`), unless a request or the server says otherwise."""
     score: Callable[..., Tensor] | None = None
     """Of "custom": called for each layer with query_WQD, key_HSD, value_HSD, output_QDM and scale as keywords (see
-    `score_layer`); returns fp32 [H, T], T the tokens before the window, larger is kept."""
+    `score_layer`; cap and void it is not told); returns fp32 [H, T], T the tokens before the window, larger is kept."""
     internal: bool = False
     """For tests and measurements; not offered to users."""
     keep_all: bool = False

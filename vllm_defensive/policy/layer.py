@@ -4,7 +4,7 @@ Axes: H KV heads, G query heads per KV head, Q = H*G, W window, S prompt tokens,
 E evictable tokens, D head size, M hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -34,6 +34,26 @@ class LayerScores:
     local_H: Tensor | None = None
     """bool, of policies whose budgets follow a head's type: whether the head looks at the prompt's ends only."""
 
+    @classmethod
+    def largest(cls, scores: Sequence["LayerScores"]) -> "LayerScores":
+        """Of a layer that several look at: who needs a token most decides, and local is a head that is so to all."""
+        if len(scores) == 1:
+            return scores[0]
+
+        def most(parts: list[Tensor | None]) -> Tensor | None:
+            there = [part for part in parts if part is not None]
+            return torch.stack(there).amax(dim=0) if there else None
+
+        scores_HE = most([each.scores_HE for each in scores])
+        assert scores_HE is not None, "of a layer that anybody looks at"
+        local = [each.local_H for each in scores if each.local_H is not None]
+        return cls(
+            scores_HE,
+            most([each.rank_HE for each in scores]),
+            most([each.preference for each in scores]),
+            torch.stack(local).all(dim=0) if local else None,
+        )
+
     def apart(self) -> list["LayerScores"]:
         """Each layer's, of several. Views."""
         others = (self.rank_HE, self.preference, self.local_H)
@@ -50,7 +70,7 @@ class Attention:
     mean_HT: Tensor | None = None
     """Mean attention over window and group, not pooled; stage 1 of "mass" reads it, and the bias."""
     bias_H: Tensor | None = None
-    """Mean mass of a row on the window, or on the W keys before it (see Policy.window_bias)."""
+    """Mean mass of a row on the window and on nothing, or on the W keys before it (see Policy.window_bias)."""
     preference: Tensor | None = None
     local_H: Tensor | None = None
     """These two: see `LayerScores`."""
@@ -59,7 +79,7 @@ class Attention:
 
     @classmethod
     def of(cls, policy: Policy, scores_HT: Tensor, mean_HT: Tensor, window: int) -> "Attention":
-        """For who has scores and mean: the bias follows from the mean, as a row of attention sums to 1."""
+        """For who has scores and mean: the bias follows from the mean, as all shares of a row sum to 1."""
         if policy.window_bias == "true":
             return cls(scores_HT, mean_HT, 1 - mean_HT.sum(dim=-1))
         return cls(scores_HT, mean_HT, mean_HT[..., max(mean_HT.shape[-1] - window, 0) :].sum(dim=-1))
@@ -84,6 +104,8 @@ class Layer:
     echo_HS: Tensor | None
     first_token: int = 0
     there_HS: Tensor | None = None
+    cap: float = 0.0
+    void_Q: Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -125,11 +147,23 @@ class Tile:
     group: slice
     logits_HGWS: Tensor
     """fp32; of keys that lie behind the query, -inf."""
+    void_HG: Tensor | None
+    """Logits of nothing, where the model has such."""
 
     @cached_property
+    def shares_HGWX(self) -> Tensor:
+        """Of attention: each row sums to 1. Behind the keys, where the model has it, the share of nothing."""
+        return formulas.softmax(self.logits_HGWS, self.void_HG)
+
+    @property
     def rows_HGWS(self) -> Tensor:
-        """Attention: each row sums to 1."""
-        return self.logits_HGWS.softmax(dim=-1)
+        """Attention to the keys."""
+        return self.shares_HGWX[..., : self.logits_HGWS.shape[-1]]
+
+    @property
+    def void_HGW1(self) -> Tensor:
+        """What goes to nothing."""
+        return self.shares_HGWX[..., self.logits_HGWS.shape[-1] :].sum(dim=-1, keepdim=True)
 
 
 def heads_at_once(layer: Layer, copies: int = 1) -> tuple[int, int]:
@@ -140,24 +174,30 @@ def heads_at_once(layer: Layer, copies: int = 1) -> tuple[int, int]:
     return max(1, at_a_time // group), min(at_a_time, group)
 
 
+def tiles(layer: Layer, copies: int = 1) -> Iterator[Iterator[Tile]]:
+    """A layer's query heads, a few at a time: for some of its KV heads after the others, parts of their groups. A tile
+    is made when it is asked for. copies: see `heads_at_once`."""
+    (head_step, group_step), group = heads_at_once(layer, copies), layer.query_WHGD.shape[2]
+    void_HG = None if layer.void_Q is None else layer.void_Q.view(layer.heads, group)
+
+    def of_heads(heads: slice) -> Iterator[Tile]:
+        key_HSD = layer.key_HSD[heads].float()
+        there_HS = None if layer.there_HS is None else layer.there_HS[heads]
+        for start in range(0, group, group_step):
+            some = slice(start, start + group_step)
+            query_WQD = layer.query_WHGD[:, heads, some].flatten(1, 2)
+            logits_HGWS = formulas.window_logits(query_WQD, key_HSD, layer.scale, there_HS, layer.cap)
+            yield Tile(heads, some, logits_HGWS, None if void_HG is None else void_HG[heads, some])
+
+    return (of_heads(slice(first, first + head_step)) for first in range(0, layer.heads, head_step))
+
+
 def by_query_head(layer: Layer, reduce: Callable[[Tile], Tensor], copies: int = 1) -> Tensor:
     """What `reduce` makes of each query head's attention: [h, g, ...] of a tile -> [H, G, ...] of the layer.
 
     copies: see `heads_at_once`.
     """
-    (head_step, group_step), group = heads_at_once(layer, copies), layer.query_WHGD.shape[2]
-    rows = []
-    for first in range(0, layer.heads, head_step):
-        heads = slice(first, first + head_step)
-        key_HSD, parts = layer.key_HSD[heads].float(), []
-        for start in range(0, group, group_step):
-            some = slice(start, start + group_step)
-            query_WQD = layer.query_WHGD[:, heads, some].flatten(1, 2)
-            there_HS = None if layer.there_HS is None else layer.there_HS[heads]
-            logits_HGWS = formulas.window_logits(query_WQD, key_HSD, layer.scale, there_HS)
-            parts.append(reduce(Tile(heads, some, logits_HGWS)))
-        rows.append(torch.cat(parts, dim=1))
-    return torch.cat(rows)
+    return torch.cat([torch.cat([reduce(tile) for tile in some], dim=1) for some in tiles(layer, copies)])
 
 
 def last_query_only(layer: Layer) -> Layer:

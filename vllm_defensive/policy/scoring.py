@@ -39,6 +39,8 @@ def score_layer(
     first_head: int = 0,
     first_token: int = 0,
     there_HS: Tensor | None = None,
+    cap: float = 0.0,
+    void_Q: Tensor | None = None,
 ) -> LayerScores:
     """Score the tokens in `evictable` = [start, stop) of one layer, in float32.
 
@@ -49,7 +51,7 @@ def score_layer(
     value_HSD: those of the first tokens may be missing, up to `start`, unless `policy.needs_all_values`.
     output_QDM: the output projection's slice of each query head; None weighs no values.
     factor_QDC: `formulas.gram_factor(output_QDM)`, for "l2-gram"; computed here when it is missing.
-    scale: of the logits. keep_ratio: bounds stage 1 of "mass".
+    scale, cap, void_Q: of the logits, as in `formulas.window_attention`. keep_ratio: bounds stage 1 of "mass".
     reduce_heads: sums a tensor over the ranks that share this layer's heads; None on one rank.
     mass_HS: fp32, of policies that accumulate: `formulas.accumulate_attention` over every query of the prompt.
     echo_HS: fp32, of policies that reconstruct: the largest attention that a query of the second pass pays; of learned
@@ -90,6 +92,8 @@ def score_layer(
         echo_HS=echo_HS,
         first_token=first_token,
         there_HS=there_HS,
+        cap=cap,
+        void_Q=void_Q,
     )
     function = AGGREGATES[policy.aggregate]
     found = function.score(policy, whole)

@@ -70,6 +70,7 @@ def read_model(config: Mapping[str, Any], tp: int = 1, kv_dtype: str = "auto") -
         raise ValueError(f"--kv-dtype {name}: choose one of {', '.join(_DTYPE_BYTES)}")
     window = text.get("sliding_window") or text.get("attention_chunk_size") or 0
     kinds = _kinds(text, layers, bool(window))
+    kinds = kinds[: layers - (text.get("num_kv_shared_layers") or 0)]  # the last ones read the caches of others
     if any(kind in _SLIDING for kind in kinds) and not window:
         raise ValueError("--model: its configuration has layers with a window, but not the window's size")
     positions = text.get("max_position_embeddings")

@@ -8,8 +8,8 @@ _C = TypeVar("_C", bound=type)
 
 # Answered by vLLM's class below ours. It runs the prompts and the layers that slide, and writes the cache; our kernels
 # take what it takes of these, or `limits.check` refuses it; where queries look ahead, within images, is vLLM's part of
-# prompts, for none comes behind a boundary (`checks.check_request`). Of everything else (sinks, ALiBi, other masks that
-# look ahead, scales by head, batch invariance, context parallelism, ...) decode over packed pages does nothing.
+# prompts, for none comes behind a boundary (`checks.check_request`). Of everything else (ALiBi, other masks that look
+# ahead, scales by head, batch invariance, context parallelism, ...) decode over packed pages does nothing.
 STOCKS = frozenset(
     {
         "supports_attn_type",
@@ -20,6 +20,7 @@ STOCKS = frozenset(
         "supports_head_size",
         "supports_kv_cache_dtype",
         "supports_mm_prefix",
+        "supports_sink",
         "supports_sliding_window",
     }
 )

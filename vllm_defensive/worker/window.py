@@ -13,13 +13,13 @@ from torch import Tensor
 class Capture:
     """Copy query rows `[source, source + count)` of a step's batch to `[target, ...)` of a request's window."""
 
-    window_LWQD: Tensor
+    window_AWQD: Tensor
     source: int
     target: int
     count: int
 
-    def take(self, layer: int, query_TQD: Tensor) -> None:
-        self.window_LWQD[layer, self.target : self.target + self.count] = query_TQD[
+    def take(self, reader: int, query_TQD: Tensor) -> None:
+        self.window_AWQD[reader, self.target : self.target + self.count] = query_TQD[
             self.source : self.source + self.count
         ]
 
@@ -29,7 +29,7 @@ class IncompleteError(RuntimeError):
 
 
 class WindowQueries:
-    """Post-RoPE queries of the last `W` tokens before each eviction, for all layers.
+    """Post-RoPE queries of the last `W` tokens before each eviction, for all layers that read the evicted caches.
 
     A window may be spread over several chunks, and chunks of other requests come between, so each request has a buffer
     from the first step that touches its window to its eviction. Positions are marked as they pass, not counted: to plan
@@ -38,14 +38,14 @@ class WindowQueries:
 
     def __init__(
         self,
-        num_layers: int,
+        num_readers: int,
         window: int,
         num_query_heads: int,
         head_size: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._shape = (num_layers, window, num_query_heads, head_size)
+        self._shape = (num_readers, window, num_query_heads, head_size)
         self._dtype, self._device = dtype, device
         self._buffers: dict[str, Tensor] = {}
         self._marks: dict[str, int] = {}  # bit `i`: the window's query `i` was seen
@@ -72,11 +72,11 @@ class WindowQueries:
         return torch.zeros(self._shape, dtype=self._dtype, device=self._device)
 
     def pop(self, request_id: str) -> Tensor:
-        """The complete window `[L, W, Q, D]`. Raises IncompleteError if some of it was not seen."""
-        marks, window_LWQD = self._marks.pop(request_id, 0), self._buffers.pop(request_id, None)
-        if window_LWQD is None or marks != self._all_marks:
+        """The complete window `[A, W, Q, D]`. Raises IncompleteError if some of it was not seen."""
+        marks, window_AWQD = self._marks.pop(request_id, 0), self._buffers.pop(request_id, None)
+        if window_AWQD is None or marks != self._all_marks:
             raise IncompleteError(f"{marks.bit_count()} of {self._shape[1]} window queries were seen")
-        return window_LWQD
+        return window_AWQD
 
     def drop_complete(self, held: Container[str] = ()) -> None:
         """Forget windows that no eviction took: the scheduler found nothing to gain when the request got there. held:

@@ -24,6 +24,7 @@ from vllm_defensive.settings.engine import from_vllm_config
 from vllm_defensive.worker.evictor import Evictor, logger
 from vllm_defensive.worker.forced import FORCED
 from vllm_defensive.worker.learned import LearnedWeights, Lessons
+from vllm_defensive.worker.readers import Readers
 from vllm_defensive.worker.rotation import RotaryWatch, RotationError, Rotations
 from vllm_defensive.worker.runtime import Runtime
 from vllm_defensive_kernels.learned import Rotation
@@ -77,10 +78,12 @@ class EvictionWorker(Worker):
     apply_model = _forgetting("apply_model")  # a function of the user's own, which may load weights
 
     @abstractmethod
-    def start_eviction(self, group: int, names: list[str], layers: list[Any]) -> tuple[Runtime, Evictor]:
+    def start_eviction(
+        self, group: int, readers: Readers, names: list[str], layers: list[Any]
+    ) -> tuple[Runtime, Evictor]:
         """Make the per-device parts and hand them to the attention layers and metadata builders of a KV cache group.
 
-        group: its index. names, layers: its attention layers and their names in the model, caches allocated.
+        group: its index. names, layers: all that read its caches, which are allocated, and their names in the model.
         """
 
     # Rows of a page, where vLLM makes blocks as large as the states of recurrent layers; None: as many as a block has.
@@ -101,11 +104,12 @@ class EvictionWorker(Worker):
         super().initialize_from_config(kv_cache_config)
         groups = kv_cache_config.kv_cache_groups
         group = evictable_group(groups)
-        spec, names = groups[group].kv_cache_spec, groups[group].layer_names
-        context = self.vllm_config.compilation_config.static_forward_context
+        spec, context = groups[group].kv_cache_spec, self.vllm_config.compilation_config.static_forward_context
+        readers, names = Readers.find(groups[group].layer_names, context)
         layers = [context[name] for name in names]
-        check_layers(names, layers, context)
-        self._runtime, self._evictor = self.start_eviction(group, names, layers)
+        check_layers(names, layers)
+        self._runtime, self._evictor = self.start_eviction(group, readers, names, layers)
+        names, layers = ([each[reader] for reader in readers.own] for each in (names, layers))
         self._attention_names, self._attention_layers = names, layers
         if any(PRESETS[policy].learned for policy in self.eviction.served):
             self.load_learned()

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from tests.policy import naive
 from vllm_defensive.worker.cpu.accumulation import Accumulations
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
+from vllm_defensive.worker.readers import Readers
+from vllm_defensive.worker.softmax import Softmax
 from vllm_defensive.worker.window import IncompleteError
 from vllm_defensive_kernels import formulas
 
@@ -33,7 +35,7 @@ class Prompt:
             page = buffer[int(BLOCKS[position // N])].view(L, H, 2, N, D)
             page[:, :, 0, position % N] = self.key_LHTD[:, :, position]
         view = PageView.from_layers([buffer[:, layer] for layer in range(L)])
-        self.sums = Accumulations(view, PageCodec(order_ND, order_ND), [SCALE] * L)
+        self.sums = Accumulations(view, PageCodec(order_ND, order_ND), [Softmax(SCALE)] * L, Readers.one_each(L))
 
     def feed(self, begin: int, end: int, row_start: int = 0, builders: int = 1) -> None:
         """builders: how many of them plan the step; they have the layers in turn."""

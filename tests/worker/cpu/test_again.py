@@ -182,8 +182,8 @@ def test_a_window_looks_at_what_is_there(policy: str, shared: int, spare: int) -
     runtime, row = Runtime(cache, query_LWQD), PRESETS[policy]
     output_QDM = torch.randn(H * G, D, 5, generator=torch.Generator().manual_seed(4))
 
-    def weigh(policy, layer, tokens, *, seen=None, **more):  # type: ignore[no-untyped-def]
-        arguments = {"output_QDM": output_QDM, "factor_QDC": None, "scale": SCALE, "query_WQD": seen}
+    def weigh(policy, layer, tokens, *, seen_A, **more):  # type: ignore[no-untyped-def]
+        arguments = {"output_QDM": output_QDM, "factor_QDC": None, "scale": SCALE, "query_WQD": seen_A[layer]}
         return score_layer(policy, layer=layer, key_HSD=tokens[0], value_HSD=tokens[1], **arguments, **more)
 
     repeats = Repeats(cache.view, cache.codec, runtime, weigh, Known())  # type: ignore[arg-type]
@@ -272,9 +272,10 @@ def test_quantised_pages_are_read_and_quantised_anew(
     query_LWQD = torch.randn(L, W, H * G, shape.head_size, generator=torch.Generator().manual_seed(3))
     looked: list[tuple[Tensor, Tensor]] = []
 
-    def weigh(policy, layer, tokens, *, seen=None, **more):  # type: ignore[no-untyped-def]
+    def weigh(policy, layer, tokens, *, seen_A=None, **more):  # type: ignore[no-untyped-def]
         looked.append(tokens)
-        arguments = {"output_QDM": None, "factor_QDC": None, "scale": SCALE, "query_WQD": seen}
+        arguments = {"output_QDM": None, "factor_QDC": None, "scale": SCALE}
+        arguments["query_WQD"] = None if seen_A is None else seen_A[layer]
         return score_layer(policy, layer=layer, key_HSD=tokens[0], value_HSD=tokens[1], **arguments, **more)
 
     runtime = SimpleNamespace(

@@ -100,8 +100,12 @@ class Cache:
 @pytest.mark.parametrize("usual", [True, False], ids=["vllm-order", "another-order"])
 @pytest.mark.parametrize("dtype", native.NUMBERS, ids=str)
 @pytest.mark.parametrize("rows, head_size, group", [(32, 64, 3), (16, 128, 1), (32, 80, 5), (16, 256, 8), (32, 64, 20)])
-def test_attention_reads_every_segment(rows: int, head_size: int, group: int, dtype: torch.dtype, usual: bool) -> None:
-    """Shared pages, pages of each class, some in part, and growing ones; rows of one and of several query tokens."""
+@pytest.mark.parametrize(("cap", "void"), [(0.0, None), (30.0, 20.0)], ids=["plain", "cap and void"])
+def test_attention_reads_every_segment(
+    rows: int, head_size: int, group: int, dtype: torch.dtype, usual: bool, cap: float, void: float | None
+) -> None:
+    """Shared pages, pages of each class, some in part, and growing ones; rows of one and of several query tokens. Some
+    logits here are hundreds."""
     cache = Cache(PageShape(rows, head_size, dtype.itemsize), dtype, usual)
     classes = [(name, cache.shape.tokens(name)) for name in CLASSES]
     shared_R, growth_R, query_lens = [2, 0, 1], [rows + 5, 9, 3 * rows], [1, 7, 3]
@@ -131,16 +135,23 @@ def test_attention_reads_every_segment(rows: int, head_size: int, group: int, dt
         class_tokens_LRC=torch.tensor([tokens_RC]).int(),
         class_shape_C3=class_shape(classes),
     )
+    void_RG = (void or 0) + torch.linspace(-3, 3, len(sequences) * group).view(-1, group)
     query_XGD = torch.randn(int(start_R1[-1]), group, head_size, generator=torch.Generator().manual_seed(3)).to(dtype)
     out_XGD, scale = torch.empty_like(query_XGD), head_size**-0.5
     Quantised(cache.data, cache.shape, cache.key_order, cache.value_order).attend(
-        query_XGD, out_XGD, described, 0, scale
+        query_XGD, out_XGD, described, 0, scale, cap, None if void is None else void_RG
     )
-    for sequence, begin, end in zip(sequences, start_R1[:-1].tolist(), start_R1[1:].tolist(), strict=True):
+    ends = start_R1[1:].tolist()
+    for row, (sequence, begin, end) in enumerate(zip(sequences, start_R1[:-1].tolist(), ends, strict=True)):
         key_TD, value_TD = torch.cat(sequence.keys), torch.cat(sequence.values)
         for token, g in product(range(begin, end), range(group)):
             seen = len(key_TD) - (end - 1 - token)
-            weight_T = (key_TD[:seen] @ query_XGD[token, g].double() * scale).softmax(0)
+            logit_T = key_TD[:seen] @ query_XGD[token, g].double() * scale
+            if cap:
+                logit_T = cap * torch.tanh(logit_T / cap)
+            if void is not None:
+                logit_T = torch.cat([logit_T, void_RG[row, g, None].double()])
+            weight_T = logit_T.softmax(0)[:seen]
             error = (out_XGD[token, g].double() - weight_T @ value_TD[:seen]).abs().max()
             assert error <= TOLERANCE[dtype] * value_TD.abs().max(), (token, g)
 

@@ -15,6 +15,8 @@ from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.cpu.reconstruction import CPUReconstructions
 from vllm_defensive.worker.cpu.runtime import CPURuntime
 from vllm_defensive.worker.cpu.tables import Placed
+from vllm_defensive.worker.readers import Readers
+from vllm_defensive.worker.softmax import Softmax
 from vllm_defensive.worker.window import WindowQueries
 
 
@@ -51,12 +53,15 @@ def test_queries_come_head_by_head(heads: int, lengths: list[int], rows: list[in
         assert token_head_X.tolist() == flat
 
 
+SCORED_BY = [Softmax(1.0)] * 2, Readers.one_each(2)
+
+
 def test_a_step_asked_twice_answers_the_same() -> None:
     """An evicted row that grows by a block in it, a window that is cut by chunks, and sums over all queries."""
     view = PageView.from_layers(list(torch.zeros(2, 60, 3, 4, 4)))
     order_ND = torch.arange(8).view(4, 2)
     codec = PageCodec(order_ND, order_ND)
-    sums, echoes = Accumulations(view, codec, [1.0, 1.0]), CPUReconstructions(view, codec, [1.0, 1.0])
+    sums, echoes = (kind(view, codec, *SCORED_BY) for kind in (Accumulations, CPUReconstructions))
     ids = ("gone", "seen", "summed", "echo")
     runtime = CPURuntime(view, WindowQueries(2, 4, 6, 2, torch.float32), sums, echoes, lambda _: ids)
     runtime.install(eviction(30, (50, 51), block_tokens=4, request_id="gone"), Placed(torch.full((1, 2, 3), 2)))
@@ -74,7 +79,7 @@ def test_a_step_asked_twice_answers_the_same() -> None:
     assert once is not None and twice is not None and len(once.evicted) == len(twice.evicted) == 1
     assert once.captures == twice.captures and len(once.captures) == 1
     for ours, other in zip(once.accumulations, twice.accumulations, strict=True):
-        assert ours.mass_LHT is other.mass_LHT and (ours.tokens, ours.end) == (other.tokens, other.end)
+        assert ours.mass_AHT is other.mass_AHT and (ours.tokens, ours.end) == (other.tokens, other.end)
     (ours,), (other,) = once.echoes, twice.echoes
     assert ours.peak_LHT is other.peak_LHT and (ours.tokens, ours.begin, ours.end) == (slice(17, 22), 10, 15)
     assert ours.pages_LHB.shape == (2, 3, 4), "of the blocks that hold its tokens"
@@ -96,9 +101,9 @@ def test_what_is_kept_of_a_request_that_stands_still_goes_when_it_is_given_up() 
     """A complete window stays while it is held, though no eviction has taken it, and peaks do."""
     view = PageView.from_layers(list(torch.zeros(2, 60, 3, 4, 4)))
     codec = PageCodec(torch.arange(8).view(4, 2), torch.arange(8).view(4, 2))
-    echoes = CPUReconstructions(view, codec, [1.0, 1.0])
+    echoes = CPUReconstructions(view, codec, *SCORED_BY)
     windows = WindowQueries(2, 4, 6, 2, torch.float32)
-    runtime = CPURuntime(view, windows, Accumulations(view, codec, [1.0, 1.0]), echoes, lambda _: ())
+    runtime = CPURuntime(view, windows, Accumulations(view, codec, *SCORED_BY), echoes, lambda _: ())
     windows.plan("served", (6, 10), (6, 10), 0)
     runtime.begin(StepMessage(held=["served"]), ())
     echoes.plan(Reconstruction("served", 10, (0, 10), 24, "all"), (10, 15))

@@ -1,11 +1,13 @@
 """Scores from means and peaks of attention, of which stage 1 of "mass" may read more than the score."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from vllm_defensive.policy.aggregates import aggregate
 from vllm_defensive.policy.definition import Policy
-from vllm_defensive.policy.layer import Attention, Layer, heads_at_once
+from vllm_defensive.policy.layer import Attention, Layer, Tile, tiles
 from vllm_defensive.policy.weighing import pooled
 from vllm_defensive_kernels import formulas
 
@@ -37,13 +39,7 @@ def observe(policy: Policy, layer: Layer) -> Attention:
 
     A few query heads at a time.
     """
-    head_step, group_step = heads_at_once(layer)
-    queries, keys = layer.query_WHGD.split(head_step, dim=1), layer.key_HSD.split(head_step)
-    there = [None] * len(keys) if layer.there_HS is None else layer.there_HS.split(head_step)
-    parts = [
-        _observe_heads(policy, query, key.float(), some, layer.scale, group_step)
-        for query, key, some in zip(queries, keys, there, strict=True)
-    ]
+    parts = [_observe_heads(policy, layer, some) for some in tiles(layer)]
     means, biases = zip(*((part.mean_HT, part.bias_H) for part in parts), strict=True)
     attention = Attention(torch.cat([part.scores_HT for part in parts]), torch.cat(means), torch.cat(biases))
     if spreads := [part.preference for part in parts if part.preference is not None]:
@@ -51,25 +47,17 @@ def observe(policy: Policy, layer: Layer) -> Attention:
     return attention
 
 
-def _observe_heads(
-    policy: Policy,
-    query_WHGD: Tensor,
-    key_HSD: Tensor,
-    there_HS: Tensor | None,
-    scale: float,
-    group_step: int,
-) -> Attention:
+def _observe_heads(policy: Policy, layer: Layer, parts: Iterator[Tile]) -> Attention:
     """`observe` for some heads. Means add up over parts of a group, and the peak is the largest of their peaks."""
-    window, _, group, _ = query_WHGD.shape
-    scored = key_HSD.shape[1] - window
+    window, _, group, _ = layer.query_WHGD.shape
+    scored = layer.tokens - window
     means, biases, peaks, variances, spreads = [], [], [], [], []
-    for query in query_WHGD.split(group_step, dim=2):
-        share = query.shape[2] / group
-        rows_HGWS = formulas.window_attention(query.flatten(1, 2), key_HSD, scale, there_HS)
-        attention_HGWT = rows_HGWS[..., :scored]
+    for tile in parts:
+        share = tile.logits_HGWS.shape[1] / group
+        attention_HGWT = tile.rows_HGWS[..., :scored]
         means.append(share * formulas.aggregate_mean(attention_HGWT))
         if policy.window_bias == "true":
-            biases.append(share * rows_HGWS[..., scored:].sum(dim=-1).mean(dim=(1, 2)))
+            biases.append(share * tile.shares_HGWX[..., scored:].sum(dim=-1).mean(dim=(1, 2)))
         else:
             biases.append(means[-1][:, max(scored - window, 0) :].sum(dim=-1))
         if policy.aggregate == "defensive":

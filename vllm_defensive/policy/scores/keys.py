@@ -86,7 +86,8 @@ def capacity_of_window(policy: Policy, layer: Layer) -> Tensor:
 
 @aggregate("expected-window")
 def expected_of_window(policy: Policy, layer: Layer) -> Tensor:
-    """`expected` by the mean and the covariance of the window's queries."""
+    """`expected` by the mean and the covariance of the window's queries. A cap of logits, which leaves no such formula,
+    and a logit of nothing are left out."""
     sinks = min(policy.sinks, layer.tokens - 1)
     scores_HX = expected(layer.key_HSD[:, sinks:], *window_statistics(layer), layer.scale)
     return pooled(policy, pad(scores_HX, (sinks, 0))[:, : layer.scored])

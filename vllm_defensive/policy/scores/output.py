@@ -68,7 +68,7 @@ def from_the_others(policy: Policy, layer: Layer, tile: Tile) -> tuple[Tensor, T
     value_HGWC = value_HGSC.take_along_dim(top_HGW1, dim=2)
     others_HGWC = others_HGWS @ value_HGSC
     output_HGWC = others_HGWC + weight_HGW1 * value_HGWC
-    rest_HGW1 = others_HGWS.sum(dim=-1, keepdim=True)
+    rest_HGW1 = others_HGWS.sum(dim=-1, keepdim=True) + tile.void_HGW1  # nothing is a token as well, of value zero
     rest_HGWS = (1 - rows_HGWS).scatter_(-1, top_HGW1, rest_HGW1)
     apart_HGWS = _squared_distances(output_HGWC, value_HGSC) / rest_HGWS.square().clamp_min(0.25)
     mean_HGWC = others_HGWC / rest_HGW1.clamp_min(torch.finfo(rest_HGW1.dtype).tiny)

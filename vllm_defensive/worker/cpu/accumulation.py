@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
+from vllm_defensive.worker.readers import Readers
+from vllm_defensive.worker.softmax import Softmax
 from vllm_defensive.worker.window import IncompleteError
 from vllm_defensive_kernels.formulas import accumulate_attention
 
@@ -20,10 +22,10 @@ from vllm_defensive_kernels.formulas import accumulate_attention
 @dataclass(frozen=True)
 class Accumulation:
     """One row of a batch: its queries are rows `tokens` of the batch, its keys lie in `pages_LHB` (int64), and the last
-    query sees `end` of them. seen_L: of each layer, the queries that are in `mass_LHT` already."""
+    query sees `end` of them. seen_A: of each reader, the queries that are in `mass_AHT` already."""
 
-    mass_LHT: Tensor
-    seen_L: list[int]
+    mass_AHT: Tensor
+    seen_A: list[int]
     pages_LHB: Tensor
     tokens: slice
     end: int
@@ -34,15 +36,14 @@ class Accumulation:
 
 
 class Accumulations:
-    """Sums fp32 `[L, H, T]` of the requests that are being prefilled.
+    """Sums fp32 `[A, H, T]` of the requests that are being prefilled, one for each reader.
 
-    A layer knows how many queries it has summed, and takes a chunk only where that one begins: a step that is planned
+    A reader knows how many queries it has summed, and takes a chunk only where that one begins: a step that is planned
     twice, as for two metadata builders, adds once, and sums with a gap are never complete.
     """
 
-    def __init__(self, view: PageView, codec: PageCodec, scales: Sequence[float]) -> None:
-        """scales: of the attention logits, one a layer."""
-        self._view, self._codec, self._scales = view, codec, scales
+    def __init__(self, view: PageView, codec: PageCodec, softmax_A: Sequence[Softmax], readers: Readers) -> None:
+        self._view, self._codec, self._softmax_A, self._readers = view, codec, softmax_A, readers
         self._masses: dict[str, Tensor] = {}
         self._seen: dict[str, list[int]] = {}
 
@@ -53,8 +54,8 @@ class Accumulations:
         `row_start`; None if its beginning was not seen. blocks_B: the blocks that hold its tokens, any integers."""
         begin, end = chunk
         if begin == 0 and self._seen.get(request_id, [-1])[0] not in (0, end):
-            self._masses[request_id] = torch.zeros(self._view.num_layers, self._view.num_kv_heads, stop)
-            self._seen[request_id] = [0] * self._view.num_layers
+            self._masses[request_id] = torch.zeros(len(self._readers), self._view.num_kv_heads, stop)
+            self._seen[request_id] = [0] * len(self._readers)
         if request_id not in self._masses or end > stop:
             return None
         blocks = -(-end // self._view.block_tokens)
@@ -62,23 +63,24 @@ class Accumulations:
         tokens = slice(row_start, row_start + end - begin)
         return Accumulation(self._masses[request_id], self._seen[request_id], pages_LHB, tokens, end)
 
-    def add(self, part: Accumulation, layer: int, query_TQD: Tensor) -> None:
-        """Sum one layer's share, once its keys are in the cache."""
-        if part.seen_L[layer] != part.begin:
+    def add(self, part: Accumulation, reader: int, query_TQD: Tensor) -> None:
+        """Sum one reader's share, once its keys are in the cache."""
+        if part.seen_A[reader] != part.begin:
             return
-        pages_HB = part.pages_LHB[layer]
+        pages_HB = part.pages_LHB[self._readers.caches[reader]]
         key_PND = self._codec.read_keys(self._view.data, pages_HB.flatten())
         key_HSD = key_PND.reshape(pages_HB.shape[0], -1, key_PND.shape[2])[:, : part.end]
-        accumulate_attention(part.mass_LHT[layer, :, : part.end], query_TQD[part.tokens], key_HSD, self._scales[layer])
-        part.seen_L[layer] = part.end
+        mass_HS, softmax = part.mass_AHT[reader, :, : part.end], self._softmax_A[reader]
+        accumulate_attention(mass_HS, query_TQD[part.tokens], key_HSD, **softmax.arguments)
+        part.seen_A[reader] = part.end
 
     def pop(self, request_id: str) -> Tensor:
-        """The complete sums `[L, H, T]`. Raises IncompleteError if some queries were not seen."""
+        """The complete sums `[A, H, T]`. Raises IncompleteError if some queries were not seen."""
         complete, seen = self._complete(request_id), min(self._seen.pop(request_id, [0]))
-        mass_LHT = self._masses.pop(request_id, None)
-        if mass_LHT is None or not complete:
+        mass_AHT = self._masses.pop(request_id, None)
+        if mass_AHT is None or not complete:
             raise IncompleteError(f"of its prompt's queries {seen} were seen")
-        return mass_LHT
+        return mass_AHT
 
     def drop_complete(self) -> None:
         """Forget sums that no eviction took: the scheduler found nothing to gain when the request got there."""

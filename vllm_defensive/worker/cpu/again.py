@@ -146,7 +146,7 @@ class Weigh(Protocol):
         keep_ratio: float,
         evictable: tuple[int, int],
         window: int,
-        seen: Tensor | None = None,
+        seen_A: Tensor | None = None,
         first_token: int = 0,
         there_HS: Tensor | None = None,
     ) -> LayerScores: ...
@@ -218,9 +218,9 @@ class Repeats:
             ]
             candidates = Candidates.of(kept, first, torch.stack(found))
         else:
-            seen_LWQD = self._runtime.windows.pop(score.request_id)
+            seen_AWQD = self._runtime.windows.pop(score.request_id)
             candidates = Candidates.of(kept, first, torch.zeros(layers, heads, pages * self._view.page_tokens))
-            self._look(score, policy, candidates, kept, pages_LHB, seen_LWQD)
+            self._look(score, policy, candidates, kept, pages_LHB, seen_AWQD)
         return ScoredAgain(policy, kept, growth_LHB, candidates)
 
     def _nothing(self) -> Kept:
@@ -230,7 +230,7 @@ class Repeats:
         return Kept((), "16", pages_LH, position_Pn, position_Pn.float())
 
     def _look(
-        self, score: Score, policy: Policy, candidates: Candidates, kept: Kept, pages_LHB: Tensor, seen_LWQD: Tensor
+        self, score: Score, policy: Policy, candidates: Candidates, kept: Kept, pages_LHB: Tensor, seen_AWQD: Tensor
     ) -> None:
         """Score all candidates by a window, over what each head still has, at the places that it had in the text."""
         assert score.since is not None
@@ -266,7 +266,7 @@ class Repeats:
                 keep_ratio=score.keep,
                 evictable=region.tokens,
                 window=region.window,
-                seen=seen_LWQD[layer],
+                seen_A=seen_AWQD,
                 there_HS=there_HS,
             )
             of_candidate_HC = found.scores_HE.gather(1, (position_HC - start).clamp_min(0))

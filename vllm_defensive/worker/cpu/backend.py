@@ -28,7 +28,7 @@ from vllm_defensive.worker.capabilities import limited
 from vllm_defensive.worker.cpu.accumulation import Accumulation
 from vllm_defensive.worker.cpu.pages import PageCodec
 from vllm_defensive.worker.cpu.reconstruction import EchoRow
-from vllm_defensive.worker.cpu.runtime import CPURuntime, EvictedRows
+from vllm_defensive.worker.cpu.runtime import CPURuntime, EvictedRows, PlainRows
 from vllm_defensive.worker.window import Capture
 
 
@@ -95,10 +95,11 @@ class EvictionCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
 @limited
 class EvictionCPUImpl(CPUAttentionBackendImpl):
-    """One layer. `runtime` and `layer_index` (position in the KV cache group) are set once the caches exist."""
+    """One layer. `runtime`, `layer_index` (its cache's place in the KV cache group) and `reader` (its own among those
+    that read the group's caches) are set once the caches exist."""
 
     runtime: CPURuntime | None = None
-    layer_index = -1
+    layer_index = reader = -1
 
     def forward(
         self,
@@ -117,15 +118,15 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         for capture in attn_metadata.captures:
-            capture.take(self.layer_index, query)
+            capture.take(self.reader, query)
         if attn_metadata.stock:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if attn_metadata.accumulations or attn_metadata.echoes:
             assert self.runtime is not None
             for part in attn_metadata.accumulations:
-                self.runtime.accumulations.add(part, self.layer_index, query)
+                self.runtime.accumulations.add(part, self.reader, query)
             for row in attn_metadata.echoes:
-                self.runtime.reconstructions.add(row, self.layer_index, query)
+                self.runtime.reconstructions.add(row, self.reader, query)
         for rows in attn_metadata.evicted:
             real = slice(0, attn_metadata.num_actual_tokens)  # the rest is padding
             self._attend_packed(layer, query[real], rows, output[real])
@@ -143,30 +144,42 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
             output_XGD = torch.empty_like(query_XGD)
         if rows.quantised is not None:
             assert self.runtime.quantised is not None, "of a worker that has packed such pages"
-            query_XGD = query_XGD.contiguous()
-            self.runtime.quantised.attend(query_XGD, output_XGD, rows.quantised, self.layer_index, self.scale)
+            query_XGD, void_RG = query_XGD.contiguous(), None
+            if self.sinks is not None:
+                void_RG = self.sinks.float().view(-1, group).repeat_interleave(rows.rows_E.numel(), dim=0)
+            self.runtime.quantised.attend(
+                query_XGD, output_XGD, rows.quantised, self.layer_index, self.scale, self.logits_soft_cap, void_RG
+            )
+        elif self.sinks is None:
+            self._attend_plain(layer, query_XGD, rows.plain(self.layer_index), output_XGD)
         else:
-            self._attend_plain(layer, query_XGD, rows, output_XGD)
+            # To the kernel a logit of nothing is a query head's, of whatever sequence: a call for each KV head.
+            sinks = self.sinks if self.sinks.dtype == torch.bfloat16 else self.sinks.float()  # as vLLM's own calls
+            parts = (each.chunk(self.num_kv_heads) for each in (query_XGD, output_XGD, sinks))
+            for head, (query, output, void_G) in enumerate(zip(*parts, strict=True)):
+                self._attend_plain(layer, query, rows.plain(self.layer_index, head), output, void_G)
         if rows.token_head_X is not None:
             output_TQD.view(-1, group, self.head_size).index_copy_(0, rows.token_head_X, output_XGD)
 
-    def _attend_plain(self, layer: Any, query_XGD: Tensor, rows: EvictedRows, output_XGD: Tensor) -> None:
+    def _attend_plain(
+        self, layer: Any, query_XGD: Tensor, rows: PlainRows, output_XGD: Tensor, void_G: Tensor | None = None
+    ) -> None:
         """vLLM's kernel, of sequences with one KV head each."""
         assert self.runtime is not None
         key_pages, value_pages = self.runtime.attention_view
-        seq_lens = rows.seq_lens_LR[self.layer_index]
+        query_start, seq_lens, table = rows
         ops.cpu_attention_with_kv_cache(
             query=query_XGD,
             key_cache=key_pages,
             value_cache=value_pages,
             output=output_XGD,
-            query_start_loc=rows.query_start_R,
+            query_start_loc=query_start,
             seq_lens=seq_lens,
             scale=self.scale,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=rows.tables_LRP[self.layer_index],
+            block_table=table,
             softcap=self.logits_soft_cap,
             scheduler_metadata=ops.cpu_attn_get_scheduler_metadata(
                 num_reqs=seq_lens.numel(),
@@ -175,14 +188,14 @@ class EvictionCPUImpl(CPUAttentionBackendImpl):
                 head_dim=self.head_size,
                 seq_lens=seq_lens,
                 dtype=query_XGD.dtype,
-                query_start_loc=rows.query_start_R,
+                query_start_loc=query_start,
                 causal=True,
                 sliding_window_size=-1,
                 isa=layer.isa,
                 enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
                 kv_cache_dtype=self.kv_cache_dtype,
             ),
-            s_aux=None,
+            s_aux=void_G,
             k_scale=layer._k_scale_float,
             v_scale=layer._v_scale_float,
             kv_cache_dtype=self.kv_cache_dtype,

@@ -25,7 +25,9 @@ from vllm_defensive.worker.cpu.tables import Placed
 from vllm_defensive.worker.evictor import Evictor, Selections
 from vllm_defensive.worker.learned import Lessons
 from vllm_defensive.worker.projections import Projections
+from vllm_defensive.worker.readers import Readers
 from vllm_defensive.worker.report import layer_deciles
+from vllm_defensive.worker.softmax import Softmax
 from vllm_defensive.worker.window import IncompleteError
 from vllm_defensive_kernels.widths import CLASSES
 
@@ -37,7 +39,7 @@ Tokens = tuple[Tensor, Tensor]  # K `[H, T, D]`, and V of the last of these toke
 
 @dataclass(eq=False)
 class Scored:
-    """A request between `score` and `pack`. seen_L: of each layer the window's queries, or accumulated attention; None
+    """A request between `score` and `pack`. seen_A: of each reader the window's queries, or accumulated attention; None
     if neither is read. echo_L: of each layer, what a second look saw; None without one.
     pages_LHB: int64, where its tokens are. first_value: values of blocks before this one are not read.
 
@@ -47,7 +49,7 @@ class Scored:
 
     score: Score
     policy: Policy
-    seen_L: Tensor | None
+    seen_A: Tensor | None
     pages_LHB: Tensor
     first_value: int
     echo_L: Tensor | None = None
@@ -64,17 +66,18 @@ class CPUEvictor(Evictor):
         runtime: CPURuntime,
         view: PageView,
         codec: PageCodec,
-        scales: Sequence[float],
+        softmax_A: Sequence[Softmax],
+        readers: Readers,
         projections: Projections,
         rank: tuple[int, int] = (0, 1),
         reduce_heads: ReduceHeads | None = None,
     ) -> None:
-        """scales: of the attention logits, one a layer. rank, reduce_heads: see `EvictionWorker`."""
+        """rank, reduce_heads: see `EvictionWorker`."""
         super().__init__(config, projections, layer_deciles(view.num_layers), rank, reduce_heads)
         self._runtime = runtime
         self._view = view
         self._codec = codec
-        self._scales = scales
+        self._softmax_A, self._readers = softmax_A, readers
         self._repeats = Repeats(view, codec, runtime, self.weigh, self._known)
         self._scratch = view.data.new_empty(0)
         self._in_scratch: Scored | None = None
@@ -90,10 +93,10 @@ class CPUEvictor(Evictor):
         if score.since is not None or (policy.lasting and score.later == score.policy):
             return self._repeats.score(score, policy)
         seen = self._runtime.accumulations if policy.accumulates else self._runtime.windows
-        seen_L = seen.pop(score.request_id) if policy.needs_window else None
+        seen_A = seen.pop(score.request_id) if policy.needs_window else None
         echo_L = self._runtime.reconstructions.pop(score.request_id, score.region) if policy.reconstructs else None
         pages_LHB = self._view.of_blocks(torch.tensor(score.source_blocks))
-        scored = Scored(score, policy, seen_L, pages_LHB, policy.first_value(score.region.shared_blocks), echo_L)
+        scored = Scored(score, policy, seen_A, pages_LHB, policy.first_value(score.region.shared_blocks), echo_L)
         if self.lessons is not None and echo_L is not None:
             self._teach(self.lessons, scored, echo_L)
         if not policy.layers_apart:
@@ -132,7 +135,7 @@ class CPUEvictor(Evictor):
             policy,
             layer,
             (key_HTD[:, : region.stop], value_HTD[:, : region.stop - skipped]),
-            seen=None if scored.seen_L is None else scored.seen_L[layer],
+            seen_A=scored.seen_A,
             echo_HS=None if scored.echo_L is None else scored.echo_L[layer],
             window=region.window,
             keep_ratio=scored.score.keep,
@@ -145,33 +148,38 @@ class CPUEvictor(Evictor):
         layer: int,
         tokens: Tokens,
         *,
-        seen: Tensor | None = None,
+        seen_A: Tensor | None = None,
         echo_HS: Tensor | None = None,
         first_token: int = 0,
         **more: Any,
     ) -> LayerScores:
-        """`score_layer` of this worker's heads. seen: the window's queries, or accumulated attention. more: as
-        there."""
+        """`score_layer` of this worker's heads, by each who reads the layer's cache. seen_A: of each reader the
+        window's queries, or accumulated attention. more: as there."""
         key_HSD, value_HSD = tokens
         if policy.learned:
             assert self.learned is not None, f"{policy.name} needs a learned score"
             echo_HS = self.learned.peaks(layer, key_HSD, value_HSD, first_token)
-        return score_layer(
-            policy,
-            layer=layer,
-            query_WQD=None if policy.accumulates else seen,
-            mass_HS=seen if policy.accumulates else None,
-            echo_HS=echo_HS,
-            key_HSD=key_HSD,
-            value_HSD=value_HSD,
-            output_QDM=self._projections.slices(layer) if policy.needs_projection else None,
-            factor_QDC=self._projections.factor(layer) if policy.value_weight == "l2-gram" else None,
-            scale=self._scales[layer],
-            reduce_heads=self._reduce_heads,
-            first_head=self._rank[0] * len(key_HSD),
-            first_token=first_token,
-            **more,
-        )
+        mass_A, query_A = (seen_A, None) if policy.accumulates else (None, seen_A)
+        scores = [
+            score_layer(
+                policy,
+                layer=layer,
+                query_WQD=None if query_A is None else query_A[reader],
+                mass_HS=None if mass_A is None else mass_A[reader],
+                echo_HS=echo_HS,
+                key_HSD=key_HSD,
+                value_HSD=value_HSD,
+                output_QDM=self._projections.slices(reader) if policy.needs_projection else None,
+                factor_QDC=self._projections.factor(reader) if policy.value_weight == "l2-gram" else None,
+                **self._softmax_A[reader].arguments,
+                reduce_heads=self._reduce_heads,
+                first_head=self._rank[0] * len(key_HSD),
+                first_token=first_token,
+                **more,
+            )
+            for reader in self._readers.of_layer[layer]
+        ]
+        return LayerScores.largest(scores)
 
     def _pack(self, scored: Scored | ScoredAgain, eviction: Eviction) -> Selections:
         if eviction.packing.format.quantised and self._runtime.quantised is None:

@@ -28,8 +28,8 @@ logger = get_logger("kv_eviction")
 SOURCE = Path(__file__).with_name("quantised.cpp")
 NUMBERS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # What the functions take, as quantised.cpp declares them.
-_P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_ATTEND = (_P, _P, _P, _L, _I, _I, _P, _P, _L, _P, _P, _L, _P, _P, _P, _P, _I, _I, _P, ctypes.c_float)
+_P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_ATTEND = (_P, _P, _P, _L, _I, _I, _P, _P, _L, _P, _P, _L, _P, _P, _P, _P, _I, _I, _P, _P, _F, _F)
 _PACK = (_P, _P, _L, _L, _P, _P, _P, _L, _P, _L, _I, _I, _I, _I)
 FLAGS = (*COMPILER_FLAGS, "-O3", "-march=native", "-Wno-psabi")
 
@@ -131,9 +131,19 @@ class Quantised:
         orders = (None if usual else order.int().contiguous() for order in (key_order_ND, value_order_ND))
         self._orders = tuple(orders)
 
-    def attend(self, query_XGD: Tensor, out_XGD: Tensor, rows: ClassRows, layer: int, scale: float) -> None:
+    def attend(
+        self,
+        query_XGD: Tensor,
+        out_XGD: Tensor,
+        rows: ClassRows,
+        layer: int,
+        scale: float,
+        cap: float = 0.0,
+        void_RG: Tensor | None = None,
+    ) -> None:
         """One layer's attention of sequences of one KV head each, into out_XGD; both contiguous, as the cache's dtype
-        is."""
+        is. cap, void_RG (fp32, of each sequence's query heads): as in `formulas.window_attention`."""
+        assert void_RG is None or (void_RG.dtype == torch.float32 and void_RG.is_contiguous())
         assert query_XGD.is_contiguous() and out_XGD.is_contiguous()
         assert query_XGD.dtype == out_XGD.dtype == self._data.dtype
         table_RP, (key_order, value_order) = rows.table_LRP[layer], self._orders
@@ -157,7 +167,9 @@ class Quantised:
             query_XGD.shape[1],
             len(rows.class_shape_C3),
             rows.class_shape_C3.data_ptr(),
+            None if void_RG is None else void_RG.data_ptr(),
             scale,
+            cap,
         )
 
     def pack(

@@ -227,8 +227,9 @@ class Attention {  // of some query rows over one head's pages, by an online sof
     typedef Lanes<16>::f32 f32;
 
   public:
-    Attention(const Cache& cache, int most_tokens)
-        : cache_(cache), stride_(padded(most_tokens)), plain_stride_(padded(cache.page_tokens)),
+    // cap: logits are bent to cap * tanh(logit / cap); 0: they are not
+    Attention(const Cache& cache, int most_tokens, float cap)
+        : cache_(cache), cap_(cap), stride_(padded(most_tokens)), plain_stride_(padded(cache.page_tokens)),
           query_(ROWS * cache.head_size), scaled_(ROWS * cache.head_size), acc_(ROWS * cache.head_size),
           weight_(ROWS * stride_), key_header_(2 * cache.head_size), value_step_(stride_), value_minimum_(stride_) {
         if (cache.key_order) {
@@ -237,12 +238,17 @@ class Attention {  // of some query rows over one head's pages, by an online sof
         }
     }
 
-    void begin(const void* query, int rows, float scale) {
+    // nothing: of each of `heads` query heads the logit of what has no value, or null; rows are of one after the other
+    void begin(const void* query, int rows, float scale, const float* nothing, int heads) {
         rows_ = rows;
         for (int i = 0; i < rows * cache_.head_size; i++) query_[i] = number_at<DTYPE>(query, i) * scale;
         std::fill(acc_.begin(), acc_.end(), 0.0f);
         std::fill(best_, best_ + ROWS, -std::numeric_limits<float>::infinity());
         std::fill(total_, total_ + ROWS, 0.0f);
+        for (int m = 0; nothing && m < rows; m++) {
+            best_[m] = nothing[m % heads];
+            total_[m] = 1.0f;
+        }
     }
 
     // sees: how many of the page's tokens each row attends to, none of them more than `tokens`
@@ -346,6 +352,10 @@ class Attention {  // of some query rows over one head's pages, by an online sof
                 std::fill(weight, weight + padded, 0.0f);
                 continue;
             }
+            for (int t = 0; cap_ && t < padded; t += 16) {
+                const f32 some = bent(read<f32>(weight + t));
+                std::memcpy(weight + t, &some, sizeof(some));
+            }
             std::fill(weight + sees[m], weight + std::max(padded, sees[m]), lowest);
             f32 high = f32{} + best_[m];
             for (int t = 0; t < padded; t += 16) {
@@ -380,6 +390,13 @@ class Attention {  // of some query rows over one head's pages, by an online sof
         }
     }
 
+    // With e = exp(-2|y|), tanh |y| = (1 - e) / (1 + e).
+    f32 bent(f32 logit) const {
+        const f32 size = logit < 0.0f ? -logit : logit, e = exponential(size * (-2.0f / cap_));
+        const f32 end = cap_ * (1.0f - e) / (1.0f + e);
+        return logit < 0.0f ? -end : end;
+    }
+
     static int padded(int tokens) { return (tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE * TOKENS_AT_ONCE; }
 
     // fp16 to fp32, 16 at a time; what is read beyond the last one becomes zero.
@@ -404,6 +421,7 @@ class Attention {  // of some query rows over one head's pages, by an online sof
     }
 
     const Cache cache_;
+    const float cap_;
     const int stride_, plain_stride_;
     int rows_ = 0;
     std::vector<float> query_, scaled_, acc_, weight_, key_header_, value_step_, value_minimum_, key_, value_;
@@ -415,10 +433,11 @@ struct Rows {  // sequences of one KV head each; see native.py
     const int32_t *query_start, *table, *shared_pages, *class_pages, *class_tokens, *growth_tokens;
     int group, classes;
     const int32_t* class_shape;  // of each class: bits of keys, of values, tokens of a page
+    const float* nothing;        // of each sequence and query head, or null: see Attention::begin
 };
 
 template <int DTYPE>
-void attend(const void* query, void* out, const Cache& cache, const Rows& rows, float scale) {
+void attend(const void* query, void* out, const Cache& cache, const Rows& rows, float scale, float cap) {
     std::vector<Geometry> classes;
     int most = cache.page_tokens;
     for (int c = 0; c < rows.classes; c++) {
@@ -435,7 +454,7 @@ void attend(const void* query, void* out, const Cache& cache, const Rows& rows, 
     const int heads_at_once = std::min(rows.group, ROWS);
 #pragma omp parallel
     {
-        Attention<DTYPE> attention(cache, most);
+        Attention<DTYPE> attention(cache, most, cap);
 #pragma omp for schedule(dynamic, 1)
         for (size_t task = 0; task < tasks.size(); task++) {
             const auto [r, first] = tasks[task];
@@ -446,7 +465,8 @@ void attend(const void* query, void* out, const Cache& cache, const Rows& rows, 
                 const int heads = std::min(heads_at_once, rows.group - g);
                 const int count = tokens * heads;
                 const int64_t offset = first * token_bytes + g * number_bytes * cache.head_size;
-                attention.begin(static_cast<const uint8_t*>(query) + offset, count, scale);
+                const float* nothing = rows.nothing ? rows.nothing + r * rows.group + g : nullptr;
+                attention.begin(static_cast<const uint8_t*>(query) + offset, count, scale, nothing, heads);
                 int sees[ROWS], page = 0;
                 std::fill(sees, sees + ROWS, cache.page_tokens);
                 for (; page < rows.shared_pages[r]; page++) attention.add_plain(table[page], cache.page_tokens, sees);
@@ -566,11 +586,12 @@ void vllm_defensive_attend(const void* query, void* out, const void* data, int64
                            int head_size, const int32_t* key_order, const int32_t* value_order, int64_t sequences,
                            const int32_t* query_start, const int32_t* table, int64_t table_stride,
                            const int32_t* shared_pages, const int32_t* class_pages, const int32_t* class_tokens,
-                           const int32_t* growth_tokens, int group, int classes, const int32_t* class_shape, float scale) {
+                           const int32_t* growth_tokens, int group, int classes, const int32_t* class_shape, const float* nothing,
+                           float scale, float cap) {
     const Cache cache{static_cast<const uint8_t*>(data), page_bytes, page_tokens, head_size, key_order, value_order};
     const Rows rows{sequences,    table_stride,  query_start, table,   shared_pages, class_pages,
-                    class_tokens, growth_tokens, group,       classes, class_shape};
-    attend<NUMBERS>(query, out, cache, rows, scale);
+                    class_tokens, growth_tokens, group,       classes, class_shape,  nothing};
+    attend<NUMBERS>(query, out, cache, rows, scale, cap);
 }
 
 void vllm_defensive_pack(const void* key, const void* value, int64_t key_tokens, int64_t value_tokens,

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from vllm_defensive.plan import Reconstruction
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
+from vllm_defensive.worker.readers import Readers
 from vllm_defensive.worker.reconstruction import Reconstructions
+from vllm_defensive.worker.softmax import Softmax
 from vllm_defensive_kernels.echo import reconstruct_attention
 
 
@@ -32,10 +34,9 @@ class EchoRow:
 class CPUReconstructions(Reconstructions):
     """The same, with the pages that the keys are read from."""
 
-    def __init__(self, view: PageView, codec: PageCodec, scales: Sequence[float]) -> None:
-        """scales: of the attention logits, one a layer."""
+    def __init__(self, view: PageView, codec: PageCodec, softmax_A: Sequence[Softmax], readers: Readers) -> None:
         super().__init__(view.num_layers, view.num_kv_heads)
-        self._view, self._codec, self._scales = view, codec, scales
+        self._view, self._codec, self._softmax_A, self._readers = view, codec, softmax_A, readers
 
     def row(self, wanted: Reconstruction, chunk: tuple[int, int], row_start: int, blocks_B: Tensor) -> EchoRow:
         """For one row of a batch: positions `chunk` of an echo, at batch row `row_start`. blocks_B: the blocks that
@@ -46,8 +47,9 @@ class CPUReconstructions(Reconstructions):
         tokens = slice(row_start, row_start + end - begin)
         return EchoRow(wanted, self.plan(wanted, chunk), pages_LHB, tokens, begin)
 
-    def add(self, row: EchoRow, layer: int, query_TQD: Tensor) -> None:
-        """Take one layer's share, once its keys are in the cache."""
+    def add(self, row: EchoRow, reader: int, query_TQD: Tensor) -> None:
+        """Take one reader's share, once its keys are in the cache."""
+        layer = self._readers.caches[reader]
         wanted, pages_HB = row.wanted, row.pages_LHB[layer]
         key_PND = self._codec.read_keys(self._view.data, pages_HB.flatten())
         key_HXD = key_PND.reshape(pages_HB.shape[0], -1, key_PND.shape[2])[:, : row.end]
@@ -55,9 +57,9 @@ class CPUReconstructions(Reconstructions):
             row.peak_LHT[layer],
             query_TQD[row.tokens],
             key_HXD,
-            self._scales[layer],
             scored=wanted.scored,
             first=row.begin,
             normalised=wanted.normalisation,
             sink=wanted.sinks,
+            **self._softmax_A[reader].arguments,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ from vllm_defensive.worker.runtime import Runtime
 from vllm_defensive.worker.window import Capture, WindowQueries
 
 _NO_LENGTHS = torch.empty(0, dtype=torch.int32)
+
+
+class PlainRows(NamedTuple):
+    """Sequences of one KV head each in one layer: first query token of each, and how many there are, int32 `[R + 1]`;
+    tokens, int32 `[R]`; pages, int32 `[R, P]`."""
+
+    query_start_R1: Tensor
+    seq_lens_R: Tensor
+    table_RP: Tensor
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,16 @@ class EvictedRows:
     tables_LRP: Tensor
     seq_lens_LR: Tensor
     quantised: ClassRows | None = None
+
+    def plain(self, layer: int, head: int | None = None) -> PlainRows:
+        """The sequences of a layer, or of one of its heads alone."""
+        rows = PlainRows(self.query_start_R, self.seq_lens_LR[layer], self.tables_LRP[layer])
+        if head is None:
+            return rows
+        # Every head has the same queries, and the first one's begin at 0.
+        count = self.rows_E.numel()
+        some = slice(head * count, (head + 1) * count)
+        return PlainRows(rows.query_start_R1[: count + 1], rows.seq_lens_R[some], rows.table_RP[some])
 
 
 @dataclass(frozen=True)

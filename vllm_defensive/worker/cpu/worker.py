@@ -19,6 +19,8 @@ from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.cpu.reconstruction import CPUReconstructions
 from vllm_defensive.worker.cpu.runtime import CPURuntime
 from vllm_defensive.worker.projections import Projections
+from vllm_defensive.worker.readers import Readers
+from vllm_defensive.worker.softmax import Softmax
 from vllm_defensive.worker.window import WindowQueries
 from vllm_defensive.worker.worker import EvictionWorker, logger
 from vllm_defensive_kernels.widths import PageShape
@@ -53,26 +55,37 @@ class EvictionCPUWorker(EvictionWorker, CPUWorker):
             logger.warning("KV eviction: requests that choose their widths are served whole: %s", error)
             return None
 
-    def start_eviction(self, group: int, names: list[str], layers: list[Any]) -> tuple[CPURuntime, CPUEvictor]:
+    def start_eviction(
+        self, group: int, readers: Readers, names: list[str], layers: list[Any]
+    ) -> tuple[CPURuntime, CPUEvictor]:
         first, dtype = layers[0], self.model_config.dtype
         spec = self.model_runner.kv_cache_config.kv_cache_groups[group].kv_cache_spec
-        view = PageView.from_layers([layer.kv_cache for layer in layers], spec.block_size // spec.page.rows)
+        caches = [layers[reader].kv_cache for reader in readers.own]
+        view = PageView.from_layers(caches, spec.block_size // spec.page.rows)
         codec = discover_codec(first.kv_cache, first.isa, dtype, first.kv_cache_dtype)
         windows = WindowQueries(len(layers), self.eviction.window, first.num_heads, first.head_size, dtype)
-        scales = [layer.impl.scale for layer in layers]
-        accumulations = Accumulations(view, codec, scales)
-        reconstructions = CPUReconstructions(view, codec, scales)
+        softmax_A = [Softmax.of(layer.impl) for layer in layers]
+        accumulations = Accumulations(view, codec, softmax_A, readers)
+        reconstructions = CPUReconstructions(view, codec, softmax_A, readers)
         runtime = CPURuntime(view, windows, accumulations, reconstructions, compat.request_ids_of(self.model_runner))
         runtime.quantised = self._quantised(view, codec)
         if view.pages_per_block > 1:
             compat.zero_blocks_by(self.model_runner, runtime.clear)
-        for index, layer in enumerate(layers):
+        for reader, (cache, layer) in enumerate(zip(readers.caches, layers, strict=True)):
             assert isinstance(layer.impl, EvictionCPUImpl)
-            layer.impl.runtime, layer.impl.layer_index = runtime, index
+            layer.impl.runtime, layer.impl.layer_index, layer.impl.reader = runtime, cache, reader
         for attention_group in self.model_runner.attn_groups[group]:
             for builder in attention_group.metadata_builders:
                 builder.runtime = runtime
         projections = Projections(self.model_runner.get_model(), names, first.num_heads, first.head_size)
         return runtime, CPUEvictor(
-            self.eviction, runtime, view, codec, scales, projections, self.tensor_rank, self.reduce_heads
+            self.eviction,
+            runtime,
+            view,
+            codec,
+            softmax_A,
+            readers,
+            projections,
+            self.tensor_rank,
+            self.reduce_heads,
         )

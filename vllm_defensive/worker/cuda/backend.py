@@ -26,6 +26,7 @@ from vllm.v1.attention.backend import (
 from vllm_defensive.worker.cuda import launches
 from vllm_defensive.worker.cuda.launches import EchoRow, PackedRows
 from vllm_defensive.worker.cuda.runtime import CUDARuntime
+from vllm_defensive.worker.softmax import Softmax
 from vllm_defensive.worker.window import Capture
 from vllm_defensive_kernels import DecodeWorkspace
 
@@ -178,11 +179,12 @@ def _ranges(
 
 
 class EvictionImpl(AttentionImpl):
-    """Goes in front of a stock implementation. One layer; `runtime` and `layer_index` (position in the KV cache group)
-    are set once the caches exist."""
+    """Goes in front of a stock implementation. One layer; `runtime`, `layer_index` (its cache's place in the KV cache
+    group), `reader` (its own among those that read the group's caches) and `softmax` are set once the caches exist."""
 
     runtime: CUDARuntime | None = None
-    layer_index = -1
+    layer_index = reader = -1
+    softmax: Softmax | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -207,17 +209,19 @@ class EvictionImpl(AttentionImpl):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        metadata, runtime = attn_metadata, self.runtime
-        assert runtime is not None
+        metadata, runtime, softmax = attn_metadata, self.runtime, self.softmax
+        assert runtime is not None and softmax is not None
         for capture in metadata.captures:
-            capture.take(self.layer_index, query)
+            capture.take(self.reader, query)
         for row in metadata.echoes:  # their keys are there: vLLM has written the layer's before it called this
             launches.reconstruct(
-                row, query, runtime.pages, self.layer_index, scale=self.scale, key_scale=layer._k_scale_float
+                row, query, runtime.pages, self.layer_index, key_scale=layer._k_scale_float, **softmax.arguments
             )
         if metadata.stock is not None:
             rest = slice(metadata.stock_from, None)
-            super().forward(layer, query[rest], key[rest], value[rest], kv_cache, metadata.stock, output[rest])
+            if key is not None:  # a layer that shares another's cache has none
+                key, value = key[rest], value[rest]
+            super().forward(layer, query[rest], key, value, kv_cache, metadata.stock, output[rest])
         for rows in metadata.ours:
             launches.attend(
                 rows,
@@ -226,8 +230,8 @@ class EvictionImpl(AttentionImpl):
                 self.layer_index,
                 runtime.state,
                 output,
-                scale=self.scale,
                 key_scale=layer._k_scale_float,
                 value_scale=layer._v_scale_float,
+                **softmax.arguments,
             )
         return output

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from vllm_defensive.worker.cuda.scoring import CUDAScorer
 from vllm_defensive.worker.evictor import Selections
 from vllm_defensive.worker.learned import Lessons
 from vllm_defensive.worker.projections import Projections
+from vllm_defensive.worker.readers import Readers
 from vllm_defensive.worker.report import layer_deciles
 
 LONG_PROMPT = 8192 + 256  # `window.tiling` changes at 8192 scored tokens
@@ -43,17 +45,20 @@ class CUDAEvictor(CUDAScorer):
         config: EvictionConfig,
         runtime: CUDARuntime,
         scales: Sequence[LayerScales],
+        readers: Readers,
         projections: Projections,
         rank: tuple[int, int] = (0, 1),
         reduce_heads: ReduceHeads | None = None,
     ) -> None:
-        """scales: one a layer. rank, reduce_heads: see `EvictionWorker`."""
+        """scales: one a reader. rank, reduce_heads: see `EvictionWorker`."""
         pages = runtime.pages
         decile_L = layer_deciles(pages.num_layers, pages.key_PND.device)
         super().__init__(config, projections, decile_L, rank, reduce_heads)
         self._runtime = runtime
         self._pages = pages
-        self._scales = scales
+        self._cache_A = torch.tensor(readers.caches, device=pages.key_PND.device)
+        self._reader_pages = replace(pages, layer_page_L=pages.layer_page_L[self._cache_A], layer_pages=None)
+        self._scales, self._readers = scales, readers
         # Per step with evictions: start, end, and pages by decile in host memory, there once the end is reached
         self._queued: deque[tuple[Any, Any, np.ndarray]] = deque()
 
@@ -90,8 +95,8 @@ class CUDAEvictor(CUDAScorer):
                 source = (0,) * -(-stop // region.block_tokens)
                 score = Score("warm-up", policy, self._config.keep, region, source)
                 peak_LHS = self._runtime.reconstructions.blank(stop) if PRESETS[policy].reconstructs else None
-                window_LWQD = self._runtime.windows.blank() if PRESETS[policy].needs_window else None
-                scored = self._weigh(score, window_LWQD, peak_LHS)
+                window_AWQD = self._runtime.windows.blank() if PRESETS[policy].needs_window else None
+                scored = self._weigh(score, window_AWQD, peak_LHS)
                 for format, packed in budgets:
                     self._copy(scored, Packing(region, (0,) * packed, format))
         looks = {PRESETS[policy].reconstruction for policy in policies} - {"none"}
@@ -120,7 +125,7 @@ class CUDAEvictor(CUDAScorer):
         peak_LHS = self._runtime.reconstructions.blank(document)
         row = EchoRow(slice(0, len(query_TQD)), document, table_1B, peak_LHS, (0, document), normalised, 0)
         scales = self._scales[0]
-        launches.reconstruct(row, query_TQD, pages, 0, scale=scales.logits, key_scale=scales.key)
+        launches.reconstruct(row, query_TQD, pages, 0, key_scale=scales.key, **scales.softmax.arguments)
 
     def _warm_up_again(self, policy: str, stop: int) -> None:
         """A prompt of so many tokens is packed, and then once more with two blocks behind it."""
@@ -137,7 +142,7 @@ class CUDAEvictor(CUDAScorer):
         self.forget(["warm-up"])
 
     def _score(self, score: Score) -> Scored | ScoredAgain:
-        policy, peak_LHS, window_LWQD = PRESETS[score.policy], None, None
+        policy, peak_LHS, window_AWQD = PRESETS[score.policy], None, None
         if score.since is not None or score.later == score.policy:
             return self._score_again(score)
         if policy.reconstructs:
@@ -145,12 +150,13 @@ class CUDAEvictor(CUDAScorer):
             if self.lessons is not None:
                 self._teach(self.lessons, score, peak_LHS)
         if policy.needs_window:
-            window_LWQD = self._runtime.windows.pop(score.request_id)
-        return self._weigh(score, window_LWQD, peak_LHS)
+            window_AWQD = self._runtime.windows.pop(score.request_id)
+        return self._weigh(score, window_AWQD, peak_LHS)
 
     def _teach(self, lessons: Lessons, score: Score, peak_LHS: Tensor) -> None:
         table_1B = compat.to_device(score.source_blocks, self._pages.key_PND.device)[None]
-        for layer, (peak_HS, scales) in enumerate(zip(peak_LHS, self._scales, strict=True)):
+        for layer, (peak_HS, reader) in enumerate(zip(peak_LHS, self._readers.own, strict=True)):
+            scales = self._scales[reader]
             parts = (self._pages.key_PND, scales.key), (self._pages.value_PND, scales.value)
             key_HSD, value_HSD = (self._read(table_1B, score.region.stop, layer, *part) for part in parts)
             lessons.add(layer, key_HSD, value_HSD, peak_HS)

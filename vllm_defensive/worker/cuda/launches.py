@@ -81,7 +81,7 @@ def layer_groups(pages: PagedKV, tokens: int, *, apart: bool = False) -> list[sl
 
 def observe(
     policy: Policy,
-    query_LWQD: Tensor,
+    query_AWQD: Tensor,
     pages: PagedKV,
     group: slice,
     table_1B: Tensor,
@@ -89,10 +89,13 @@ def observe(
     *,
     scale: float,
     key_scale: float,
+    cap: float = 0.0,
+    void_LQ: Tensor | None = None,
 ) -> WindowScores:
-    """The window's attention of a group of layers, in one launch. query_LWQD: of all layers."""
+    """The window's attention of a group of readers, in one launch. query_AWQD, pages: of all readers; void_LQ: of
+    these."""
     return window_scores(
-        query_LWQD[group, None],
+        query_AWQD[group, None],
         # A copy, as kernels are compiled for where a tensor begins: anew for the middle of one.
         replace(pages, layer_page_L=pages.layer_page_L[group].clone()),
         table_1B,
@@ -101,11 +104,21 @@ def observe(
         pool=policy.pool_kernel,
         scale=scale,
         key_scale=key_scale,
+        cap=cap,
+        void_LQ=void_LQ,
     )
 
 
 def reconstruct(
-    echoes: EchoRow, query_TQD: Tensor, pages: PagedKV, layer: int, *, scale: float, key_scale: float
+    echoes: EchoRow,
+    query_TQD: Tensor,
+    pages: PagedKV,
+    layer: int,
+    *,
+    scale: float,
+    key_scale: float,
+    cap: float = 0.0,
+    void_Q: Tensor | None = None,
 ) -> None:
     """What such a row's echoes add to one layer's scores, once their keys are in the cache. query_TQD: of the batch."""
     reconstruction_scores(
@@ -120,6 +133,8 @@ def reconstruct(
         sink=echoes.sink,
         scale=scale,
         key_scale=key_scale,
+        cap=cap,
+        void_Q=void_Q,
     )
 
 
@@ -249,6 +264,8 @@ def attend(
     scale: float,
     key_scale: float,
     value_scale: float,
+    cap: float = 0.0,
+    void_Q: Tensor | None = None,
 ) -> None:
     """One layer's attention of such rows of a batch, into their rows of out_TQD."""
     ragged_paged_decode(
@@ -265,5 +282,7 @@ def attend(
         scale=scale,
         key_scale=key_scale,
         value_scale=value_scale,
+        cap=cap,
+        void_Q=void_Q,
         workspace=rows.workspace,
     )

@@ -21,7 +21,8 @@ KEPT_BYTES = 8  # of a packed token of each layer and head, where it is chosen f
 
 @dataclass(frozen=True)
 class Model:
-    """The layers that are evicted, as one rank has them. dtype: of queries. page_tokens: `N`."""
+    """The layers that are evicted, as one rank has them. dtype: of queries. page_tokens: `N`. num_readers: layers that
+    read their caches; 0: each one its own."""
 
     num_layers: int
     num_query_heads: int
@@ -29,6 +30,7 @@ class Model:
     head_size: int
     dtype: torch.dtype
     page_tokens: int
+    num_readers: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ class BesideCache:
         whether these are evicted; what is kept of packed tokens then is not counted (`kept_share`)."""
         rows, splits = widest_launch(max_requests, model.num_query_heads, model.num_kv_heads)
         heads, layer = model.num_layers * model.num_kv_heads, model.num_kv_heads * max_tokens
-        at_a_time = min(model.num_layers * layer, max(SCORES_AT_A_TIME, layer))
-        queries = model.num_layers * model.num_query_heads * model.head_size * model.dtype.itemsize
+        readers = model.num_readers or model.num_layers
+        at_a_time = min(readers * layer, max(SCORES_AT_A_TIME, layer))
+        queries = readers * model.num_query_heads * model.head_size * model.dtype.itemsize
         lasting, passing = projections.bytes_at_most()
         copies = SCORE_COPIES + AGAIN_COPIES * answers
         launch = reconstruction.bytes_at_most(echoes_at_once, model.num_query_heads)
@@ -82,7 +85,7 @@ class BesideCache:
             state=max_requests * (cdiv(max_tokens, model.page_tokens) + classes * heads + 1 + 3) * 4,
             windows=prompts_at_once * window * queries,
             projections=lasting,
-            scores=(copies * model.num_layers * layer + SETTLE_COPIES * at_a_time) * 4 + passing,
+            scores=(copies * readers * layer + SETTLE_COPIES * at_a_time) * 4 + passing,
             echoes=0 if not echoes_at_once else heads * max_tokens * 4 + launch,
         )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from vllm_defensive.plan import Score
 from vllm_defensive.policy import LayerScores, Policy
 from vllm_defensive.worker.cuda.again import Candidates
+from vllm_defensive.worker.softmax import Softmax
 from vllm_defensive_kernels import RaggedTokens
 
 KERNEL_AGGREGATES = ("mean", "defensive")
@@ -25,17 +26,22 @@ def kernels_know(policy: Policy) -> bool:
 
 @dataclass(frozen=True)
 class LayerScales:
-    """logits: what one layer's are multiplied with. key, value: what its fp8 keys and values are multiplied with when
-    they are read; 1 for other dtypes."""
+    """Of one reader. key, value: what its fp8 keys and values are multiplied with when they are read; 1 for other
+    dtypes."""
 
-    logits: float
+    softmax: Softmax
     key: float = 1.0
     value: float = 1.0
+
+    @property
+    def of_a_launch(self) -> tuple[float, float, bool, float]:
+        """What layers have in common whose windows are scored in one launch."""
+        return self.softmax.scale, self.softmax.cap, self.softmax.void_Q is None, self.key
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request's tensors: window queries `[L, W, Q, D]` and what a second look saw, fp32 `[L, H, S]`, None if they
+    """One request's tensors: window queries `[A, W, Q, D]` and what a second look saw, fp32 `[L, H, S]`, None if they
     are not read; block table int32 `[1, blocks]` and its scored tokens; the part of both whose values weigh.
 
     window: tokens behind those, which are not scored. evictable: `[start, stop)` of these tokens, by their number here.
@@ -43,7 +49,7 @@ class Prompt:
 
     score: Score
     policy: Policy
-    window_LWQD: Tensor | None
+    window_AWQD: Tensor | None
     peak_LHS: Tensor | None
     table_1B: Tensor
     tokens: RaggedTokens

@@ -18,6 +18,8 @@ from vllm_defensive.worker.cuda.memory import BesideCache, Model, kept_share
 from vllm_defensive.worker.cuda.prompt import LayerScales
 from vllm_defensive.worker.cuda.runtime import CUDARuntime
 from vllm_defensive.worker.projections import Projections
+from vllm_defensive.worker.readers import Readers
+from vllm_defensive.worker.softmax import Softmax
 from vllm_defensive.worker.window import WindowQueries
 from vllm_defensive.worker.worker import EvictionWorker, logger
 from vllm_defensive_kernels import PagedKV
@@ -53,6 +55,7 @@ class EvictionGPUWorker(EvictionWorker):
     def _beside_cache(self, names: list[str]) -> BesideCache:
         """For the layers of these names."""
         context = self.vllm_config.compilation_config.static_forward_context
+        readers, names = Readers.find(names, context)
         first, scheduler = context[names[0]], self.vllm_config.scheduler_config
         dtype, page_tokens = self.model_config.dtype, self.cache_config.block_size
         # One step's; but who is repeated waits for its turn with its window.
@@ -60,7 +63,9 @@ class EvictionGPUWorker(EvictionWorker):
         prompts = max(1, scheduler.max_num_batched_tokens // self.eviction.min_tokens)
         echoes = min(scheduler.max_num_batched_tokens, ECHO_TOKENS + ECHO_OVERHEAD)
         return BesideCache.of(
-            Model(len(names), first.num_heads, first.num_kv_heads, first.head_size, dtype, page_tokens),
+            Model(
+                len(readers.own), first.num_heads, first.num_kv_heads, first.head_size, dtype, page_tokens, len(readers)
+            ),
             self._projections(names, first),
             window=self.eviction.window,
             max_tokens=self.model_config.max_model_len,
@@ -88,12 +93,14 @@ class EvictionGPUWorker(EvictionWorker):
             self._evictor.warm_up(self.model_config.max_model_len)
         return super().compile_or_warm_up_model()
 
-    def start_eviction(self, group: int, names: list[str], layers: list[Any]) -> tuple[CUDARuntime, CUDAEvictor]:
+    def start_eviction(
+        self, group: int, readers: Readers, names: list[str], layers: list[Any]
+    ) -> tuple[CUDARuntime, CUDAEvictor]:
         first, model, requests = layers[0], self.model_config, self.model_runner.req_states
         block_tokens = self.model_runner.kv_cache_config.kv_cache_groups[group].kv_cache_spec.block_size
         for name, layer in zip(names, layers, strict=True):
             _check(name, layer, block_tokens, self.cache_config.block_size)
-        caches = [_typed(layer.kv_cache, first.kv_cache_dtype) for layer in layers]
+        caches = [_typed(layers[reader].kv_cache, first.kv_cache_dtype) for reader in readers.own]
         pages = PagedKV.from_layers(caches)
         device = pages.key_PND.device
         windows = WindowQueries(
@@ -108,16 +115,23 @@ class EvictionGPUWorker(EvictionWorker):
             num_query_heads=first.num_heads,
             classes=self._classes,
         )
-        for index, layer in enumerate(layers):
-            layer.impl.runtime, layer.impl.layer_index = runtime, index
+        softmax_A = [Softmax.of(layer.impl) for layer in layers]
+        for reader, (cache, layer) in enumerate(zip(readers.caches, layers, strict=True)):
+            layer.impl.runtime, layer.impl.layer_index, layer.impl.reader = runtime, cache, reader
+            layer.impl.softmax = softmax_A[reader]
         for attention_group in self.model_runner.attn_groups[group]:
             for builder in attention_group.metadata_builders:
                 builder.runtime = runtime
         compat.keep_out_of_decode_graphs(self.model_runner, lambda: runtime.observing)
         projections = self._projections(names, first)
-        scales = [LayerScales(layer.impl.scale, layer._k_scale_float, layer._v_scale_float) for layer in layers]
+        scales = [
+            LayerScales(softmax, layer._k_scale_float, layer._v_scale_float)
+            for softmax, layer in zip(softmax_A, layers, strict=True)
+        ]
         logger.info("KV eviction decodes with its own kernel; prompts take %s", first.get_attn_backend().get_name())
-        return runtime, CUDAEvictor(self.eviction, runtime, scales, projections, self.tensor_rank, self.reduce_heads)
+        return runtime, CUDAEvictor(
+            self.eviction, runtime, scales, readers, projections, self.tensor_rank, self.reduce_heads
+        )
 
 
 def _check(name: str, layer: Any, block_tokens: int, block_size: int) -> None:
