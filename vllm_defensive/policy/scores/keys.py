@@ -37,7 +37,7 @@ def importance_less_redundancy(policy: Policy, layer: Layer) -> Tensor:
     """0.07 a - 0.93 r: what the last 8 queries attend to, less how much a key resembles others (arXiv 2505.24133).
 
     a = pool(mean_w softmax_t max_g z), z the logits; r = softmax_t `resemblance`. Both over the tokens before the
-    window.
+    window; a logit of nothing is left out.
     """
     assert layer.query_WQD is not None, "of policies that need queries"
     recent = replace(layer, query_WQD=layer.query_WQD[-RECENT_QUERIES:])
