@@ -48,6 +48,23 @@ def test_answers(tiny_model: Path, policy: str, asynchronous: bool, drafts: int)
     assert policy == "keep-all" or happened["most"] > 20
 
 
+def test_who_adopts_is_let_in_by_what_it_holds(tiny_model: Path) -> None:
+    """Four behind a document of ten blocks, packed into three: each holds these, or its own, and at most four more."""
+    settings = {"budget": 96, "answers": "evict", "interval": 64, "reuse": "boundary"}
+    h = Harness(tiny_model, num_blocks=34, policy="streamingllm", max_model_len=1024, **settings)
+    document, own = text(320, 400), {"kv_eviction_boundary": 320}
+    h.add(document + text(20, 1), max_tokens=2, extra_args=own)
+    h.run()
+    for seed in range(4):
+        h.add(document + text(20, seed), max_tokens=300, extra_args=own)
+    h.step()
+    assert len(h.scheduler.running) == 4
+    while h.live:
+        assert not h.step().preempted_req_ids
+        h.check()
+    h.assert_all_returned()
+
+
 @pytest.mark.parametrize("widths", ["16", "k8v4"])
 @pytest.mark.parametrize("asynchronous, declines", [(False, False), (True, False), (True, True)])
 def test_behind_packings_that_others_hold(tiny_model: Path, widths: str, asynchronous: bool, declines: bool) -> None:

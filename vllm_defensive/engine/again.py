@@ -213,6 +213,8 @@ class Again:
                     read, part = 0, max(self._part(life), part)
                 else:
                     read = cdiv(request.num_prompt_tokens, tokens)
+                    if (there := life.published) is not None:  # it begins with that, and no originals
+                        read += len(there.packed) - there.end // tokens
                 between = self._outlook.settings.blocks_between(
                     max(packed + region.shared_blocks, read), part + self.drafts, tokens
                 )

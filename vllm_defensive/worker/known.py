@@ -19,9 +19,6 @@ class Known(Generic[Kept]):
         self._of_request: dict[str, Kept] = {}
         self._of_number: dict[int, Kept] = {}  # of evictions that later requests may begin with
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._of_request
-
     def __len__(self) -> int:
         return len(self._of_request) + len(self._of_number)
 
