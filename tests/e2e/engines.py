@@ -64,7 +64,7 @@ def engine(model: Path, policy: str | None = None, *, may_decline: bool = False,
     vLLM keeps its process groups in globals: an engine that is collected later would take those of the next one.
     may_decline: a worker may decline evictions; a test that does not expect it would take a fault for a long answer.
     """
-    with _short_collections():
+    with quick_start():
         llm = make_llm(model, policy, **arguments)
         in_process = hasattr(llm.llm_engine.engine_core, "engine_core")
         if in_process:
@@ -83,7 +83,7 @@ _cores = weakref.WeakSet[Any]()
 
 
 @contextmanager
-def _short_collections() -> Iterator[None]:
+def quick_start() -> Iterator[None]:
     """An engine that is not its process's first starts in a fifth of the time.
 
     vLLM collects garbage five times an engine, each time among all that was ever imported. That is frozen here, as long

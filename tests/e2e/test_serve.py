@@ -134,7 +134,7 @@ def test_the_start_up_line_states_policy_ratio_and_pages(server: str, folder: Pa
     (line,) = (x for x in (folder / "log").read_text().splitlines() if "KV eviction is on" in x)
     assert "layer-defensivekv" in line and "0.25" in line
     assert (
-        "in widths 16, reuse boundary; pages of 32 tokens" in line and "3 layers x 2 KV heads = 6 pages a block" in line
+        "in widths 16, reuse boundary; pages of 32 tokens" in line and "3 layers x 2 KV heads, 6 pages a block" in line
     )
 
 

@@ -110,7 +110,7 @@ def largest_until_a_tie(ours: Sequence[Answer], theirs: Sequence[Answer]) -> flo
     return max(found)
 
 
-@models(at_once=("qwen3_5",))
+@models(at_once=("llama4",))
 def test_keep_all_equals_stock(folder_of: Callable[[str], Path], name: str) -> None:
     """To the bit where the same is computed; within rounding where the prefix cache cuts prompts otherwise."""
     model, prompts, start = MODELS[name], random_prompts(MIXED), partial(engine_of, folder_of(name), name)
@@ -134,7 +134,7 @@ def test_keep_all_equals_stock(folder_of: Callable[[str], Path], name: str) -> N
         assert_all_returned(llm)
 
 
-@models(at_once=("qwen3_5",))
+@models(at_once=("llama4",))
 def test_what_is_dropped_goes_back(folder_of: Callable[[str], Path], name: str) -> None:
     block = MODELS[name].block
     with engine_of(folder_of(name), name, "layer-defensivekv", keep=0.25) as llm:
@@ -167,7 +167,7 @@ def test_answers_equal_the_masked_reference(folder_of: Callable[[str], Path], na
         assert_all_returned(llm)
 
 
-@models(CACHED, at_once=("qwen3_5",))
+@models(CACHED, at_once=("llama4",))
 def test_a_packing_is_adopted_with_the_state_at_its_end(folder_of: Callable[[str], Path], name: str) -> None:
     with engine_of(folder_of(name), name, "snapkv", keep=KEEP) as llm:
         stop = DOCUMENT // MODELS[name].block * MODELS[name].block

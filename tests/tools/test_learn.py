@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.e2e.engines import quick_start
 from vllm_defensive import learned
 from vllm_defensive.settings.engine import KEY
 from vllm_defensive.tools import learn, learn_run
@@ -157,7 +158,8 @@ def shared_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def engine(arguments: Any) -> Iterator[Any]:
         if not made:
             context = original(arguments)
-            made.append((context, context.__enter__()))
+            with quick_start():
+                made.append((context, context.__enter__()))
         yield made[0][1]
 
     monkeypatch.setattr(learn_run, "_engine", engine)

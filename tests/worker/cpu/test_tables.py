@@ -50,6 +50,24 @@ PLAN = planned(stop=30, shared=1, packed=(100, 101, 102))
 PAGES_LH = torch.tensor([[1, 5], [2, 4]], dtype=torch.int32)  # 3 blocks of 4 pages
 
 
+def test_what_comes_next_takes_the_place_of_a_heads_empty_pages(view: PageView) -> None:
+    """Of a head that had fewer tokens to choose from than find room in its pages."""
+    held_LH = torch.tensor([[4, 12], [8, 16]])
+    shared = PLAN.score.source_blocks[: PLAN.region.shared_blocks]
+    table = RequestTable(view, PLAN.packing, shared, Placed(PAGES_LH[None], held_LH[None]))
+    blocks = [17, 18]
+    table.grow(torch.tensor(blocks))
+    for layer in range(L):
+        for head in range(H):
+            pages = expected_pages(view, PLAN, PAGES_LH, blocks, layer, head)
+            empty = int(PAGES_LH[layer, head]) - int(held_LH[layer, head]) // N
+            end = len(pages) - len(blocks) * view.pages_per_block
+            expected = pages[: end - empty] + pages[end:]
+            assert table.pages_LHP[layer, head, : len(expected)].tolist() == expected
+            offset = int(table.offset_LH[layer, head])
+            assert offset + PLAN.region.stop == N + int(held_LH[layer, head]) + PLAN.region.tail
+
+
 @pytest.mark.parametrize("growth", [1, 2, 31, 33, 90])
 def test_a_table_grows_one_page_a_head_and_block(view: PageView, growth: int) -> None:
     table = table_of(view, PLAN, PAGES_LH)
