@@ -23,7 +23,7 @@ from tests.dashboard import missing, targets
 from vllm_defensive.counts import Totals
 
 # Six processes import vLLM: about a minute of two free cores, and more of busy ones.
-pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.e2e, pytest.mark.timeout(600)]
 
 KEY = "sesame"
 FLAGS = (
