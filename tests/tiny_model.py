@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.tiny_model import CHAT_TEMPLATE, END, START, random_weights, tiny_tokenizer, write_tiny_llama
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
 
 __all__ = [
     "CHAT_TEMPLATE",
@@ -30,32 +34,53 @@ __all__ = [
 ]
 
 
-def write_tiny_cohere2(folder: Path, seed: int = 0) -> Path:
-    """Write a random bf16 Cohere 2: two global layers, without positions, among four with a sliding window of 128
-    tokens. Return it."""
+# Of all models below.
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+}
+_HYBRID: dict[str, Any] = {"tie_word_embeddings": False, "pad_token_id": None}
+
+# What becomes of a weight of this name after `random_weights`.
+Adapt = Callable[[str, "Tensor", "Generator"], None]
+
+
+def _write(folder: Path, seed: int, model_class: Any, config: Any, adapt: Adapt | None = None) -> Path:
+    """Write a random bf16 model of this configuration, and a tokenizer. Return the folder."""
     import torch
-    from transformers import Cohere2Config, Cohere2ForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     tokenizer = tiny_tokenizer(512)
     special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = Cohere2Config(
-        num_hidden_layers=6,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
-        sliding_window=128,
-        hidden_size=128,
-        intermediate_size=256,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=512,
-        max_position_embeddings=4096,
-        **special_ids,
-    )
-    model = Cohere2ForCausalLM(config)
+    config.update(special_ids)
+    model = model_class(config)
     random_weights(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters() if adapt is not None else ():
+            adapt(name, weight, generator)
     model.generation_config = GenerationConfig(do_sample=False, **special_ids)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_tiny_cohere2(folder: Path, seed: int = 0) -> Path:
+    """Write a random bf16 Cohere 2: two global layers, without positions, among four with a sliding window of 128
+    tokens. Return it."""
+    from transformers import Cohere2Config, Cohere2ForCausalLM
+
+    config = Cohere2Config(
+        **_SHAPE,
+        num_hidden_layers=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        sliding_window=128,
+    )
+    return _write(folder, seed, Cohere2ForCausalLM, config)
 
 
 def write_tiny_gemma2(folder: Path, seed: int = 0, cap: float = 3.0) -> Path:
@@ -64,39 +89,25 @@ def write_tiny_gemma2(folder: Path, seed: int = 0, cap: float = 3.0) -> Path:
     Its head is tied to the embedding, as vLLM has it; what attention adds is large beside the embedding, so that it
     does not repeat its last token. cap: of attention's logits, whose standard deviation is 4.
     """
-    import torch
-    from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig
+    from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    tokenizer = tiny_tokenizer(512)
-    special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = Gemma2Config(
+        **_SHAPE,
         num_hidden_layers=4,
         layer_types=["sliding_attention", "full_attention"] * 2,
         sliding_window=128,
-        hidden_size=128,
-        intermediate_size=256,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=32,
         query_pre_attn_scalar=32,
         attn_logit_softcapping=cap,
         final_logit_softcapping=30.0,
-        vocab_size=512,
-        max_position_embeddings=4096,
-        **special_ids,
     )
-    model = Gemma2ForCausalLM(config)
-    random_weights(model, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        model.model.embed_tokens.weight *= config.hidden_size**-0.5  # Gemma multiplies by the root
-        for name, weight in model.named_parameters():
-            if name.endswith("norm.weight"):  # scales by 1 + weight
-                weight += 0.2 * torch.randn(weight.shape, generator=generator) + 2.0 * ("post_attention" in name)
-    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+
+    def adapt(name: str, weight: Tensor, generator: Generator) -> None:
+        _scale_embedding(name, weight)
+        if name.endswith("norm.weight"):  # scales by 1 + weight
+            weight += _noise(weight, generator) + 2.0 * ("post_attention" in name)
+
+    return _write(folder, seed, Gemma2ForCausalLM, config, adapt)
 
 
 def write_tiny_gemma3(folder: Path, seed: int = 0, global_first: bool = False, head_size: int = 32) -> Path:
@@ -105,39 +116,25 @@ def write_tiny_gemma3(folder: Path, seed: int = 0, global_first: bool = False, h
     Like `write_tiny_llama`'s: its head is not tied to the embedding, which would have it repeat its last token with
     certainty whatever it attends to.
     """
-    import torch
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    tokenizer = tiny_tokenizer(512)
-    special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
     config = Gemma3TextConfig(
+        **_SHAPE,
         num_hidden_layers=6,
         layer_types=types[::-1] if global_first else types,
         sliding_window=128,
-        hidden_size=128,
-        intermediate_size=256,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=head_size,
         query_pre_attn_scalar=head_size,
-        vocab_size=512,
-        max_position_embeddings=4096,
         tie_word_embeddings=False,
-        **special_ids,
     )
-    model = Gemma3ForCausalLM(config)
-    random_weights(model, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        model.model.embed_tokens.weight *= config.hidden_size**-0.5  # Gemma multiplies by the root
-        for name, weight in model.named_parameters():
-            if name.endswith("norm.weight"):  # scales by 1 + weight; of q and k it undoes the gain of `random_weights`
-                weight += 0.2 * torch.randn(weight.shape, generator=generator) + ("q_norm" in name or "k_norm" in name)
-    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+
+    def adapt(name: str, weight: Tensor, generator: Generator) -> None:
+        _scale_embedding(name, weight)
+        if name.endswith("norm.weight"):  # scales by 1 + weight; of q and k it undoes the gain of `random_weights`
+            weight += _noise(weight, generator) + ("q_norm" in name or "k_norm" in name)
+
+    return _write(folder, seed, Gemma3ForCausalLM, config, adapt)
 
 
 def write_tiny_gemma4(folder: Path, seed: int = 0) -> Path:
@@ -158,45 +155,39 @@ def write_tiny_gemma4_e(folder: Path, seed: int = 0) -> Path:
     sliding window of 128 tokens.
     """
     types = ["sliding_attention", "full_attention"] * 3 + ["full_attention"]
-    return _write_gemma4(
-        folder, seed, layer_types=types, num_key_value_heads=2, global_head_dim=32, num_kv_shared_layers=3
-    )
+    return _write_gemma4(folder, seed, layer_types=types, global_head_dim=32, num_kv_shared_layers=3)
 
 
 def _write_gemma4(folder: Path, seed: int, layer_types: list[str], **shape: Any) -> Path:
-    import torch
-    from transformers import Gemma4ForCausalLM, Gemma4TextConfig, GenerationConfig
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-    tokenizer = tiny_tokenizer(512)
-    special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = Gemma4TextConfig(
-        num_hidden_layers=len(layer_types),
-        layer_types=layer_types,
-        sliding_window=128,
-        hidden_size=128,
-        intermediate_size=256,
-        num_attention_heads=4,
-        head_dim=32,
-        **shape,
-        hidden_size_per_layer_input=0,
-        vocab_size=512,
-        vocab_size_per_layer_input=512,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        **special_ids,
-    )
-    model = Gemma4ForCausalLM(config)
-    random_weights(model, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        model.model.embed_tokens.weight *= config.hidden_size**-0.5  # Gemma multiplies by the root
-        for name, weight in model.named_parameters():
-            if name.endswith("norm.weight"):  # as it is, unlike Gemma 3's
-                weight.copy_(1 + 0.2 * torch.randn(weight.shape, generator=generator))
-    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    own = {
+        "num_hidden_layers": len(layer_types),
+        "layer_types": layer_types,
+        "sliding_window": 128,
+        "head_dim": 32,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 512,
+        "tie_word_embeddings": False,
+    }
+
+    def adapt(name: str, weight: Tensor, generator: Generator) -> None:
+        _scale_embedding(name, weight)
+        if name.endswith("norm.weight"):  # as it is, unlike Gemma 3's
+            weight.copy_(1 + _noise(weight, generator))
+
+    return _write(folder, seed, Gemma4ForCausalLM, Gemma4TextConfig(**{**_SHAPE, **own, **shape}), adapt)
+
+
+def _noise(weight: Tensor, generator: Generator) -> Tensor:
+    import torch
+
+    return 0.2 * torch.randn(weight.shape, generator=generator)
+
+
+def _scale_embedding(name: str, weight: Tensor) -> None:
+    if name == "model.embed_tokens.weight":
+        weight *= weight.shape[1] ** -0.5  # Gemma multiplies by the root
 
 
 def write_tiny_gpt_oss(folder: Path, seed: int = 0, sink: float = 14.0) -> Path:
@@ -206,85 +197,52 @@ def write_tiny_gpt_oss(folder: Path, seed: int = 0, sink: float = 14.0) -> Path:
     sink: the mean over heads of what is learned as the logit of nothing; attention's have a standard deviation of 7.
     """
     import torch
-    from transformers import GenerationConfig, GptOssConfig, GptOssForCausalLM
+    from transformers import GptOssConfig, GptOssForCausalLM
 
-    tokenizer = tiny_tokenizer(512)
-    special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = GptOssConfig(
-        num_hidden_layers=4,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        sliding_window=128,
-        hidden_size=128,
-        intermediate_size=128,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=512,
-        max_position_embeddings=4096,
-        **special_ids,
-    )
-    model = GptOssForCausalLM(config)
-    random_weights(model, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("sinks"):
-                weight.copy_(sink + torch.randn(weight.shape, generator=generator))
-            elif name.endswith("bias"):
-                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
-            elif weight.dim() == 3:  # experts, from rows to columns
-                weight.copy_(weight.shape[1] ** -0.5 * torch.randn(weight.shape, generator=generator))
-    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    own = {
+        "num_hidden_layers": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 128,
+        "intermediate_size": 128,
+        "head_dim": 32,
+    }
+
+    def adapt(name: str, weight: Tensor, generator: Generator) -> None:
+        _set_sinks(name, weight, sink, generator)
+        if name.endswith("bias"):
+            weight.copy_(_noise(weight, generator))
+        elif weight.dim() == 3:  # experts, from rows to columns
+            weight.copy_(weight.shape[1] ** -0.5 * torch.randn(weight.shape, generator=generator))
+
+    return _write(folder, seed, GptOssForCausalLM, GptOssConfig(**{**_SHAPE, **own}), adapt)
 
 
 def write_tiny_granite_swa(folder: Path, seed: int = 0, sink: float = 8.0) -> Path:
     """Write a random bf16 Granite with attention sinks: two global layers among two with a sliding window of 128
     tokens. Return it. sink: the mean over heads of the logit of nothing; attention's have a standard deviation of 4."""
-    import torch
-    from transformers import GenerationConfig, GraniteSWAConfig, GraniteSWAForCausalLM
+    from transformers import GraniteSWAConfig, GraniteSWAForCausalLM
 
-    tokenizer = tiny_tokenizer(512)
-    special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = GraniteSWAConfig(
+        **_SHAPE,
         num_hidden_layers=4,
         layer_types=["full_attention", "sliding_attention"] * 2,
         sliding_window=128,
-        hidden_size=128,
-        intermediate_size=256,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         attention_multiplier=32**-0.5,
-        vocab_size=512,
-        max_position_embeddings=4096,
         tie_word_embeddings=False,
-        **special_ids,
     )
-    model = GraniteSWAForCausalLM(config)
-    random_weights(model, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("sinks"):
-                weight.copy_(sink + torch.randn(weight.shape, generator=generator))
-    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+
+    def adapt(name: str, weight: Tensor, generator: Generator) -> None:
+        _set_sinks(name, weight, sink, generator)
+
+    return _write(folder, seed, GraniteSWAForCausalLM, config, adapt)
 
 
-_SMALL: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
+def _set_sinks(name: str, weight: Tensor, sink: float, generator: Generator) -> None:
+    import torch
+
+    if name.endswith("sinks"):
+        weight.copy_(sink + torch.randn(weight.shape, generator=generator))
 
 
 def write_tiny_qwen3_5(folder: Path, seed: int = 0) -> Path:
@@ -293,7 +251,8 @@ def write_tiny_qwen3_5(folder: Path, seed: int = 0) -> Path:
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
     config = Qwen3_5TextConfig(
-        **_SMALL,
+        **_SHAPE,
+        **_HYBRID,
         num_hidden_layers=6,
         layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
         head_dim=32,
@@ -303,7 +262,7 @@ def write_tiny_qwen3_5(folder: Path, seed: int = 0) -> Path:
         linear_value_head_dim=64,
         linear_conv_kernel_dim=4,
     )
-    return _write_hybrid(Qwen3_5ForCausalLM, config, folder, seed)
+    return _write(folder, seed, Qwen3_5ForCausalLM, config, _remembering)
 
 
 def write_tiny_granite_hybrid(folder: Path, seed: int = 0) -> Path:
@@ -312,7 +271,8 @@ def write_tiny_granite_hybrid(folder: Path, seed: int = 0) -> Path:
     from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
     config = GraniteMoeHybridConfig(
-        **_SMALL,
+        **_SHAPE,
+        **_HYBRID,
         num_hidden_layers=6,
         layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
         num_local_experts=0,
@@ -326,7 +286,7 @@ def write_tiny_granite_hybrid(folder: Path, seed: int = 0) -> Path:
         mamba_expand=2,
         mamba_chunk_size=32,
     )
-    return _write_hybrid(GraniteMoeHybridForCausalLM, config, folder, seed)
+    return _write(folder, seed, GraniteMoeHybridForCausalLM, config, _remembering)
 
 
 def write_tiny_nemotron_h(folder: Path, seed: int = 0) -> Path:
@@ -335,7 +295,8 @@ def write_tiny_nemotron_h(folder: Path, seed: int = 0) -> Path:
     from transformers import NemotronHConfig, NemotronHForCausalLM
 
     config = NemotronHConfig(
-        **_SMALL,
+        **_SHAPE,
+        **_HYBRID,
         layers_block_type=["linear_attention", "linear_attention", "full_attention", "mlp"] * 2,
         head_dim=32,
         mamba_num_heads=8,
@@ -345,7 +306,7 @@ def write_tiny_nemotron_h(folder: Path, seed: int = 0) -> Path:
         conv_kernel=4,
         chunk_size=32,
     )
-    return _write_hybrid(NemotronHForCausalLM, config, folder, seed)
+    return _write(folder, seed, NemotronHForCausalLM, config, _remembering)
 
 
 def write_tiny_lfm2(folder: Path, seed: int = 0) -> Path:
@@ -353,7 +314,8 @@ def write_tiny_lfm2(folder: Path, seed: int = 0) -> Path:
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
     config = Lfm2Config(
-        **_SMALL,
+        **_SHAPE,
+        **_HYBRID,
         num_hidden_layers=6,
         layer_types=["conv", "conv", "full_attention"] * 2,
         conv_L_cache=3,
@@ -361,7 +323,7 @@ def write_tiny_lfm2(folder: Path, seed: int = 0) -> Path:
         block_dim=128,
         block_auto_adjust_ff_dim=False,
     )
-    return _write_hybrid(Lfm2ForCausalLM, config, folder, seed)
+    return _write(folder, seed, Lfm2ForCausalLM, config, _remembering)
 
 
 def write_tiny_llama4(folder: Path, seed: int = 0) -> Path:
@@ -370,7 +332,8 @@ def write_tiny_llama4(folder: Path, seed: int = 0) -> Path:
     from transformers import Llama4ForCausalLM, Llama4TextConfig
 
     config = Llama4TextConfig(
-        **_SMALL,
+        **_SHAPE,
+        **_HYBRID,
         intermediate_size_mlp=256,
         num_hidden_layers=6,
         no_rope_layers=[1, 1, 0] * 2,
@@ -380,35 +343,22 @@ def write_tiny_llama4(folder: Path, seed: int = 0) -> Path:
         moe_layers=[],
         interleave_moe_layer_step=0,
     )
-    return _write_hybrid(Llama4ForCausalLM, config, folder, seed)
+    return _write(folder, seed, Llama4ForCausalLM, config, _remembering)
 
 
-def _write_hybrid(model_cls: Any, config: Any, folder: Path, seed: int) -> Path:
-    """Write a model of this configuration whose recurrent layers remember for some hundred tokens."""
+def _remembering(name: str, weight: Tensor, generator: Generator) -> None:
+    """Recurrent layers remember for some hundred tokens."""
     import torch
-    from transformers import GenerationConfig
 
-    tokenizer = tiny_tokenizer(512)
-    special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config.update({**special_ids, "pad_token_id": None})
-    model = model_cls(config)
-    random_weights(model, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            last = name.rpartition(".")[2]
-            if weight.dim() == 3:  # a convolution over as many tokens as its last axis is long
-                weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
-            elif last == "A_log":  # how fast each head forgets
-                weight.copy_(torch.linspace(0.02, 0.5, len(weight)).log())
-            elif name.endswith(("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight")):
-                weight += 1  # whether it scales by that or by one more: it undoes the gain of `random_weights`
-            elif last in ("dt_bias", "D") or (last == "bias" and "conv" in name):
-                weight.normal_(0.0, 0.5, generator=generator)
-    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    last = name.rpartition(".")[2]
+    if weight.dim() == 3:  # a convolution over as many tokens as its last axis is long
+        weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
+    elif last == "A_log":  # how fast each head forgets
+        weight.copy_(torch.linspace(0.02, 0.5, len(weight)).log())
+    elif name.endswith(("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight")):
+        weight += 1  # whether it scales by that or by one more: it undoes the gain of `random_weights`
+    elif last in ("dt_bias", "D") or (last == "bias" and "conv" in name):
+        weight.normal_(0.0, 0.5, generator=generator)
 
 
 def write_tiny_qwen2_vl(folder: Path, seed: int = 0) -> Path:
@@ -432,13 +382,9 @@ def write_tiny_qwen2_vl(folder: Path, seed: int = 0) -> Path:
     own_ids = {f"{key}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in own.items()}
     special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = {
+        **_SHAPE,
         "num_hidden_layers": 3,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": 4096,
         "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [4, 6, 6]},
         **special_ids,
         **own_ids,

@@ -96,7 +96,8 @@ class Again:
         self._stuck = self.starved = False
         if not self._due:
             return
-        room, planned = -1, False  # counted once somebody asks
+        room: int | None = None  # counted once somebody asks
+        planned = False
         for request_id, life in list(self._due.items()):
             if self._lifecycle.lives.get(request_id) is not life:
                 del self._due[request_id]
@@ -106,15 +107,14 @@ class Again:
                 self._lifecycle.observe(request_id, window)
             # Of what is computed for sure: drafts may turn out wrong.
             certain = end - (life.request.num_in_flight_tokens if self.drafts else 0)
-            taken = None
             if certain >= life.again and life.phase in _SETTLED:
-                room = self._room(running) if room < 0 else room
-                taken = self._evict(life, room)
-                self.starved |= taken is None
-            if taken is not None:
-                del self._due[request_id]
-                room, planned = room - taken, True
-            elif life.again_window and end >= life.again:
+                room = self._room(running) if room is None else room
+                if (taken := self._evict(life, room)) is not None:
+                    del self._due[request_id]
+                    room, planned = room - taken, True
+                    continue
+                self.starved = True
+            if life.again_window and end >= life.again:
                 self._lifecycle.hold(request_id)
         idle = not scheduled and not any(request.num_in_flight_tokens for request in running)
         self._stuck = idle and not planned
@@ -122,7 +122,7 @@ class Again:
     def _room(self, running: Sequence[Request]) -> int:
         """Blocks that nobody needs before those that go back have come back."""
         room = self._pool.get_num_free_blocks()
-        return max(0, room - sum(self._next_blocks(request) for request in running)) if self.ahead else room
+        return room - sum(self._next_blocks(request) for request in running) if self.ahead else room
 
     def _next_blocks(self, request: Request) -> int:
         """Blocks that a request may take in the next step, beside those that it has."""

@@ -251,10 +251,11 @@ class EvictionConfig(BaseModel):
     def described_widths(self) -> str:
         """What the server's own policy packs in, for a line that people read."""
         if self.again:
-            meant = self.meant_widths_again(self.policy)
-            return f"{AUTO} ({meant})" if self.policy == AUTO and self.widths == AUTO else meant
-        meant = self.meant_widths(self.policy)
-        return f"{AUTO} ({meant} at {self.keep:g})" if self.policy == AUTO and self.widths == AUTO else meant
+            meant = told = self.meant_widths_again(self.policy)
+        else:
+            meant = self.meant_widths(self.policy)
+            told = f"{meant} at {self.keep:g}"
+        return f"{AUTO} ({told})" if self.policy == AUTO and self.widths == AUTO else meant
 
     def allows_widths(self, widths: str) -> bool:
         """Whether pages of these widths can be made, and read."""

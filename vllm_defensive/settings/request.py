@@ -198,6 +198,7 @@ def _evicted_again(engine: EvictionConfig, settings: RequestSettings, own: Mappi
     # Whatever will be read is asked for later.
     meant = engine.meant(settings.policy, boundary=True, score=settings.score, keep=settings.keep)
     widths, why = engine.meant_widths_again(settings.policy, settings.widths), None
+    able = ("off", "boundary") if settings.prompts == "whole" else ("off",)  # of what is packed of parts none is whole
     if engine.repeats == "none":
         why = "this server, on a GPU, was started without --kv-eviction-answers evict"
     elif engine.repeats == "lasting" and settings.prompts != "whole":
@@ -208,11 +209,8 @@ def _evicted_again(engine: EvictionConfig, settings: RequestSettings, own: Mappi
     elif widths not in engine.widths_again:
         why = f"goes with kv_eviction_widths {listed(engine.widths_again)} here, not {widths}"
         named = named or ("widths" if "widths" in own else None)
-    elif own.get("reuse", "off") in ("prefix", "chat") or (
-        settings.prompts != "whole" and own.get("reuse") == "boundary"
-    ):
-        way_out = "off" if settings.prompts != "whole" else "boundary"
-        why = f"what such a request leaves is no use to others; choose kv_eviction_reuse {way_out}"
+    elif own.get("reuse", "off") not in able:
+        why = f"what such a request leaves is no use to others; choose kv_eviction_reuse {able[-1]}"
     if why is not None:
         if named is not None:
             raise _wrong(option_name(named), getattr(settings, named), why)
@@ -222,7 +220,7 @@ def _evicted_again(engine: EvictionConfig, settings: RequestSettings, own: Mappi
         if tokens is not None and tokens < engine.window:
             raise _wrong(option_name(field), tokens, f"choose {engine.window} or more, as its window has")
     # What a boundary names is packed for others, too, and read only: what comes behind is packed into other blocks.
-    published = settings.boundary is not None and settings.outlives and settings.prompts == "whole"
+    published = "boundary" in able and settings.boundary is not None and settings.outlives
     reuse = "boundary" if published else "off"
     return settings.model_copy(update={"policy": meant, "widths": widths, "reuse": reuse})
 

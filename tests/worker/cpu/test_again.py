@@ -23,6 +23,7 @@ from vllm_defensive_kernels.widths import PageShape
 
 L, H, G, N, D, W = 2, 2, 2, 4, 8, 3
 SCALE = 0.4
+FP16_MINIMUM = 2e-3  # half of the distance between fp16 numbers from 4 on
 
 
 class Cache:
@@ -310,14 +311,15 @@ def test_quantised_pages_are_read_and_quantised_anew(
         for r, at_n, keys, values in zip(row_P.tolist(), chosen.tokens_PN.long(), key_PnD, value_PnD, strict=True):
             there = at_n >= 0
             true_key, true_value = raw[r // H, r % H][:, at_n[there]]
+            # Half a step each time, and what minima and steps lose as fp16 numbers.
             step = (true_key.amax(0) - true_key.amin(0)).max() / 255
             assert (keys[there] - true_key).abs().max() <= step * (0.51 if turn == 0 else 1.1)
             levels = 255 if widths == "8" else 15
             spread = (true_value.amax(1) - true_value.amin(1)) / levels
-            assert ((values[there] - true_value).abs().amax(1) <= 0.51 * spread + 2e-3).all()
+            assert ((values[there] - true_value).abs().amax(1) <= 0.51 * spread + FP16_MINIMUM).all()
             for position, value in zip(at_n[there].tolist(), values[there], strict=True):
                 first = values_at_first.setdefault((r, position), value)
-                assert torch.allclose(first, value, atol=2e-3)
+                assert torch.allclose(first, value, rtol=0, atol=1e-5)  # roundings of float32
                 seen_twice += turn
         assert not turn or seen_twice > L * H * page_tokens
     if not row.lasting:

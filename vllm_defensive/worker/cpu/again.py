@@ -29,7 +29,7 @@ from vllm_defensive.worker.cpu.runtime import CPURuntime
 from vllm_defensive.worker.cpu.tables import Placed
 from vllm_defensive.worker.known import Known
 from vllm_defensive_kernels.quantised import unpack_pages
-from vllm_defensive_kernels.widths import CLASSES, PageShape
+from vllm_defensive_kernels.widths import CLASSES
 
 Tokens = tuple[Tensor, Tensor]
 
@@ -316,9 +316,8 @@ class Repeats:
         data = self._view.data
         if not CLASSES[page_class].quantised:
             return self._codec.read_keys(data, pages_P), self._codec.read_values(data, pages_P)
-        page = PageShape(self._view.page_tokens, self._view.head_size, data.element_size())
         page_PY = data.index_select(0, pages_P).view(torch.uint8)
-        key_PnD, value_PnD = unpack_pages(page_PY, page, page_class, channel_major=True)
+        key_PnD, value_PnD = unpack_pages(page_PY, self._view.page_shape, page_class, channel_major=True)
         return key_PnD.to(data.dtype), value_PnD.to(data.dtype)
 
     def _write(self, tokens: Tokens, places_Pn: Tensor, target_P: Tensor, page_class: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vllm_defensive_kernels.pages import PageAddresses
+from vllm_defensive_kernels.widths import PageShape
 
 # Of pages on their way through a core's cache.
 FETCHED_ELEMENTS = 2**18
@@ -53,6 +54,10 @@ class PageView(PageAddresses):
     @property
     def head_size(self) -> int:
         return self.data.shape[1] // (2 * self.page_tokens)
+
+    @property
+    def page_shape(self) -> PageShape:
+        return PageShape(self.page_tokens, self.head_size, self.data.element_size())
 
     def attention_view(self) -> tuple[Tensor, Tensor]:
         """(K, V), each `[pages, 1, N, D]`: the whole buffer as the cache of a layer with one head."""

@@ -42,16 +42,16 @@ class RequestTable:
         self.shared_pages = shared = len(shared_blocks) * addresses.pages_per_block
         self.growth_blocks = 0
         pages_LH = pages_CLH.sum(dim=0)
-        if tokens_CLH is not None and not self.format.quantised:
-            # Of a head that had fewer tokens than find room: what comes next takes the place of its empty pages.
-            used_LH = -(-tokens_CLH.sum(dim=0) // addresses.page_tokens)
-        else:
-            used_LH = pages_LH.long()
-        self._used_LH = used_LH + shared
-        self._most_used = int(self._used_LH.max())
         self.pages_LHC = pages_CLH.permute(1, 2, 0).to(torch.int32)
         tokens_CLH = _tokens(packing, pages_CLH) if tokens_CLH is None else tokens_CLH
         self.tokens_LHC = tokens_CLH.permute(1, 2, 0).to(torch.int32)
+        used_LH = pages_LH.long()
+        if not self.format.quantised:
+            # A plain row is read page after page: where a head had fewer tokens than find room, what comes next takes
+            # the place of its empty pages.
+            used_LH = -(-self.tokens_LHC.sum(dim=2) // addresses.page_tokens)
+        self._used_LH = used_LH + shared
+        self._most_used = int(self._used_LH.max())
         self.offset_LH = packing.length(self.tokens_LHC.sum(dim=2), 0).to(torch.int32)
         columns = int(pages_LH.max()) + shared + _SPARE_PAGES
         self.pages_LHP = torch.zeros(*pages_LH.shape, columns, dtype=torch.int32)

@@ -23,7 +23,6 @@ from vllm_defensive.worker.readers import Readers
 from vllm_defensive.worker.softmax import Softmax
 from vllm_defensive.worker.window import WindowQueries
 from vllm_defensive.worker.worker import EvictionWorker, logger
-from vllm_defensive_kernels.widths import PageShape
 
 
 class EvictionCPUWorker(EvictionWorker, CPUWorker):
@@ -44,11 +43,10 @@ class EvictionCPUWorker(EvictionWorker, CPUWorker):
     def _quantised(self, view: PageView, codec: PageCodec) -> Quantised | None:
         """The functions for quantised pages. Raises ValueError if they cannot be had, and the server's own settings ask
         for them; None if only a request might."""
-        page = PageShape(view.page_tokens, view.head_size, view.data.element_size())
         if not any(self.eviction.allows_widths(widths) for widths in WIDTHS if widths != "16"):
             return None
         try:
-            return Quantised(view.data, page, *codec.orders)
+            return Quantised(view.data, view.page_shape, *codec.orders)
         except CompileError as error:
             if any(widths != "16" for widths in self.eviction.own_widths):
                 raise ValueError(f"{option_name('widths')}: {error}; choose 16, or install one") from None
