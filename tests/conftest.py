@@ -19,6 +19,7 @@ settings.load_profile("fixed")
 for name, value in {
     "HF_HUB_OFFLINE": "1",  # every model is a local folder; a typo must not turn into a download
     "OMP_NUM_THREADS": "1",  # in one process with pytest, vLLM's thread binding makes more threads ten times slower
+    "NUMBA_NUM_THREADS": "1",  # else the first n-gram draft gives torch as many for what is left of the process
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every in-process engine of the machine shares the first core
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes a share of the machine's memory

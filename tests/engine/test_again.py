@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.engine.harness import Harness, text
-from tests.engine.integrity import held_blocks
+from tests.engine.integrity import held_blocks, own_blocks
 from vllm_defensive.engine.pins import Pins
 
 SCHEDULING = pytest.mark.parametrize(
@@ -95,6 +95,26 @@ def test_behind_packings_that_others_hold(tiny_model: Path, widths: str, asynchr
         packing.key.kind.later == (None if packing.eviction.score.later is None else "streamingllm")
         for packing in library._by_key.values()
     )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_who_ends_while_it_is_packed_anew_leaves_nothing(tiny_model: Path, shared: bool) -> None:
+    """Neither what it was packed into before, unless that is for others too, nor what it was being packed into: both
+    held codes."""
+    settings = {"budget": 64, "answers": "evict", "interval": 64, "widths": "k8v4", "asynchronous": True}
+    h = Harness(tiny_model, num_blocks=40, policy="streamingllm", max_model_len=1280, **settings)
+    request_id = h.add(text(340, 1), max_tokens=300, extra_args={"kv_eviction_boundary": 320} if shared else None)
+    lifecycle = h.manager.lifecycle
+    while (life := lifecycle.lives.get(request_id)) is None or life.former is None:
+        h.step()
+    own = {block.block_id for block in own_blocks(life)}
+    assert len(own) == (2 if shared else 4) and (life.published is not None) == shared
+    h.abort(request_id)
+    h.check()
+    assert lifecycle.packed_blocks == 0 and own <= set(lifecycle._clear)
+    h.add(text(1250, 30), max_tokens=20, extra_args={"kv_eviction": "none"})  # takes every block
+    h.run()
+    h.assert_all_returned()
 
 
 @pytest.mark.parametrize("asynchronous, declines", [(False, False), (True, False), (True, True)])

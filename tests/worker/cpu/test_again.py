@@ -12,14 +12,14 @@ from torch import Tensor
 
 from vllm_defensive.packing import Format, Packing, Region
 from vllm_defensive.plan import Eviction, Score
-from vllm_defensive.policy import PRESETS, score_layer
+from vllm_defensive.policy import PRESETS, Selection, score_layer
 from vllm_defensive.worker.cpu.again import Candidates, Kept, Repeats
 from vllm_defensive.worker.cpu.native import Quantised
 from vllm_defensive.worker.cpu.pages import PageCodec, PageView
 from vllm_defensive.worker.cpu.tables import Placed, RequestTable
 from vllm_defensive.worker.known import Known
-from vllm_defensive_kernels.quantised import unpack_pages
-from vllm_defensive_kernels.widths import PageShape
+from vllm_defensive_kernels.quantised import requantised, unpack_pages
+from vllm_defensive_kernels.widths import CLASSES, PageShape
 
 L, H, G, N, D, W = 2, 2, 2, 4, 8, 3
 SCALE = 0.4
@@ -221,16 +221,63 @@ def test_a_window_looks_at_what_is_there(policy: str, shared: int, spare: int) -
     assert runtime.placed["r"].tokens_CLH.flatten().tolist() == counts
 
 
+def test_a_page_with_room_left_has_the_steps_of_its_own_tokens(
+    wide_pages: tuple[PageView, PageCodec, PageShape],
+) -> None:
+    """All of 320 tokens, in five pages of 76."""
+    view, codec, shape = wide_pages
+    runtime = SimpleNamespace(quantised=Quantised(view.data, shape, *codec.orders), place=lambda eviction, placed: None)
+    repeats = Repeats(view, codec, runtime, scored_by_place, Known())  # type: ignore[arg-type]
+    region, format = Region(320, 0, W, shape.rows, shape.rows), Format.of("k8v4", shape)
+    score = Score("r", "keep-all", 1.0, region, tuple(range(20)), "keep-all")
+    eviction = Eviction(score, Packing(region, tuple(range(40, 45)), format))
+    (chosen,) = repeats.pack(repeats.score(score, PRESETS["keep-all"]), eviction)
+    count_P = (chosen.tokens_PN >= 0).sum(dim=1)
+    assert sorted(set(count_P.tolist())) == [320 - 4 * 76, 76]
+    pages_LHB = view.of_blocks(torch.arange(20))
+    raw = view.data[pages_LHB].unflatten(-1, (2, shape.rows, -1)).transpose(2, 3).flatten(3, 4)  # L H 2 T D
+    packed = view.data[view.of_packed(torch.arange(40, 45))].view(torch.uint8)
+    row_P = torch.arange(L * H).repeat_interleave(chosen.pages_LH.flatten())
+    for half, found_PnD in enumerate(unpack_pages(packed, shape, "k8v4", channel_major=True)):
+        true_PnD = raw.flatten(0, 1)[:, half][row_P[:, None], chosen.tokens_PN.clamp_min(0).long()]
+        expected_PnD = requantised(true_PnD, count_P, CLASSES["k8v4"], keys=half == 0)
+        there_Pn = chosen.tokens_PN >= 0
+        assert torch.allclose(found_PnD[there_Pn], expected_PnD[there_Pn], rtol=0, atol=1e-5)  # roundings of float32
+
+
+def test_what_is_known_of_a_first_packing_is_scored_by_the_policy_that_goes_on() -> None:
+    """Behind 24 shared blocks, of which more come before than are chosen from; the last page has room left."""
+    cache, stop, shared = Cache(stop=112, first=104, pages=[[1, 1], [1, 1]]), 112, 24
+    region = Region(stop, shared, W, N, N)
+    known: Known[Kept] = Known()
+    repeats = Repeats(cache.view, cache.codec, SimpleNamespace(), scored_by_place, known)  # type: ignore[arg-type]
+    tokens_PN = torch.tensor([[97, 99, 103, 110], [96, 104, -1, -1], [98, 99, 100, 101], [111, -1, -1, -1]]).int()
+    chosen = Selection(torch.ones(L, H, dtype=torch.int32), tokens_PN)
+    eviction = Eviction(Score("r", "halokv", 0.5, region, (), "random"), Packing(region, (40,), Format.plain(N)))
+    empty_HTD = torch.empty(H, 16, D)
+    repeats.note(eviction, (chosen,), lambda layer: (empty_HTD, empty_HTD))
+    kept = known.of("r")
+    assert torch.equal(kept.position_Pn, tokens_PN) and kept.blocks == (40,)
+    for layer in range(L):
+        whole = scored_by_place(
+            replace(PRESETS["random"], sinks=0), layer, (torch.empty(H, stop, D),) * 2, keep_ratio=0.5,
+            evictable=(0, stop), window=0,
+        ).scores_HE  # fmt: skip
+        for head in range(H):
+            at = tokens_PN[layer * H + head].long()
+            assert torch.equal(kept.score_Pn[layer * H + head][at >= 0], whole[head, at[at >= 0]])
+
+
+def scored_by_place(policy, layer, tokens, **more):  # type: ignore[no-untyped-def]
+    arguments = {"query_WQD": None, "output_QDM": None, "factor_QDC": None, "scale": SCALE}
+    return score_layer(policy, layer=layer, key_HSD=tokens[0], value_HSD=tokens[1], **arguments, **more)
+
+
 @pytest.mark.parametrize("policy", ["random", "streamingllm", "random-uneven"])
 def test_what_lasts_is_scored_by_its_place_in_the_text(policy: str) -> None:
     """Behind what is packed, and at the first time: as if all were scored at once."""
     cache, row = Cache(stop=33, first=24, pages=[[2, 2], [2, 2]], shared=1), PRESETS[policy]
-
-    def weigh(policy, layer, tokens, **more):  # type: ignore[no-untyped-def]
-        arguments = {"query_WQD": None, "output_QDM": None, "factor_QDC": None, "scale": SCALE}
-        return score_layer(policy, layer=layer, key_HSD=tokens[0], value_HSD=tokens[1], **arguments, **more)
-
-    repeats = Repeats(cache.view, cache.codec, Runtime(cache, torch.empty(0)), weigh, Known())  # type: ignore[arg-type]
+    repeats = Repeats(cache.view, cache.codec, Runtime(cache, torch.empty(0)), scored_by_place, Known())  # type: ignore[arg-type]
     nothing = torch.zeros(cache.position_PN.shape)
     kept = Kept(cache.packing.blocks, "16", cache.pages_LH, cache.position_PN, nothing)
     repeats._known.note(Eviction(Score("r", policy, 0.5, cache.region, ()), cache.packing), kept)
@@ -240,7 +287,9 @@ def test_what_lasts_is_scored_by_its_place_in_the_text(policy: str) -> None:
     first = repeats.score(Score("r", policy, 0.5, region, blocks, policy), row).candidates
     empty_HSD = torch.empty(H, 32, D)
     for layer in range(L):
-        whole = weigh(replace(row, sinks=0), layer, (empty_HSD, empty_HSD), keep_ratio=0.5, evictable=(0, 32), window=0)
+        whole = scored_by_place(
+            replace(row, sinks=0), layer, (empty_HSD, empty_HSD), keep_ratio=0.5, evictable=(0, 32), window=0
+        )
         for head in range(H):
             r = layer * H + head
             assert torch.equal(again.score_RC[r, 2 * N : 4 * N], whole.scores_HE[head, 24:])
