@@ -105,6 +105,8 @@ def check(vllm_config: Any, settings: EvictionConfig) -> None:
     for field, once in (("answers", "keep"), ("prompts", "whole")):
         if getattr(settings, field) != once:
             _check_repeats(field, settings)
+    if settings.when == "full":
+        _check_late(settings)
     if settings.audit is not None:
         _check_writable(settings.audit)
     if settings.window > settings.min_tokens:
@@ -129,6 +131,21 @@ def _check_repeats(field: str, settings: EvictionConfig) -> None:
         tokens = getattr(settings, name)
         if tokens is not None and tokens < settings.window:
             raise ValueError(f"{option_name(name)}={tokens}: choose at least {option_name('window')}={settings.window}")
+
+
+def _check_late(settings: EvictionConfig) -> None:
+    """Refuse what cannot be evicted when memory is short."""
+    way_out, meant = None, settings.meant(settings.policy)
+    if settings.prompts == "bounded":
+        way_out = f"prompts that are bounded are evicted as they are read; leave {option_name('prompts')} out"
+    elif settings.policy != NONE and settings.evicts_late(meant, settings.answers) is None:
+        way_out = (
+            f"{settings.described} cannot evict then; choose one of {', '.join(settings.evict_late(settings.answers))}"
+        )
+    elif settings.widths not in (AUTO, *settings.widths_again):
+        way_out = f"goes with {option_name('widths')} {listed(settings.widths_again)}, not {settings.widths}"
+    if way_out is not None:
+        raise ValueError(f"{option_name('when')}=full: {way_out}")
 
 
 def _switch(variable: str, why: str) -> Row:

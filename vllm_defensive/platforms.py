@@ -83,11 +83,13 @@ def choose_widths(settings: EvictionConfig, platform: Platform) -> EvictionConfi
 
 
 def choose_repeats(settings: EvictionConfig, platform: Platform) -> EvictionConfig:
-    """The settings, with what can evict a request more than once: on GPUs policies whose scores last, where the
-    server's own settings say so, for it takes kernels, which are compiled at start, and memory, which is set aside."""
+    """The settings, with what can evict a request more than once, or late: on GPUs policies whose scores last, where
+    the server's own settings say so, for it takes kernels, which are compiled at start, and memory, which is set aside.
+    """
     if platform != PLATFORMS["cuda"]:
         return settings
-    return settings.model_copy(update={"repeats": "lasting" if settings.answers == "evict" else "none"})
+    asked = settings.answers == "evict" or settings.when == "full"
+    return settings.model_copy(update={"repeats": "lasting" if asked else "none"})
 
 
 @cache

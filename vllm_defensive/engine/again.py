@@ -26,7 +26,7 @@ from vllm_defensive.settings.engine import NONE
 
 logger = get_logger("kv_eviction")
 
-_SETTLED = (Phase.PACKED, Phase.WHOLE)
+SETTLED = (Phase.PACKED, Phase.WHOLE)
 
 
 class Again:
@@ -51,7 +51,7 @@ class Again:
     def expect(self, life: Life) -> None:
         """A request is about to begin, perhaps anew."""
         settings = life.settings
-        if settings.policy == NONE or (settings.answers == "keep" and settings.prompts == "whole"):
+        if life.full or settings.policy == NONE or (settings.answers == "keep" and settings.prompts == "whole"):
             return
         name = PRESETS[settings.policy].evicts_answers_by
         if name is None or not self._outlook.settings.evicts_again(settings.policy):
@@ -105,9 +105,7 @@ class Again:
             end, window = life.request.num_computed_tokens, (life.again - life.again_window, life.again)
             if life.again_window and end > window[0] and end - scheduled.get(request_id, 0) < window[1]:
                 self._lifecycle.observe(request_id, window)
-            # Of what is computed for sure: drafts may turn out wrong.
-            certain = end - (life.request.num_in_flight_tokens if self.drafts else 0)
-            if certain >= life.again and life.phase in _SETTLED:
+            if self.certain_tokens(life.request) >= life.again and life.phase in SETTLED:
                 room = self._room(running) if room is None else room
                 if (taken := self._evict(life, room)) is not None:
                     del self._due[request_id]
@@ -119,12 +117,16 @@ class Again:
         idle = not scheduled and not any(request.num_in_flight_tokens for request in running)
         self._stuck = idle and not planned
 
+    def certain_tokens(self, request: Request) -> int:
+        """What is computed for sure once the present step is over: drafts may turn out wrong."""
+        return request.num_computed_tokens - (request.num_in_flight_tokens if self.drafts else 0)
+
     def _room(self, running: Sequence[Request]) -> int:
         """Blocks that nobody needs before those that go back have come back."""
         room = self._pool.get_num_free_blocks()
-        return room - sum(self._next_blocks(request) for request in running) if self.ahead else room
+        return room - sum(self.next_blocks(request) for request in running) if self.ahead else room
 
-    def _next_blocks(self, request: Request) -> int:
+    def next_blocks(self, request: Request) -> int:
         """Blocks that a request may take in the next step, beside those that it has."""
         computed, life = request.num_computed_tokens, self._lifecycle.get(request.request_id)
         tokens = max(1, min(self.step_tokens, request.num_tokens - computed))
@@ -139,7 +141,7 @@ class Again:
         What came behind its stop, if it had to wait, stays as it is: so the same tokens are kept, whoever was there.
         """
         request_id, settings, stop = life.request.request_id, life.settings, life.again
-        region, held = self._region(life, stop)
+        region, held = self.region(life, stop)
         policy = PRESETS[settings.policy].evicts_answers_by
         format = self._outlook.format(settings)
         count = self._outlook.settings.budget_blocks(region, policy, settings.keep, format, settings.budget, held)
@@ -155,7 +157,7 @@ class Again:
         life.again = self._stop_behind(life, stop)
         return count
 
-    def _region(self, life: Life, stop: int) -> tuple[Region, int]:
+    def region(self, life: Life, stop: int) -> tuple[Region, int]:
         """What an eviction at this stop chooses from, and in how many blocks it lies."""
         tokens = self._outlook.block_tokens
         if life.packing is not None:

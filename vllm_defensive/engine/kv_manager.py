@@ -19,6 +19,7 @@ from vllm_defensive.engine.again import Again
 from vllm_defensive.engine.life import Life, Phase
 from vllm_defensive.engine.lifecycle import Lifecycle
 from vllm_defensive.engine.outlook import Outlook
+from vllm_defensive.engine.pressure import Pressure
 from vllm_defensive.engine.published import Key, Published
 from vllm_defensive.packing import Region
 from vllm_defensive.plan import Eviction
@@ -38,6 +39,7 @@ class EvictionBlockManager(FullAttentionManager):
         page, block_tokens = kv_cache_spec.page, self.block_size
         self.outlook = Outlook(self.eviction, page, block_tokens, self.block_pool, self.lifecycle.library, can_share)
         self.again = Again(self.lifecycle, self.outlook, self.block_pool, self.req_to_blocks)
+        self.pressure = Pressure(self.lifecycle, self.outlook, self.block_pool, self.again, self.req_to_blocks)
         # The scheduler's own dict of live requests, set by it. Without it (a manager used on its own) nothing is ever
         # evicted.
         self.requests: Mapping[str, Request] = {}
@@ -67,15 +69,15 @@ class EvictionBlockManager(FullAttentionManager):
             **kwargs,
         )
         life = self.life(request_id)
-        if life is not None and life.bounded and kwargs.get("apply_admission_cap"):
+        if life is None:
+            return positional
+        if life.bounded and kwargs.get("apply_admission_cap"):
             return min(positional, self.again.caps(life))
-        if life is None or not life.ahead:
-            return positional
-        if life.published is not None:
-            return positional + life.published.unheld
-        if num_tokens_main_model < life.stop:
-            return positional
-        return positional + self.plan(life)[1]
+        if life.ahead and life.published is not None:
+            positional += life.published.unheld
+        elif life.ahead and not life.full and num_tokens_main_model >= life.stop:
+            positional += self.plan(life)[1]
+        return positional if request_id in self.lifecycle.lives else self.pressure.ask(life, positional)
 
     def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
         """A request's first blocks, before any is taken from the pool for it."""
@@ -98,6 +100,9 @@ class EvictionBlockManager(FullAttentionManager):
         return new_blocks
 
     def _reach_stop(self, life: Life, num_tokens: int) -> None:
+        if life.full:
+            self.lifecycle.ripen(life)
+            return
         region, count = self.plan(life)
         # The scheduler ends a chunk at the stop; of one that ran past it, too much has been seen to be evicted there.
         if not count or num_tokens != life.stop:
@@ -119,6 +124,8 @@ class EvictionBlockManager(FullAttentionManager):
         blocks_of = self.req_to_blocks
         life = self.outlook.foresee(request, lambda request_id: blocks_of.get(request_id, ()))
         self.again.expect(life)
+        if life.full and life.ahead and life.settings.answers == "evict":
+            life.turn(Phase.WHOLE)  # its end is where it is then
         self.lifecycle.waiting[request.request_id] = life
         return life
 
@@ -223,9 +230,9 @@ class EvictionBlockManager(FullAttentionManager):
         life = self.life(request_id)
         if life is None:
             return None
-        if life.ahead and not self.plan(life)[1]:
+        if life.ahead and not life.full and not self.plan(life)[1]:
             life.turn(Phase.WHOLE)
-        if life.ahead:
+        if life.ahead and (life.reads_window or not life.full):
             return 0 if life.accumulates else max(0, life.stop - (self.eviction.window if life.reads_window else 1))
         # What comes behind its next stop is read in parts, by one that was preempted, or whose prompt is bounded.
         in_parts = life.again and life.request.num_tokens > life.looked_at_from
@@ -300,7 +307,7 @@ class EvictionBlockManager(FullAttentionManager):
     def next_stop(self, request_id: str) -> int:
         """The stop of a request that is still to be evicted: no chunk may run past it. 0 for all others."""
         life = self.life(request_id)
-        if life is None or life.published is not None:
+        if life is None or life.published is not None or life.full:
             return 0
         return life.stop if life.ahead else life.again
 
@@ -313,7 +320,7 @@ class EvictionBlockManager(FullAttentionManager):
             return whole - packing.saved_blocks, packing.region.shared_blocks
         if life is not None and life.published is not None:
             return whole - life.published.eviction.packing.saved_blocks, 0  # of its packing, and all behind it
-        if life is None or not life.ahead:
+        if life is None or not (life.ahead or life.full):
             return whole, whole
         region, packed = self.plan(life)
         return (whole - region.blocks + packed, region.shared_blocks) if packed else (whole, whole)

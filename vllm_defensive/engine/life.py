@@ -9,7 +9,8 @@
     WHOLE     the same                                 all                                   none
 
 ECHOING are those whose policy looks at the document again (`echo.py`); all others go on to PACKING at once. A request
-is WHOLE if nothing is to be gained by its eviction, or if it could not be carried out. One that is evicted more than
+is WHOLE if nothing is to be gained by its eviction, or if it could not be carried out, or as long as nobody wants its
+memory (`pressure.py`). One that is evicted more than
 once (`again.py`) is PACKING time and again: then it holds the blocks that it packs into beside those that it packed
 before. One that finds the packing of an earlier request (`published.py`) is PACKED with its first allocation. From
 every phase a request may be finished, aborted or preempted, which gives all its blocks back and ends its life; one that
@@ -31,6 +32,7 @@ from vllm_defensive.engine.published import Key, Published
 from vllm_defensive.packing import Packing
 from vllm_defensive.plan import Eviction
 from vllm_defensive.policy import PRESETS
+from vllm_defensive.settings.engine import NONE
 from vllm_defensive.settings.request import RequestSettings
 
 
@@ -114,7 +116,7 @@ class Life:
     def __post_init__(self) -> None:
         policy = PRESETS.get(self.settings.policy)  # there is none called "none"
         self.sums_attention = policy is not None and policy.accumulates
-        self.reads_window = policy is not None and policy.needs_window
+        self.reads_window = policy is not None and policy.needs_window and not (self.full and policy.lasting)
 
     def turn(self, phase: Phase) -> None:
         assert phase in _NEXT[self.phase], f"{self.request.request_id}: {self.phase.name} to {phase.name}"
@@ -124,6 +126,11 @@ class Life:
     def ahead(self) -> bool:
         """Whether its stop is still to be reached."""
         return self.phase is PREFILL
+
+    @property
+    def full(self) -> bool:
+        """Whether it is evicted when memory is short, and not before."""
+        return self.settings.when == "full" and self.settings.policy != NONE
 
     @property
     def looked_at_from(self) -> int:

@@ -38,6 +38,11 @@ class Lifecycle:
         # Those of `lives` in these phases: few, and asked for in every step.
         self.echoing: dict[str, Life] = {}
         self.packing: dict[str, Life] = {}
+        # Those that are to give memory back when it is wanted: that can, and that are still read; and how often any of
+        # that has changed.
+        self.ripe: dict[str, Life] = {}
+        self.unripe: dict[str, Life] = {}
+        self.ripe_changes = 0
         self.scheduled = self.processed = 0  # steps
         # Since the workers were last told: windows of requests that generate, and who has passed its own and is evicted
         # in a later step; requests that began to stand still, and that were given up.
@@ -68,6 +73,26 @@ class Lifecycle:
                 self._watched.add(request_id)
                 if life.key is not None and self.library.find(life.key) is None:
                     self.packers.setdefault(life.key, request_id)
+                if life.full:
+                    self.unripe[request_id] = life
+                    self.ripe_changes += 1
+            elif life.full and life.settings.answers == "evict" and not life.brief:
+                self.ripen(life)
+
+    def ripen(self, life: Life) -> None:
+        """The request may be asked for memory from now on, and is whole until then."""
+        if life.ahead:
+            life.turn(Phase.WHOLE)
+            if life.reads_window:
+                self.hold(life.request.request_id)
+        self.unripe.pop(life.request.request_id, None)
+        self.ripe[life.request.request_id] = life
+        self.ripe_changes += 1
+
+    def _spare(self, request_id: str) -> None:
+        """The request is asked for no memory any more."""
+        if self.ripe.pop(request_id, None) or self.unripe.pop(request_id, None):
+            self.ripe_changes += 1
 
     def is_being_packed(self, key: Key) -> bool:
         """Whether a request is on its way to the packing of this key."""
@@ -129,14 +154,18 @@ class Lifecycle:
         blocks: list[KVCacheBlock],
         source_blocks: Sequence[int],
         format: Format,
+        *,
+        lasts: bool = True,
     ) -> None:
-        """A request has generated enough, by the step that was scheduled just now: what it holds packed, if anything,
-        and what lies in `source_blocks` is packed into these blocks."""
+        """A request has generated enough, by the step that was scheduled just now, or its memory is wanted: what it
+        holds packed, if anything, and what lies in `source_blocks` is packed into these blocks. lasts: so that it can
+        be chosen from again."""
         token_ids = self._token_ids(life, region.stop)
         # What others may hold too is theirs: it is read, and left.
         life.former, life.replaced = life.eviction, life.blocks if life.published is None else []
         since = None if life.former is None else life.former.region
-        score = Score(life.request.request_id, policy, life.settings.keep, region, tuple(source_blocks), policy, since)
+        later = policy if lasts else None
+        score = Score(life.request.request_id, policy, life.settings.keep, region, tuple(source_blocks), later, since)
         packing = Packing(region, tuple(block.block_id for block in blocks), format)
         reader = life.request.num_computed_tokens
         life.eviction = Eviction(score, packing, token_ids, repeat=life.evictions, first_reader=reader)
@@ -268,6 +297,7 @@ class Lifecycle:
         hold the packed blocks, too."""
         assert life.packing is not None and life.eviction is not None
         life.turn(Phase.PACKED)
+        self.ripe_changes += life.full
         del self.packing[life.request.request_id]
         if life.key is not None and life.former is None:
             life.published = self.library.publish(life.key, life.eviction, life.blocks)
@@ -302,6 +332,7 @@ class Lifecycle:
         if life is None or life.eviction is not eviction:
             return []
         del self.packing[eviction.request_id]
+        self._spare(eviction.request_id)
         return self._leave_whole(life) if life.former is None else self._leave_packed(life)
 
     def end(self, request_id: str) -> list[KVCacheBlock]:
@@ -314,6 +345,7 @@ class Lifecycle:
         self.packing.pop(request_id, None)
         self.echoing.pop(request_id, None)
         self._adopted.pop(request_id, None)
+        self._spare(request_id)
         life = self.lives.pop(request_id, None)
         if life is None:
             return []
@@ -358,6 +390,7 @@ class Lifecycle:
         """An eviction can be declined until its step has been processed; from then on it counts."""
         assert life.eviction is not None
         self._done.append((life.eviction, False))
+        self.totals.late += life.full
         if life.former is not None:
             self.totals.repeats += 1
             return
@@ -408,7 +441,7 @@ class Lifecycle:
             "held_tokens": behind + packing.held_tokens,
             "adopted": life.adopted,
         }
-        if life.settings.answers == "evict":
+        if life.settings.answers == "evict" or life.full:
             report["evictions"], report["tokens"] = life.evictions, max(prompt, packing.region.stop)
         if life.settings.pin is not None:
             report["pinned"] = (found := self._packing_of(life)) is not None and found in self.library.pins

@@ -189,10 +189,14 @@ class Outlook:
             shared = worth_sharing(life, keep, full_blocks, self.block_tokens, self.relatives, life_of)
         return self._budget(life, shared)
 
+    def least_blocks(self, life: Life) -> int:
+        """Blocks that a request whose stop lies ahead, and that shares nothing, is packed into."""
+        return self._budget(life, 0)[1]
+
     def blocks_to_pack(self, life: Life) -> int:
         """Blocks that a request whose stop lies ahead, and that shares nothing, takes until it is packed, at most."""
         num_tokens = life.request.num_tokens
-        return cdiv(num_tokens, self.block_tokens) + self._budget(life, 0)[1] + self.blocks_beside(num_tokens)
+        return cdiv(num_tokens, self.block_tokens) + self.least_blocks(life) + self.blocks_beside(num_tokens)
 
     def _budget(self, life: Life, shared_blocks: int) -> tuple[Region, int]:
         protected = min(cdiv(life.settings.protect, self.block_tokens), life.stop // self.block_tokens)

@@ -90,6 +90,7 @@ class _EvictionMixin(Scheduler):
         """There was no memory for this request in this step."""
         self._starved = True
         self._echoes.refuse(request_id)
+        self.eviction_manager.pressure.refuse(request_id)
 
     def add_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super().add_request(request, *args, **kwargs)
@@ -123,6 +124,7 @@ class _EvictionMixin(Scheduler):
         else:
             self._echoes.scheduled(output.num_scheduled_tokens)
         self._again.begin(output.num_scheduled_tokens, self.running)
+        self.eviction_manager.pressure.begin(self.running)
         message = self.eviction_manager.lifecycle.take_message(output.num_scheduled_tokens)
         channels.attach_message(output, message)
         return output

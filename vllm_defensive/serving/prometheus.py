@@ -39,6 +39,7 @@ COUNTERS = {
     "adoptions": ("vllm:kv_eviction_adoptions", "Requests that began with what was packed for an earlier one."),
     "adopted_tokens": ("vllm:kv_eviction_adopted_tokens", "Tokens of their prompts that they did not compute."),
     "repeats": ("vllm:kv_eviction_repeats", "Evictions of requests that had been evicted before."),
+    "late": ("vllm:kv_eviction_late", "Evictions of requests that stay whole until their memory is wanted."),
     "published": ("vllm:kv_eviction_published", "Packings that outlived their request."),
     "lost": ("vllm:kv_eviction_published_lost", "Those of them whose memory was needed by others."),
     "dropped": (

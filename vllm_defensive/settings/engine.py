@@ -38,6 +38,7 @@ ScoredBy = Literal["auto", "window", "reconstruct", "learned"]
 Reuse = Literal["off", "boundary", "prefix", "chat"]
 Answers = Literal["keep", "evict"]
 Prompts = Literal["whole", "bounded"]
+When = Literal["always", "full"]
 
 
 class EvictionConfig(BaseModel):
@@ -81,6 +82,12 @@ class EvictionConfig(BaseModel):
         ge=1,
         description="keep no more bytes of a request than so many tokens take that nothing was evicted of, whatever "
         "its length; beside a ratio, the smaller counts",
+    )
+    when: When = Field(
+        "always",
+        description="full: requests stay whole as long as there is memory, and are evicted when others would have to "
+        "wait, or be thrown out, for want of it: first those of which most is there, down to what is to be kept, by "
+        "halves where scores last; by the policies that can evict answers; always: as soon as they are read",
     )
     answers: Answers = Field(
         "keep",
@@ -234,7 +241,7 @@ class EvictionConfig(BaseModel):
         return next(name for least, name in AUTO_WIDTHS if keep >= least)
 
     def meant_widths_again(self, policy: str, widths: str | None = None) -> str:
-        """As `meant_widths`, of a request that is evicted more than once."""
+        """As `meant_widths`, of a request that is evicted more than once, or when memory is short."""
         widths = self.widths if widths is None else widths
         if widths != AUTO:
             return widths
@@ -250,7 +257,7 @@ class EvictionConfig(BaseModel):
     @property
     def described_widths(self) -> str:
         """What the server's own policy packs in, for a line that people read."""
-        if self.again:
+        if self.again_or_late:
             meant = told = self.meant_widths_again(self.policy)
         else:
             meant = self.meant_widths(self.policy)
@@ -266,7 +273,7 @@ class EvictionConfig(BaseModel):
         """What requests are packed in which say nothing of widths, by the server's own policy and those listed beside
         it."""
         named = [name for name in dict.fromkeys((self.policy, *(self.policies or ()))) if name != NONE]
-        again = [self.meant_widths_again(name) for name in named if self.again]
+        again = [self.meant_widths_again(name) for name in named if self.again_or_late]
         return list(dict.fromkeys([*map(self.meant_widths, named), *again]))
 
     def allows(self, policy: str) -> bool:
@@ -280,6 +287,11 @@ class EvictionConfig(BaseModel):
         """Whether requests that say nothing of it are evicted more than once, if their policy can."""
         return self.answers == "evict" or self.prompts == "bounded"
 
+    @property
+    def again_or_late(self) -> bool:
+        """The same, of those as well that are evicted when memory is short."""
+        return self.again or self.when == "full"
+
     def evicts_again(self, policy: str) -> bool:
         """Whether requests that are evicted by this policy can be evicted more than once."""
         name = PRESETS[policy].evicts_answers_by if policy in PRESETS else None
@@ -289,6 +301,21 @@ class EvictionConfig(BaseModel):
     def evict_again(self) -> list[str]:
         """The policies that requests may name and that can evict them more than once."""
         return [name for name in self.choices if self.evicts_again(name)]
+
+    def evicts_late(self, policy: str, answers: Answers) -> str | None:
+        """The policy that evicts a request when memory is short, whose own is this one; None: none can. Answers are
+        long by then, and the window of a prompt's end says nothing of them; on GPUs windows are kept for a step."""
+        if not self.evicts_again(policy):
+            return None
+        row = PRESETS[policy]
+        if answers == "evict" or self.repeats == "lasting":
+            name = row.evicts_answers_by
+            return name if name is not None and PRESETS[name].lasting else None
+        return None if row.accumulates or row.reconstructs else policy
+
+    def evict_late(self, answers: Answers) -> list[str]:
+        """The policies that requests may name and that can evict them when memory is short."""
+        return [name for name in self.choices if self.evicts_late(self.meant(name), answers) is not None]
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON, from which `parse` makes the same settings: vLLM hashes it, and prints it with its config.
@@ -418,6 +445,7 @@ _ALLOWED = {
     "auto_widths": lambda: "leave it out",
     "classes": lambda: "leave it out",
     "budget": lambda: "choose a whole number of tokens, 1 or more",
+    "when": lambda: f"choose one of {', '.join(get_args(When))}",
     "answers": lambda: f"choose one of {', '.join(get_args(Answers))}",
     "interval": lambda: "choose a whole number of tokens, 1 or more",
     "prompts": lambda: f"choose one of {', '.join(get_args(Prompts))}",

@@ -5,6 +5,7 @@
                            score; else the server's choice
     kv_eviction_keep       fraction of its bytes that is kept, in (0, 1]
     kv_eviction_budget     bytes that are kept at most, as tokens that nothing was evicted of
+    kv_eviction_when       "full": it is evicted when memory is short, and whole until then; or "always"
     kv_eviction_answers    "evict": what is generated is evicted as well, again and again; or "keep"
     kv_eviction_interval   tokens that are generated from one time to the next
     kv_eviction_prompts    "bounded": its prompt is evicted in parts as it is read; or "whole"
@@ -38,6 +39,7 @@ from vllm_defensive.settings.engine import (
     Prompts,
     Reuse,
     ScoredBy,
+    When,
     known_policy,
     known_widths,
     listed,
@@ -45,9 +47,11 @@ from vllm_defensive.settings.engine import (
 )
 
 _PREFIX = "kv_eviction"
-# What a request has of the server's where it does not say otherwise; and of these, how often it is evicted at most.
-_INHERITED = ("policy", "keep", "reuse", "budget", "answers", "interval", "prompts", "prompt_interval")
+# What a request has of the server's where it does not say otherwise; and of these, what makes it be evicted once, at
+# once.
+_INHERITED = ("policy", "keep", "reuse", "budget", "when", "answers", "interval", "prompts", "prompt_interval")
 _ONCE = {"answers": "keep", "prompts": "whole"}
+_AT_ONCE = {"when": "always"}
 _LATER = ("prefix", "chat")  # of such reuse, whatever a request packs or takes is asked about by others, later
 UNPIN = -1
 """Instead of seconds, of a request that has nothing else to ask."""
@@ -69,6 +73,7 @@ class RequestSettings(BaseModel):
     boundary: int | None = Field(None, ge=1)
     protect: int = Field(0, ge=0)
     budget: int | None = Field(None, ge=1)
+    when: When = "always"
     answers: Answers = "keep"
     interval: int = Field(256, ge=1)
     prompts: Prompts = "whole"
@@ -135,10 +140,13 @@ def resolve(
     inherited = {name: getattr(engine, name) for name in _INHERITED}
     if not own:
         settings = RequestSettings.model_construct(**inherited)
-        if (again := _evicted_again(engine, settings, own)) is not None:
-            return again
+        again = _evicted_again(engine, settings, own)
+        if (late := _evicted_late(engine, again or settings.model_copy(update=_ONCE), own)) is not None:
+            return late
+        if again is not None:
+            return again.model_copy(update=_AT_ONCE)
         widths, meant = engine.meant_widths(engine.policy), engine.meant(engine.policy, boundary=engine.reuse in _LATER)
-        return settings.model_copy(update={"policy": meant, "widths": widths, **_ONCE})
+        return settings.model_copy(update={"policy": meant, "widths": widths, **_ONCE, **_AT_ONCE})
     if "budget" in own and "keep" not in own:
         inherited["keep"] = 1.0
     try:
@@ -158,6 +166,8 @@ def resolve(
         raise _wrong("kv_eviction_score", settings.score, f"goes with kv_eviction={AUTO!r}; leave it out")
     again = _evicted_again(engine, settings, own)
     settings = settings.model_copy(update=_ONCE if again is None else {"reuse": again.reuse})
+    late = _evicted_late(engine, again or settings, own)
+    settings = settings.model_copy(update=_AT_ONCE if late is None else {"reuse": late.reuse})
     widths = engine.meant_widths(settings.policy, settings.widths, settings.keep)
     if not engine.allows_widths(widths):
         raise _wrong("kv_eviction_widths", widths, _allowed("kv_eviction_widths", engine))
@@ -180,8 +190,8 @@ def resolve(
     meant = engine.meant(settings.policy, boundary=asks_later, score=settings.score, keep=settings.keep)
     if not engine.is_there(meant):
         raise _wrong("kv_eviction_score", settings.score, "this server has no learned score for its model")
-    if again is not None:
-        return settings.model_copy(update={"policy": again.policy, "widths": again.widths})
+    if (other := late or again) is not None:
+        return settings.model_copy(update={"policy": other.policy, "widths": other.widths})
     return settings.model_copy(update={"policy": meant, "widths": widths})
 
 
@@ -223,6 +233,32 @@ def _evicted_again(engine: EvictionConfig, settings: RequestSettings, own: Mappi
     published = "boundary" in able and settings.boundary is not None and settings.outlives
     reuse = "boundary" if published else "off"
     return settings.model_copy(update={"policy": meant, "widths": widths, "reuse": reuse})
+
+
+def _evicted_late(engine: EvictionConfig, settings: RequestSettings, own: Mapping[str, Any]) -> RequestSettings | None:
+    """What becomes of the settings of a request that is evicted when memory is short; None: it is evicted as it is
+    read. settings: with what it is evicted by more than once, if it is. own: fields that it named. Raises
+    RequestFieldError if it asks for that and cannot have it."""
+    if settings.when == "always" or settings.policy == NONE:
+        return None
+    meant = engine.meant(settings.policy, score=settings.score, keep=settings.keep)
+    name, why = engine.evicts_late(meant, settings.answers), None
+    widths = engine.meant_widths_again(settings.policy, settings.widths)
+    if settings.prompts == "bounded":
+        why = "such a prompt is evicted as it is read; choose kv_eviction_prompts whole"
+    elif engine.repeats == "none":
+        why = "this server, on a GPU, was started without --kv-eviction-when full"
+    elif name is None or not engine.is_there(meant):
+        why = f"{meant} cannot evict then; choose from {', '.join(engine.evict_late(settings.answers))}"
+    elif widths not in engine.widths_again:
+        why = f"goes with kv_eviction_widths {listed(engine.widths_again)} here, not {widths}"
+    elif own.get("reuse", "off") != "off":
+        why = "what such a request is packed into is no use to others; choose kv_eviction_reuse off"
+    if why is None:
+        return settings.model_copy(update={"policy": name, "widths": widths, "reuse": "off"})
+    if "when" in own:
+        raise _wrong("kv_eviction_when", settings.when, why)
+    return None
 
 
 def only_unpins(extra_args: Mapping[str, Any] | None) -> bool:
@@ -306,6 +342,7 @@ _ALLOWED = {
     "kv_eviction_score": "choose one of auto, window, reconstruct, learned",
     "kv_eviction_keep": "choose a number in (0, 1]",
     "kv_eviction_budget": "choose a whole number of tokens, 1 or more",
+    "kv_eviction_when": f"choose one of {', '.join(get_args(When))}",
     "kv_eviction_answers": f"choose one of {', '.join(get_args(Answers))}",
     "kv_eviction_interval": "choose a whole number of tokens, 1 or more",
     "kv_eviction_prompts": f"choose one of {', '.join(get_args(Prompts))}",

@@ -211,15 +211,13 @@ class Repeats:
         pages_LHB = self._view.of_blocks(torch.tensor(source))  # with a tail, which is not chosen from
         growth_LHB = pages_LHB[:, :, : behind * self._view.pages_per_block]
         layers, heads, pages = growth_LHB.shape
+        score_LHT = torch.zeros(layers, heads, pages * self._view.page_tokens)
         if policy.lasting:
-            found = [
-                self._lasting(policy, layer, self._read(pages_HB), first, score.keep)
-                for layer, pages_HB in enumerate(growth_LHB)
-            ]
-            candidates = Candidates.of(kept, first, torch.stack(found))
-        else:
+            for layer, pages_HB in enumerate(growth_LHB if pages else ()):
+                score_LHT[layer] = self._lasting(policy, layer, self._read(pages_HB), first, score.keep)
+        candidates = Candidates.of(kept, first, score_LHT)
+        if not policy.lasting:
             seen_AWQD = self._runtime.windows.pop(score.request_id)
-            candidates = Candidates.of(kept, first, torch.zeros(layers, heads, pages * self._view.page_tokens))
             self._look(score, policy, candidates, kept, pages_LHB, seen_AWQD)
         return ScoredAgain(policy, kept, growth_LHB, candidates)
 

@@ -130,6 +130,9 @@ class Candidates:
         torch.where(packed_PN, kept.position_PN.flatten()[flat_PN], behind_PN + self.first, out=position_PN)
         position_PN.masked_fill_(place_PN < 0, -1)
         packed_score_PN = kept.score_PN.flatten()[flat_PN]
+        if not self.score_RB.numel():
+            score_PN.copy_(packed_score_PN)
+            return
         flat_PN = (row_P1 * self.score_RB.shape[1] + behind_PN).clamp_(0, self.score_RB.numel() - 1)
         torch.where(packed_PN, packed_score_PN, self.score_RB.flatten()[flat_PN], out=score_PN)
 

@@ -102,7 +102,7 @@ class CUDAEvictor(CUDAScorer):
         looks = {PRESETS[policy].reconstruction for policy in policies} - {"none"}
         for normalised in sorted(looks) if max_tokens > self._config.window else ():
             self._warm_up_echoes(normalised, max_tokens)
-        if self._config.answers == "evict" and lengths[0] <= max_tokens:
+        if self._config.again_or_late and lengths[0] <= max_tokens:
             able = {PRESETS[policy].evicts_answers_by for policy in policies if self._config.evicts_again(policy)}
             for policy in sorted(filter(None, able)):
                 self._warm_up_again(policy, lengths[0])
@@ -172,7 +172,8 @@ class CUDAEvictor(CUDAScorer):
             kept, begin = self._known.of(score.request_id), since.full_blocks
             behind = score.source_blocks[: region.full_blocks - begin]  # without the tail
         table_B = compat.to_device(behind, self._pages.key_PND.device)
-        candidates = Candidates(kept, begin * region.block_tokens, self._lasting(score, policy))
+        score_RB = self._lasting(score, policy) if behind else kept.score_PN.new_empty(len(kept.pages_R), 0)
+        candidates = Candidates(kept, begin * region.block_tokens, score_RB)
         return ScoredAgain(policy, table_B, candidates)
 
     def _nothing_kept(self) -> Kept:

@@ -46,7 +46,7 @@ class EvictionGPUWorker(EvictionWorker):
         if not specs:
             return available  # such a model is refused later, by the layers that it has
         left = available - self._beside_cache(list(specs)).total
-        if self.eviction.answers == "evict":
+        if self.eviction.again_or_late:
             spec = next(iter(specs.values()))
             left = int(left / (1 + kept_share(spec.head_size, spec.dtype.itemsize)))
         logger.info("KV eviction sets %.2f GiB aside, most of it for the longest prompt", (available - left) / 2**30)
@@ -73,7 +73,7 @@ class EvictionGPUWorker(EvictionWorker):
             prompts_at_once=min(prompts + ECHO_REQUESTS * waits, scheduler.max_num_seqs),
             echoes_at_once=echoes if self.eviction.reconstructs else 0,
             classes=len(self._classes),
-            answers=self.eviction.answers == "evict",
+            answers=self.eviction.again_or_late,
         )
 
     @property

@@ -1,0 +1,172 @@
+"""Requests that are evicted when their memory is wanted, and not before: nobody is thrown out while somebody can give,
+those give first that have most, and everybody ends."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.harness import Harness, text
+from tests.engine.integrity import held_blocks
+from tests.engine.test_again import SCHEDULING
+
+FULL: dict[str, Any] = {"when": "full", "keep": 0.25}
+
+
+def share(h: Harness, request_id: str) -> float:
+    """Of its prompt's memory, what a request still holds."""
+    packing = h.manager.lifecycle.lives[request_id].packing
+    return 1.0 if packing is None else len(packing.blocks) / packing.region.blocks
+
+
+@SCHEDULING
+@pytest.mark.parametrize(
+    "policy, settings",
+    [
+        ("streamingllm", {}),
+        ("streamingllm", {"answers": "evict", "interval": 64}),
+        ("random", {"widths": "k8v4"}),
+        ("snapkv", {}),
+        ("keep-all", {"widths": "8"}),
+    ],
+    ids=["streamingllm", "answers", "k8v4", "snapkv", "keep-all"],
+)
+@pytest.mark.parametrize("declines", [False, True], ids=["", "declines"])
+def test_a_pool_that_is_always_full(
+    tiny_model: Path, policy: str, settings: dict[str, Any], asynchronous: bool, drafts: int, declines: bool
+) -> None:
+    """Beside requests that are evicted as they are read, or not at all. Nobody is thrown out while one can give."""
+    arguments = {"asynchronous": asynchronous, "drafts": drafts, "chunk": 96, "max_model_len": 1024}
+    h = Harness(tiny_model, num_blocks=40, policy=policy, **arguments, **{**FULL, **settings})
+    rng, thrown_out, lifecycle = random.Random(drafts), 0, h.manager.lifecycle
+    fields = [None, None, None, {"kv_eviction_when": "always"}, {"kv_eviction": "none"}]
+    for _ in range(400):
+        if len(h.live) < 7 and rng.random() < 0.3:
+            h.add(
+                text(rng.randrange(1, 300), rng.randrange(300)),
+                max_tokens=rng.choice([1, 20, 300, 600]),
+                extra_args=rng.choice(fields),
+            )
+        if h.live and rng.random() < 0.02:
+            h.abort(rng.choice(h.live))
+        h.ghost.declines = {name for name in h.live if declines and rng.random() < 0.5}
+        left = [offer for offer in h.manager.pressure._look() if offer.least < offer.frees]
+        if h.step().preempted_req_ids:
+            thrown_out += 1
+            assert not left or lifecycle.packing or declines, "somebody could have given"
+        h.check()
+        assert set(lifecycle.ripe) <= set(lifecycle.lives)
+    assert lifecycle.totals.late > (0 if declines else 2)
+    assert declines or (lifecycle.totals.repeats > 0) == (policy in ("streamingllm", "random"))
+    h.run(9000)
+    h.assert_all_returned()
+    assert not lifecycle.ripe and (lifecycle.totals.cancelled > 0) == declines
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("policy", ["streamingllm", "snapkv"])
+def test_with_memory_enough_steps_are_those_of_stock(tiny_model: Path, policy: str, asynchronous: bool) -> None:
+    """Request by request and token by token, with a prompt that comes twice."""
+    arguments: dict[str, Any] = {"num_blocks": 400, "chunk": 96, "asynchronous": asynchronous}
+    ours, stock = Harness(tiny_model, policy=policy, **arguments, **FULL), Harness(tiny_model, policy=None, **arguments)
+    reads_window = policy == "snapkv"
+    for seed in (1, 2, 1 if not reads_window else 3):
+        for h in (ours, stock):
+            h.add(text(200 + 10 * seed, seed), max_tokens=40)
+        for _ in range(15):
+            assert ours.step().num_scheduled_tokens == stock.step().num_scheduled_tokens
+            ours.check()
+    while ours.live:
+        assert ours.step().num_scheduled_tokens == stock.step().num_scheduled_tokens
+    assert not ours.evictions and not stock.live
+    assert ours.hits == stock.hits and (max(stock.hits.values()) > 0) == (not reads_window)
+    ours.assert_all_returned()
+
+
+def test_those_give_first_that_have_most_and_nobody_more_than_is_wanted(tiny_model: Path) -> None:
+    """Three of nine whole blocks and a bit, in 40. The fourth is let in over the halves of two of them. Then answers
+    grow, over the halves of the others; then over quarters; and nobody is packed to less than what is to be kept."""
+    h = Harness(tiny_model, num_blocks=40, policy="streamingllm", **{**FULL, "keep": 0.2})
+    names = [h.add(text(310, seed), max_tokens=200) for seed in range(3)]
+    for _ in range(6):
+        h.step()
+    assert not h.evictions and len(h.scheduler.running) == 3
+    names.append(h.add(text(310, 3), max_tokens=200))
+    while len(h.scheduler.running) < 4:
+        h.step()
+        h.check()
+    assert sorted(share(h, name) for name in names) == [pytest.approx(5 / 9)] * 2 + [1.0] * 2
+    while h.live:
+        before, shares = len(h.evictions), [share(h, name) for name in names if name in h.manager.lifecycle.lives]
+        assert not h.step().preempted_req_ids
+        h.check()
+        for eviction in h.evictions[before:]:
+            held = 9 if eviction.score.since is None else [5, 3, 2][eviction.repeat - 1]
+            assert len(eviction.packing.blocks) == [5, 3, 2][eviction.repeat] and held / 9 == pytest.approx(max(shares))
+    assert {eviction.repeat for eviction in h.evictions} == {0, 1, 2}
+    h.assert_all_returned()
+
+
+def test_who_would_wait_is_let_in_over_what_others_give(tiny_model: Path) -> None:
+    """Two of ten blocks in 28: one is asked in the step in which the third finds no room."""
+    h = Harness(tiny_model, num_blocks=28, policy="snapkv", **FULL)
+    for seed in range(2):
+        h.add(text(320, seed), max_tokens=300)
+    for _ in range(3):
+        h.step()
+    assert not h.evictions
+    late = h.add(text(200, 5), max_tokens=20)
+    h.step()
+    assert len(h.scheduler.running) == 2 and len(h.evictions) == 1
+    h.step()
+    assert late in {request.request_id for request in h.scheduler.running}
+    h.run()
+    h.assert_all_returned()
+
+
+def test_what_others_hold_too_is_not_packed(tiny_model: Path) -> None:
+    """Six blocks of two prompts are the same ones: they would not come free."""
+    h = Harness(tiny_model, num_blocks=30, policy="streamingllm", **FULL)
+    common = text(192, 9)
+    names = [h.add(common + text(160, seed), max_tokens=400) for seed in range(2)]
+    h.step()
+    h.step()
+    h.step()
+    assert h.hits[names[1]] == 0 or h.hits[names[1]] == 192
+    shared = h.manager.req_to_blocks[names[0]][0].ref_cnt
+    h.add(text(320, 5), max_tokens=100)
+    while not h.evictions:
+        h.step()
+    assert {e.region.shared_blocks for e in h.evictions} == ({6} if shared == 2 else {0})
+    h.run()
+    h.assert_all_returned()
+
+
+def test_answers_that_outgrow_the_memory_together(tiny_model: Path) -> None:
+    """Four of 900 tokens in memory for 1,280, from prompts that are too short to be evicted themselves."""
+    settings = {"when": "full", "keep": 0.15, "answers": "evict", "interval": 64}
+    h = Harness(tiny_model, num_blocks=40, policy="streamingllm", max_model_len=1024, **settings)
+    for seed in range(4):
+        h.add(text(20, seed), max_tokens=900)
+    while h.live:
+        assert not h.step().preempted_req_ids
+        h.check()
+    assert {e.region.stop > 300 for e in h.evictions} == {False, True}
+    h.assert_all_returned()
+
+
+def test_a_request_says_what_became_of_it(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=24, policy="snapkv", **FULL)
+    name = h.add(text(320, 1), max_tokens=300, extra_args={"kv_eviction_report": 1})
+    h.step()
+    h.step()
+    assert h.manager.lifecycle.report(name)["policy"] == "none"
+    h.add(text(350, 2), max_tokens=2)
+    while not h.manager.lifecycle.totals.late:
+        h.step()
+    told = h.manager.lifecycle.report(name)
+    assert told["policy"] == "snapkv" and told["evictions"] == 1 and told["held_tokens"] < 120
+    assert held_blocks(h.manager, name) < 8
