@@ -255,3 +255,30 @@ def test_what_cannot_be_evicted_more_than_once_is_refused(given: dict[str, Any],
     settings = platforms.choose_repeats(settings, platforms.PLATFORMS["cuda" if on_gpu else "cpu"])
     with pytest.raises(ValueError, match=told):
         limits.check(vllm_config(**(ON_GPU if on_gpu else {})), settings)
+
+
+@pytest.mark.parametrize(
+    "given, on_gpu, told",
+    [
+        ({"policy": "kvzip"}, False, "kv_eviction_when=full: kvzip cannot evict so late; choose one of auto, random"),
+        ({"policy": "h2o"}, False, "h2o cannot evict so late"),
+        ({"policy": "snapkv"}, True, "snapkv cannot evict so late; choose one of random, streamingllm"),
+        (
+            {"policy": "snapkv", "answers": "evict"},
+            False,
+            "snapkv cannot evict so late; choose one of random, streamingllm",
+        ),
+        ({"policy": "random", "prompts": "bounded"}, False, "leave kv_eviction_prompts out"),
+        ({"policy": "random", "widths": "4"}, False, "goes with kv_eviction_widths 16, 8, k8v4, not 4"),
+    ],
+)
+def test_what_cannot_be_evicted_when_memory_is_short_is_refused(given: dict[str, Any], on_gpu: bool, told: str) -> None:
+    settings = config.parse({"when": "full", **given})
+    assert settings is not None
+    settings = platforms.choose_repeats(settings, platforms.PLATFORMS["cuda" if on_gpu else "cpu"])
+    with pytest.raises(ValueError, match=told):
+        limits.check(vllm_config(**(ON_GPU if on_gpu else {})), settings)
+    limits.check(
+        vllm_config(**(ON_GPU if on_gpu else {})),
+        settings.model_copy(update={"when": "always", "answers": "keep", "prompts": "whole"}),
+    )

@@ -139,9 +139,8 @@ def _check_late(settings: EvictionConfig) -> None:
     if settings.prompts == "bounded":
         way_out = f"prompts that are bounded are evicted as they are read; leave {option_name('prompts')} out"
     elif settings.policy != NONE and settings.evicts_late(meant, settings.answers) is None:
-        way_out = (
-            f"{settings.described} cannot evict then; choose one of {', '.join(settings.evict_late(settings.answers))}"
-        )
+        able = ", ".join(settings.evict_late(settings.answers))
+        way_out = f"{settings.described} cannot evict so late; choose one of {able}"
     elif settings.widths not in (AUTO, *settings.widths_again):
         way_out = f"goes with {option_name('widths')} {listed(settings.widths_again)}, not {settings.widths}"
     if way_out is not None:

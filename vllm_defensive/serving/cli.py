@@ -44,6 +44,7 @@ def add_flags(parser: Any, supported: bool = True) -> None:
         "reuse": "off|boundary|prefix|chat",
         "pinned": "RATIO",
         "budget": "TOKENS",
+        "when": "always|full",
         "answers": "keep|evict",
         "interval": "TOKENS",
         "prompts": "whole|bounded",

@@ -188,7 +188,7 @@ class EvictionConfig(BaseModel):
         """The server's own policy, for a line that people read."""
         if self.policy != AUTO:
             return self.policy
-        usual, bounded = self.meant(AUTO), self.meant(AUTO, boundary=True)
+        usual, bounded = self.meant(AUTO), self.meant(AUTO, boundary=self.when == "always")
         told = usual if usual == bounded else f"{usual}; {bounded} where a request names a boundary"
         if self.score_file is not None and self.window_keep is not None:
             told += f"; without one {AUTO_POLICIES['learned']} at ratios from {self.window_keep:g} on"

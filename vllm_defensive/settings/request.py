@@ -249,7 +249,7 @@ def _evicted_late(engine: EvictionConfig, settings: RequestSettings, own: Mappin
     elif engine.repeats == "none":
         why = "this server, on a GPU, was started without --kv-eviction-when full"
     elif name is None or not engine.is_there(meant):
-        why = f"{meant} cannot evict then; choose from {', '.join(engine.evict_late(settings.answers))}"
+        why = f"{meant} cannot evict so late; choose from {', '.join(engine.evict_late(settings.answers))}"
     elif widths not in engine.widths_again:
         why = f"goes with kv_eviction_widths {listed(engine.widths_again)} here, not {widths}"
     elif own.get("reuse", "off") != "off":

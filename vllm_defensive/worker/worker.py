@@ -114,12 +114,13 @@ class EvictionWorker(Worker):
         if any(PRESETS[policy].learned for policy in self.eviction.served):
             self.load_learned()
         logger.info(
-            "KV eviction is on: policy %s keeps %g of each prompt of %d tokens or more (window %d), in widths %s, "
+            "KV eviction is on: policy %s keeps %g of each prompt of %d tokens or more (window %d)%s, in widths %s, "
             "reuse %s; pages of %d tokens, %d layers x %d KV heads, %d pages a block",
             self.eviction.described,
             self.eviction.keep,
             self.eviction.min_tokens,
             self.eviction.window,
+            ", and all as long as there is memory" if self.eviction.when == "full" else "",
             self.eviction.described_widths,
             self.eviction.reuse if of_one_size(groups) or self.eviction.reuse == "off" else _OTHER_BLOCKS,
             spec.page.rows,
