@@ -28,7 +28,7 @@ class Setting:
     budget: tokens of 16 bits that are kept a head, on average; it takes the place of the ratio. interval: if not 0, the
     answer is evicted as well, each time that it has so many more tokens. protect: leading prompt tokens that stay.
     widths: in which what is kept is packed; None: as the policy's are. part: if not 0, the prompt is read in parts of
-    so many tokens, and evicted after each.
+    so many tokens, and evicted after each. late: it is evicted when memory is short, and not before.
     """
 
     policy: str = NONE
@@ -40,6 +40,7 @@ class Setting:
     protect: int = 0
     widths: str | None = None
     part: int = 0
+    late: bool = False
 
     def extra_args(self) -> dict[str, Any]:
         if self.policy == NONE:
@@ -52,6 +53,8 @@ class Setting:
             extra |= {"kv_eviction_answers": "evict", "kv_eviction_interval": self.interval}
         if self.part:
             extra |= {"kv_eviction_prompts": "bounded", "kv_eviction_prompt_interval": self.part}
+        if self.late:
+            extra["kv_eviction_when"] = "full"
         if self.widths is not None:
             extra["kv_eviction_widths"] = self.widths
         if self.protect:

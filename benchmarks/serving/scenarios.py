@@ -40,6 +40,12 @@ def steady(policy: str, keep: float) -> Row:
     return Row(f"{row.name} steady", (*row.args, "--kv-eviction-admission", "steady"))
 
 
+def late(policy: str, keep: float) -> Row:
+    """`evicting`, where requests are evicted when memory is short, and not before."""
+    row = evicting(policy, keep)
+    return Row(f"{row.name} when full", (*row.args, "--kv-eviction-when", "full"))
+
+
 def reusing(row: Row, reuse: str) -> Row:
     """An evicting row, where packings outlive their request."""
     return Row(f"{row.name} reuse {reuse}", (*row.args, "--kv-eviction-reuse", reuse))
@@ -312,6 +318,17 @@ def scenarios(preset: str, sizes: Sizes = Sizes()) -> list[Scenario]:
                 offline=True,
             ),
         ],
+        "when": [
+            Scenario(
+                "evicted at once, or late, a pool of 4", HEAVY, 2048, 256, 24, 4,
+                (STOCK, *(row(policy, 0.2) for policy in ("halokv", "streamingllm") for row in (evicting, late))),
+                offline=True,
+            ),
+            Scenario(
+                "evicted late, an ample pool", HEAVY, 1024, 64, 24, 10, (STOCK, late("halokv", 0.2)), concurrency=8,
+                offline=True,
+            ),
+        ],
         "widths": [
             Scenario(
                 "pages of fewer bits", HEAVY, 2048, 256, 16, 4,
@@ -361,6 +378,7 @@ PRESETS = (
     "pools",
     "concurrency",
     "policies",
+    "when",
     "widths",
     "lengths",
     "shared-offline",

@@ -173,6 +173,26 @@ def test_the_kernels_keep_the_same_and_nothing_waits_for_them(
 
 
 @REFERENCE
+@pytest.mark.parametrize("policy", ["random-uneven", pytest.param("learnedkv", marks=pytest.mark.nightly)])
+def test_when_memory_is_short_answers_follow_the_plain_model(
+    model: Path, tmp_path: Path, kernels: str, policy: str
+) -> None:
+    """Three that need 45 blocks in 30, packed when somebody needs one, and again with nothing behind what is packed."""
+    reference = ReferenceLlama(model)
+    own = settings(reference, model, tmp_path, policy) | {"answers": "keep", "when": "full"}
+    del own["interval"], own["budget"]
+    with engine(model, policy, keep=0.2, num_gpu_blocks_override=31, max_model_len=400, **own) as llm:
+        answers = generate(llm, PROMPTS, TOKENS)
+        totals = scheduler_of(llm).eviction_manager.lifecycle.totals
+        assert totals.late == totals.requests + totals.repeats and totals.repeats > 0
+        assert metrics_of(llm)["vllm:num_preemptions"] == 0
+        assert_all_returned(llm)
+    told = [assert_follows(reference, tmp_path, *pair) for pair in zip(PROMPTS, answers, strict=True)]
+    assert sum(map(len, told)) == totals.late
+    assert all(event.stop == len(prompt) for prompt, events in zip(PROMPTS, told, strict=True) for event in events)
+
+
+@REFERENCE
 def test_a_worker_that_knows_nothing_of_a_packing_leaves_it_as_it_is(
     model: Path, tmp_path: Path, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from tests.e2e.engines import (
     engine,
     generate,
     largest_difference,
+    largest_until_a_tie,
     metrics_of,
     random_prompts,
     scheduler_of,
@@ -56,7 +57,7 @@ def test_keep_all_equals_stock(tiny_model: Path, stock: Any, block_size: int, as
         assert ("Async" in type(scheduler_of(llm)).__name__) == asynchronous
         for turn in range(2):
             answers = generate(llm, PROMPTS)
-            assert largest_difference(answers, expected) <= BF16_STEP
+            assert largest_until_a_tie(answers, expected) <= BF16_STEP
             hits = sum(a.cached_tokens for a in answers)
             assert hits > 0.9 * sum(MIXED) if turn else hits == 0
         assert metrics_of(llm)["vllm:kv_eviction_requests"] == 2 * sum(n >= max(block_size, 33) for n in MIXED)
@@ -102,4 +103,4 @@ def test_keep_all_equals_stock_with_the_engine_in_its_own_process(tiny_model: Pa
     )
     for turn in torch.load(result):
         answers = [Answer(tokens, logprobs, "", cached) for tokens, logprobs, cached in turn]
-        assert largest_difference(answers, stock(32)) <= BF16_STEP
+        assert largest_until_a_tie(answers, stock(32)) <= BF16_STEP

@@ -94,19 +94,25 @@ def test_kept_tokens_are_the_same(policy: Policy, shape: Shape, keep_ratio: floa
         [score(policy, shape, x, layer=i, keep_ratio=keep_ratio) for i, x in enumerate(layers)],
         keep_ratio,
     )
+    scores = [
+        naive.scores(policy, naive_layer(x), index=i, scale=scale_of(shape), keep_ratio=keep_ratio)
+        for i, x in enumerate(layers)
+    ]
     expected = naive.kept_sets(
         policy,
-        [
-            naive.scores(policy, naive_layer(x), index=i, scale=scale_of(shape), keep_ratio=keep_ratio)
-            for i, x in enumerate(layers)
-        ],
+        scores,
         tokens=shape.tokens,
         window=shape.window,
         keep_ratio=keep_ratio,
         weights=[naive.layer_weight(policy, naive_layer(x), scale_of(shape)) for x in layers],
         local=[local_heads(naive_layer(x), scale_of(shape)) for x in layers],
     )
-    assert kept_by_head(ours) == {at: sorted(tokens) for at, tokens in expected.items()}
+    found = kept_by_head(ours)
+    assert found.keys() == expected.keys()
+    # Where two scores are as good as equal, rounding chooses: fp32 here, and other instructions on other machines.
+    apart = [(at, token) for at in expected for token in set(found[at]) ^ set(expected[at])]
+    values = [scores[layer][0][head][token] for (layer, head), token in apart]
+    assert len(apart) <= 2 and (not apart or max(values) - min(values) <= 2e-5 * max(values))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

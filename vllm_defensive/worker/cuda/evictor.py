@@ -171,7 +171,8 @@ class CUDAEvictor(CUDAScorer):
         else:
             kept, begin = self._known.of(score.request_id), since.full_blocks
             behind = score.source_blocks[: region.full_blocks - begin]  # without the tail
-        table_B = compat.to_device(behind, self._pages.key_PND.device)
+        # Kernels index into it, and read none of it where nothing is behind: vLLM's null block stands there, then.
+        table_B = compat.to_device(behind or (0,), self._pages.key_PND.device)
         score_RB = self._lasting(score, policy) if behind else kept.score_PN.new_empty(len(kept.pages_R), 0)
         candidates = Candidates(kept, begin * region.block_tokens, score_RB)
         return ScoredAgain(policy, table_B, candidates)
