@@ -1,6 +1,7 @@
 """Runs this folder's engine tests in processes that pretend to have a GPU, one for each supported release of vLLM.
 
-One release runs all of them, the others the one that says most for its time; `make test-nightly` runs the rest.
+The newest release runs those that need not wait for the night (the CPU build, which all other tests run on, is of an
+earlier one); `make test-nightly` runs all of them on each.
 VLLM_CUDA=0.33.0 has that release alone run, and all of them: `make test-release`.
 """
 
@@ -17,19 +18,17 @@ from tests.cuda.wheel import cuda_vllm
 from tests.releases import RELEASES
 
 FOLDER = Path(__file__).parent
-ONE = "test_engine_keep_all.py"
 ALL = "all"
 
 
 def runs() -> list[object]:
-    """(release, what pytest is given of this folder; "" is all that need not wait for the night, ALL is all)."""
+    """(release, "" for what need not wait for the night, ALL for all)."""
     if chosen := os.environ.get("VLLM_CUDA"):
         assert chosen in RELEASES, f"VLLM_CUDA={chosen}: choose one of {', '.join(RELEASES)}"
         return [pytest.param(chosen, ALL, id=chosen)]
-    *others, newest = RELEASES
+    *_, newest = RELEASES
     return [
         pytest.param(newest, "", id=newest),
-        *(pytest.param(release, ONE, id=f"{release}-keep-all") for release in others),
         *(pytest.param(release, ALL, id=f"{release}-all", marks=pytest.mark.nightly) for release in RELEASES),
     ]
 
@@ -47,7 +46,7 @@ def test_engine_on_a_pretended_gpu(release: str, part: str, tmp_path: Path) -> N
         "TRITON_CACHE_DIR": str(tmp_path / "triton"),
         "TRITON_INTERPRET": "1",
     }
-    what = ["-m", "nightly or not nightly", str(FOLDER)] if part == ALL else [str(FOLDER / part)]
+    what = [*(["-m", "nightly or not nightly"] if part == ALL else []), str(FOLDER)]
     command = [sys.executable, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider", *what]
     run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     print(run.stdout[-4000:])

@@ -32,6 +32,7 @@ def run(language: str, text: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(600)  # servers, and every program of the guide
 def test_every_block_of_the_guide_runs(tmp_path: Path) -> None:
     model = ensure_model()

@@ -38,12 +38,15 @@ POLICIES = tuple(
     and PRESETS[name].widths == "16"  # pages of other sizes: policy/test_selection_classes.py
     and not (PRESETS[name].reconstructs or PRESETS[name].learned)
 )
-# One of each kind in bf16: without values, with a window mean, a criterion of their own, a second stage, keys alone.
-IN_BF16 = ("h2o", "snapkv", "deletion", "layer-defensivekv", "keydiff")
+# Some kinds in bf16: of all queries, with a second stage, of keys alone.
+IN_BF16 = ("h2o", "layer-defensivekv", "keydiff")
 # Whose float64 loops take longest.
 LONG = ("laprox", "dropkv", "obcache", "deletion", "capkv-window", "expected-window")
 CASES = [
-    *[pytest.param("float32", policy, marks=[pytest.mark.slow] if policy in LONG else []) for policy in POLICIES],
+    *[
+        pytest.param("float32", policy, marks=[pytest.mark.slow, pytest.mark.nightly] if policy in LONG else [])
+        for policy in POLICIES
+    ],
     *[
         pytest.param(
             "bfloat16", policy, marks=[pytest.mark.slow, *([] if policy in IN_BF16 else [pytest.mark.nightly])]

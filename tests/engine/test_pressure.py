@@ -38,10 +38,11 @@ def share(h: Harness, request_id: str) -> float:
 def test_a_pool_that_is_always_full(
     tiny_model: Path, policy: str, settings: dict[str, Any], asynchronous: bool, drafts: int, declines: bool
 ) -> None:
-    """Beside requests that are evicted as they are read, or not at all. Nobody is thrown out while one can give."""
+    """Beside requests that are evicted as they are read, or not at all. Nobody is thrown out while one can give;
+    but answers give only what is worth it, and may find no room for that any more."""
     arguments = {"asynchronous": asynchronous, "drafts": drafts, "chunk": 96, "max_model_len": 1024}
     h = Harness(tiny_model, num_blocks=40, policy=policy, **arguments, **{**FULL, **settings})
-    rng, thrown_out, lifecycle = random.Random(drafts), 0, h.manager.lifecycle
+    rng, lifecycle = random.Random(drafts), h.manager.lifecycle
     fields = [None, None, None, {"kv_eviction_when": "always"}, {"kv_eviction": "none"}]
     for _ in range(400):
         if len(h.live) < 7 and rng.random() < 0.3:
@@ -53,9 +54,9 @@ def test_a_pool_that_is_always_full(
         if h.live and rng.random() < 0.02:
             h.abort(rng.choice(h.live))
         h.ghost.declines = {name for name in h.live if declines and rng.random() < 0.5}
-        left = [offer for offer in h.manager.pressure._look() if offer.least < offer.frees]
+        able = [offer for offer in h.manager.pressure._look() if offer.least < offer.frees]
+        left = [offer for offer in able if "answers" not in settings or offer.least <= h.free]
         if h.step().preempted_req_ids:
-            thrown_out += 1
             assert not left or lifecycle.packing or declines, "somebody could have given"
         h.check()
         assert set(lifecycle.ripe) <= set(lifecycle.lives)
@@ -170,3 +171,34 @@ def test_a_request_says_what_became_of_it(tiny_model: Path) -> None:
     told = h.manager.lifecycle.report(name)
     assert told["policy"] == "snapkv" and told["evictions"] == 1 and told["held_tokens"] < 120
     assert held_blocks(h.manager, name) < 8
+
+
+def test_nobody_gives_for_who_would_wait_all_the_same(tiny_model: Path) -> None:
+    h = Harness(tiny_model, num_blocks=40, policy="streamingllm", **FULL)
+    for seed in range(2):
+        h.add(text(310, seed), max_tokens=100)
+    for _ in range(3):
+        h.step()
+    h.add(text(1000, 3), max_tokens=2)
+    while len(h.scheduler.running) == 2:
+        assert not h.step().preempted_req_ids
+        h.check()
+    assert not h.evictions, "of two prompts of ten blocks, fourteen would be left at best"
+    h.run()
+    h.assert_all_returned()
+
+
+def test_a_step_with_room_for_all_looks_at_nobody(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    h = Harness(tiny_model, num_blocks=200, policy="streamingllm", **FULL)
+    for seed in range(4):
+        h.add(text(310, seed), max_tokens=150)
+    for _ in range(8):
+        h.step()
+    looks = []
+    look = h.manager.pressure._look
+    monkeypatch.setattr(h.manager.pressure, "_look", lambda: looks.append(1) or look())
+    for _ in range(64):
+        h.step()
+    assert len(looks) == 2 and not h.evictions, "once a block"
+    h.run()
+    h.assert_all_returned()

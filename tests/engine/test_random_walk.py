@@ -119,7 +119,7 @@ def test_random_work_leaks_nothing_and_reads_nothing_wrong(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(3, 8))])
 def test_a_long_random_walk(tiny_model: Path, score: str, asynchronous: bool, seed: int) -> None:
     rng = random.Random(seed)
     h = Harness(

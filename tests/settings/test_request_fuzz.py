@@ -83,7 +83,7 @@ class InScheduler:
         self.extra_args = extra_args
 
 
-@settings(max_examples=int(CASES or 3000), deadline=None)
+@settings(max_examples=int(CASES or 1500), deadline=None)
 @given(fields)
 def test_any_fields_are_taken_or_refused_by_name(extra_args: dict[str, Any]) -> None:
     try:
@@ -202,7 +202,7 @@ def chat_tokens(client: httpx.Client) -> int:
 @pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(3600)
-@settings(max_examples=int(CASES or 2000), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=int(CASES or 600), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(extra_args=fields | values, shape=shapes)
 def test_any_fields_over_http_are_answered_or_refused_with_400(
     client: httpx.Client, seen: Counter[str], chat_tokens: int, extra_args: Any, shape: dict[str, Any]

@@ -27,6 +27,9 @@ from vllm_defensive.engine.outlook import Outlook
 from vllm_defensive.packing import Region
 from vllm_defensive.policy import PRESETS
 
+_MOST_SET_ASIDE = 8
+"""Of all blocks, one in so many, so that a request can be packed to half of its memory first."""
+
 
 class _Offer(NamedTuple):
     """What one request can give.
@@ -86,18 +89,22 @@ class Pressure:
         self._asked.clear()
         lifecycle, steps, self._running = self._lifecycle, 2 if self._again.ahead else 1, len(running)
         free, self._age = self._pool.get_num_free_blocks(), self._age + 1
-        if self._seen != lifecycle.ripe_changes or self._age == self._outlook.block_tokens:  # answers grow
+        blocks = self._outlook.block_tokens
+        if self._seen != lifecycle.ripe_changes or self._age * (1 + self._again.drafts) >= blocks:  # answers grow
             self._look()
         # What all that run can take at most, before anybody counts it.
-        most = steps * (len(running) * (1 + self._again.drafts) + self._again.step_tokens)
-        if not lifecycle.ripe or free >= max(wanted, self._reserve) + most:
+        most = len(running) * (1 + cdiv(self._again.drafts, blocks)) + cdiv(self._again.step_tokens, blocks)
+        if not lifecycle.ripe or free >= max(wanted, self._reserve) + steps * most:
             return
         offers = self._look()
         soon = sum(map(self._again.next_blocks, running))
         packers = filter(None, (lifecycle.lives.get(request.request_id) for request in running))
         soon += sum(self._outlook.least_blocks(life) for life in packers if life.ahead and not life.full)
         coming = sum(map(_returns, lifecycle.packing.values()))
-        short = max(wanted, self._reserve) + steps * soon - free - coming
+        there = free + coming - steps * soon
+        if wanted > there + sum(max(offer.frees - offer.least, 0) for offer in offers):
+            wanted = 0  # it would wait all the same
+        short = max(wanted, self._reserve) - there
         if short <= 0:
             return
         room = free - soon if self._again.ahead else free
@@ -110,13 +117,13 @@ class Pressure:
                     return
 
     def _look(self) -> list[_Offer]:
-        """What there is to be had, in the order in which it is taken. Free blocks are set aside with which the first of
-        these can be, and each of the others then, and whoever will be there soon."""
+        """What there is to be had, in the order in which it is taken. Blocks are set aside with which each of these can
+        be, those that will be there soon, too; and the first by half, if that is not too much of all memory."""
         found = (self._offer(life) for life in self._lifecycle.ripe.values())
         offers = sorted((o for o in found if o is not None), key=lambda o: (o.there, o.frees), reverse=True)
         # Answers grow, and what they are packed into with them: by a block until somebody looks again.
         takes = [offer.least + (offer.life.settings.answers == "evict") for offer in offers]
-        takes += [offer.most for offer in offers[:1]]
+        takes += [min(offer.most, self._pool.num_gpu_blocks // _MOST_SET_ASIDE) for offer in offers[:1]]
         takes += map(self._outlook.least_blocks, self._lifecycle.unripe.values())
         self._seen, self._age, self._reserve = self._lifecycle.ripe_changes, 0, max(takes, default=0)
         return offers
@@ -138,8 +145,9 @@ class Pressure:
             held = region.blocks
         format, policy = self._outlook.format(settings), settings.policy
         grows = settings.answers == "evict"  # and gives something later, if it does not now
-        most = region.blocks if grows else held
-        least = self._outlook.settings.budget_blocks(region, policy, settings.keep, format, settings.budget, most)
+        chosen_from = region.blocks if grows else held
+        keep, budget = settings.keep, settings.budget
+        least = self._outlook.settings.budget_blocks(region, policy, keep, format, budget, chosen_from)
         if not least:
             return None
         most = least
