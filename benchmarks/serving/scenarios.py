@@ -320,12 +320,12 @@ def scenarios(preset: str, sizes: Sizes = Sizes()) -> list[Scenario]:
         ],
         "when": [
             Scenario(
-                "evicted at once, or late, a pool of 4", HEAVY, 2048, 256, 24, 4,
+                "evicted at once, or late, a pool of 4", HEAVY, 1024, 192, 16, 4,
                 (STOCK, *(row(policy, 0.2) for policy in ("halokv", "streamingllm") for row in (evicting, late))),
                 offline=True,
             ),
             Scenario(
-                "evicted late, an ample pool", HEAVY, 1024, 64, 24, 10, (STOCK, late("halokv", 0.2)), concurrency=8,
+                "evicted late, an ample pool", HEAVY, 512, 64, 16, 10, (STOCK, late("halokv", 0.2)), concurrency=8,
                 offline=True,
             ),
         ],
