@@ -3,6 +3,7 @@ those give first that have most, and everybody ends."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,11 @@ def test_answers_that_outgrow_the_memory_together(tiny_model: Path) -> None:
         assert not h.step().preempted_req_ids
         h.check()
     assert {e.region.stop > 300 for e in h.evictions} == {False, True}
+    for name in {e.request_id for e in h.evictions}:
+        own = [e for e in h.evictions if e.request_id == name]
+        for before, after in itertools.pairwise(own):
+            held = len(before.packing.blocks) + after.region.full_blocks - before.region.full_blocks
+            assert held - len(after.packing.blocks) >= 64 // 32, "what an interval takes, at least"
     h.assert_all_returned()
 
 
