@@ -49,9 +49,8 @@ class Totals:
     """What eviction has done so far: requests, tokens, blocks. held_tokens: those that would take, unpacked, the memory
     that kept ones take. adoptions: requests that began with another's packing; adopted_tokens: of their prompts, before
     its stop. repeats: evictions of requests that had been evicted before, which count there alone. late: evictions of
-    requests that were asked for their memory. published: packings
-    that outlive their request; lost: those that others were given the memory of; dropped: those that were replaced or
-    forgotten. The others are there."""
+    requests that were asked for their memory. published: packings that outlive their request; lost: those that others
+    were given the memory of; dropped: those that were replaced or forgotten. The others are there."""
 
     requests: int = 0
     prompt_tokens: int = 0

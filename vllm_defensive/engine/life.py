@@ -10,11 +10,10 @@
 
 ECHOING are those whose policy looks at the document again (`echo.py`); all others go on to PACKING at once. A request
 is WHOLE if nothing is to be gained by its eviction, or if it could not be carried out, or as long as nobody wants its
-memory (`pressure.py`). One that is evicted more than
-once (`again.py`) is PACKING time and again: then it holds the blocks that it packs into beside those that it packed
-before. One that finds the packing of an earlier request (`published.py`) is PACKED with its first allocation. From
-every phase a request may be finished, aborted or preempted, which gives all its blocks back and ends its life; one that
-is resumed begins anew, and passes the same stops again.
+memory (`pressure.py`). One that is evicted more than once (`again.py`) is PACKING time and again: then it holds the
+blocks that it packs into beside those that it packed before. One that finds the packing of an earlier request
+(`published.py`) is PACKED with its first allocation. From every phase a request may be finished, aborted or preempted,
+which gives all its blocks back and ends its life; one that is resumed begins anew, and passes the same stops again.
 
 A request that waits has a life as well, an outlook: it is thrown away at the next look, for what the request shares
 with others, and whether it fits, may have changed.

@@ -89,7 +89,7 @@ class Lifecycle:
         self.ripe[life.request.request_id] = life
         self.ripe_changes += 1
 
-    def _spare(self, request_id: str) -> None:
+    def spare(self, request_id: str) -> None:
         """The request is asked for no memory any more."""
         if self.ripe.pop(request_id, None) or self.unripe.pop(request_id, None):
             self.ripe_changes += 1
@@ -332,7 +332,7 @@ class Lifecycle:
         if life is None or life.eviction is not eviction:
             return []
         del self.packing[eviction.request_id]
-        self._spare(eviction.request_id)
+        self.spare(eviction.request_id)
         return self._leave_whole(life) if life.former is None else self._leave_packed(life)
 
     def end(self, request_id: str) -> list[KVCacheBlock]:
@@ -345,7 +345,7 @@ class Lifecycle:
         self.packing.pop(request_id, None)
         self.echoing.pop(request_id, None)
         self._adopted.pop(request_id, None)
-        self._spare(request_id)
+        self.spare(request_id)
         life = self.lives.pop(request_id, None)
         if life is None:
             return []

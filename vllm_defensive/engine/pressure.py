@@ -92,34 +92,33 @@ class Pressure:
         blocks = self._outlook.block_tokens
         if self._seen != lifecycle.ripe_changes or self._age * (1 + self._again.drafts) >= blocks:  # answers grow
             self._look()
-        # What all that run can take at most, before anybody counts it.
+        # What all that run can take at most, of each KV cache group, before anybody counts it.
+        groups = 1 + len(self._outlook.other_managers)
         most = len(running) * (1 + cdiv(self._again.drafts, blocks)) + cdiv(self._again.step_tokens, blocks)
-        if not lifecycle.ripe or free >= max(wanted, self._reserve) + steps * most:
+        if not lifecycle.ripe or free >= max(wanted, self._reserve) + steps * groups * most:
             return
-        offers = self._look()
-        soon = sum(map(self._again.next_blocks, running))
+        soon = groups * sum(map(self._again.next_blocks, running))
         packers = filter(None, (lifecycle.lives.get(request.request_id) for request in running))
         soon += sum(self._outlook.least_blocks(life) for life in packers if life.ahead and not life.full)
         coming = sum(map(_returns, lifecycle.packing.values()))
         there = free + coming - steps * soon
+        if there >= max(wanted, self._reserve):
+            return
+        offers = self._look()
         if wanted > there + sum(max(offer.frees - offer.least, 0) for offer in offers):
             wanted = 0  # it would wait all the same
         short = max(wanted, self._reserve) - there
-        if short <= 0:
-            return
         room = free - soon if self._again.ahead else free
         for offer in offers:
             count = min(offer.most, room)
-            if offer.least <= count < offer.frees:
+            if short > 0 and offer.least <= count < offer.frees:
                 self._pack(offer, count)
                 room, short = room - count, short - (offer.frees - count)
-                if short <= 0:
-                    return
 
     def _look(self) -> list[_Offer]:
         """What there is to be had, in the order in which it is taken. Blocks are set aside with which each of these can
         be, those that will be there soon, too; and the first by half, if that is not too much of all memory."""
-        found = (self._offer(life) for life in self._lifecycle.ripe.values())
+        found = [self._offer(life) for life in list(self._lifecycle.ripe.values())]
         offers = sorted((o for o in found if o is not None), key=lambda o: (o.there, o.frees), reverse=True)
         # Answers grow, and what they are packed into with them: by a block until somebody looks again.
         takes = [offer.least + (offer.life.settings.answers == "evict") for offer in offers]
@@ -148,15 +147,15 @@ class Pressure:
         chosen_from = region.blocks if grows else held
         keep, budget = settings.keep, settings.budget
         least = self._outlook.settings.budget_blocks(region, policy, keep, format, budget, chosen_from)
-        if not least:
-            return None
         most = least
         if PRESETS[policy].lasting:
             most = max(least, min(cdiv(held, 2), region.blocks_for_all(format)))
         first = 0 if life.packing is None else life.packing.region.full_blocks
         alone = blocks[max(first, region.shared_blocks) : region.full_blocks]
         frees = len(life.blocks) + sum(block.ref_cnt == 1 for block in alone)
-        if least >= frees and not grows:
+        if not least or (least >= frees and not grows):
+            if life.packing is not None and not grows:
+                self._lifecycle.spare(request.request_id)  # it has given all that it may
             return None
         if grows and life.packing is not None and frees - least < cdiv(settings.interval, region.block_tokens):
             frees = 0  # not worth it, yet
