@@ -85,6 +85,7 @@ def measure(engine: Engine, texts: Sequence[ForcedText], policies: Sequence[str]
             setting = Setting(policy, keep, late=late)
             engine.forced([(text.prompt, each, setting) for text, each in zip(texts, own, strict=True)])
             made = {name: value - before.get(name, 0) for name, value in engine.totals().items()}
+            assert not made["vllm:kv_eviction_cancelled"], "see the engine's warnings"
             evictions = made["vllm:kv_eviction_requests"] + made["vllm:kv_eviction_repeats"]
             about = {"policy": policy, "keep": keep, "late": late, "evictions": evictions}
             rows += [

@@ -135,7 +135,7 @@ def _check_repeats(field: str, settings: EvictionConfig) -> None:
 
 def _check_late(settings: EvictionConfig) -> None:
     """Refuse what cannot be evicted when memory is short."""
-    way_out, meant = None, settings.meant(settings.policy)
+    way_out, meant = None, settings.meant(settings.policy, boundary=settings.answers == "evict")
     if settings.prompts == "bounded":
         way_out = f"prompts that are bounded are evicted as they are read; leave {option_name('prompts')} out"
     elif settings.policy != NONE and settings.evicts_late(meant, settings.answers) is None:

@@ -13,6 +13,7 @@ import pytest
 from tests.engine.harness import Harness, text
 from tests.engine.integrity import held_blocks
 from tests.engine.test_again import SCHEDULING
+from vllm_defensive.engine.life import Phase
 
 FULL: dict[str, Any] = {"when": "full", "keep": 0.25}
 
@@ -207,4 +208,37 @@ def test_a_step_with_room_for_all_looks_at_nobody(tiny_model: Path, monkeypatch:
         h.step()
     assert len(looks) == 2 and not h.evictions, "once a block"
     h.run()
+    h.assert_all_returned()
+
+
+@pytest.mark.parametrize("lengths, blocks", [((310,) * 4, 40), ((1000, 100), 46)], ids=["answers", "uneven"])
+def test_of_who_comes_in_one_step_each_leaves_what_others_are_packed_into(
+    tiny_model: Path, lengths: tuple[int, ...], blocks: int
+) -> None:
+    own = {"answers": "evict", "interval": 64} if len(lengths) > 2 else {}
+    arguments = {"chunk": 2048, "max_model_len": 1120}
+    h = Harness(tiny_model, num_blocks=blocks, policy="streamingllm", **arguments, **FULL, **own)
+    for seed, length in enumerate(lengths):
+        h.add(text(length, seed), max_tokens=100)
+    while h.live:
+        assert not h.step().preempted_req_ids
+        h.check()
+    assert h.evictions
+    h.assert_all_returned()
+
+
+@pytest.mark.parametrize("beside", [{"states": 2}, {"chunks": 1}], ids=["states", "chunks"])
+def test_beside_other_layers_who_would_wait_is_let_in_too(tiny_model: Path, beside: dict[str, int]) -> None:
+    """What it takes of their blocks is wanted as well."""
+    h = Harness(tiny_model, num_blocks=60, policy="streamingllm", chunk=96, **beside, **FULL)
+    for seed in range(6):
+        h.add(text(320, seed), max_tokens=60)
+    while h.live:
+        assert not h.step().preempted_req_ids
+        h.check()
+        held = h.manager.lifecycle.lives
+        if len(h.live) > len(h.scheduler.running) and not h.manager.lifecycle.packing:
+            ripe = [life for life in held.values() if life.phase is Phase.WHOLE and life.request.num_output_tokens > 8]
+            assert len(ripe) < 2, "somebody waits, and two that could give have not been asked"
+    assert len(h.evictions) > 2
     h.assert_all_returned()

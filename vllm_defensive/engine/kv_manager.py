@@ -72,8 +72,8 @@ class EvictionBlockManager(FullAttentionManager):
         if life is None:
             return positional
         if life.bounded and kwargs.get("apply_admission_cap"):
-            return min(positional, self.again.caps(life))
-        if life.ahead and life.published is not None:
+            positional = min(positional, self.again.caps(life))
+        elif life.ahead and life.published is not None:
             positional += life.published.unheld
         elif life.ahead and not life.full and num_tokens_main_model >= life.stop:
             positional += self.plan(life)[1]
@@ -92,6 +92,8 @@ class EvictionBlockManager(FullAttentionManager):
         life = self.life(request_id)
         if life is None:
             return new_blocks
+        if request_id not in self.lifecycle.lives:
+            self.pressure.admit(life)
         self.lifecycle.admit(request_id)
         self.outlook.relatives.add(life.request)  # if its first block has filled up only now
         self.again.note(life, num_tokens_main_model)
@@ -320,7 +322,7 @@ class EvictionBlockManager(FullAttentionManager):
             return whole - packing.saved_blocks, packing.region.shared_blocks
         if life is not None and life.published is not None:
             return whole - life.published.eviction.packing.saved_blocks, 0  # of its packing, and all behind it
-        if life is None or not (life.ahead or life.full):
+        if life is None or not (life.ahead or request.request_id in self.lifecycle.ripe):
             return whole, whole
         region, packed = self.plan(life)
         return (whole - region.blocks + packed, region.shared_blocks) if packed else (whole, whole)

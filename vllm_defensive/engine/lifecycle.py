@@ -79,6 +79,11 @@ class Lifecycle:
             elif life.full and life.settings.answers == "evict" and not life.brief:
                 self.ripen(life)
 
+    @property
+    def still_read(self) -> list[Life]:
+        """Those whose stop lies ahead, or was reached in the step that is being scheduled."""
+        return [self.lives[request_id] for request_id in self._watched]
+
     def ripen(self, life: Life) -> None:
         """The request may be asked for memory from now on, and is whole until then."""
         if life.ahead:

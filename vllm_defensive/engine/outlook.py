@@ -77,6 +77,8 @@ class Outlook:
             apart = bool(request.mm_features) and self.own_positions
             if apart if policy.learned else not repeats:
                 settings = settings.model_copy(update={"policy": policy.fallback})
+                if self.settings.evicts_late(policy.fallback, settings.answers) != policy.fallback:
+                    settings = settings.model_copy(update={"when": "always"})
         # A prefill yields the answer's first token: if no other is asked for (a classifier, a beam search step),
         # nobody reads what is kept, unless an audit shows it.
         brief = request.max_tokens == 1 and request.num_prompt_tokens == stop and not request.resumable

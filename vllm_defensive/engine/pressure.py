@@ -71,13 +71,23 @@ class Pressure:
         """A request without blocks asks for so many. Returns how many have to be free for it to get them."""
         if not life.full and not self._reserve:
             return blocks
-        own = self._outlook.least_blocks(life) if life.full and life.ahead else 0
+        own = self._own(life)
         # While it is read, the others go on.
         request_id, tokens = life.request.request_id, self._outlook.block_tokens
         reads = cdiv(life.request.num_tokens, self._again.step_tokens) + 2
         needed = blocks + max(own, self._reserve) + cdiv(self._running * reads, tokens) + bool(self._running)
-        self._asked[request_id] = max(needed, self._asked.get(request_id, 0))
+        beside = self._outlook.blocks_beside(life.request.num_tokens)  # of which vLLM counts those that it lacks
+        self._asked[request_id] = max(needed + beside, self._asked.get(request_id, 0))
         return needed
+
+    def admit(self, life: Life) -> None:
+        """A request gets its first blocks: who asks behind it in the same step leaves what it is to be packed into."""
+        self._reserve = max(self._reserve, self._own(life))
+
+    def _own(self, life: Life) -> int:
+        """Blocks that a request which has none yet will be packed into, if it is to give any."""
+        gives = life.full and life.fits and (life.ahead or life.settings.answers == "evict")
+        return self._outlook.least_blocks(life) if gives else 0
 
     def refuse(self, request_id: str) -> None:
         """There was no room for this request."""
@@ -92,16 +102,17 @@ class Pressure:
         blocks = self._outlook.block_tokens
         if self._seen != lifecycle.ripe_changes or self._age * (1 + self._again.drafts) >= blocks:  # answers grow
             self._look()
+        if not lifecycle.ripe:
+            return
         # What all that run can take at most, of each KV cache group, before anybody counts it.
         groups = 1 + len(self._outlook.other_managers)
         most = len(running) * (1 + cdiv(self._again.drafts, blocks)) + cdiv(self._again.step_tokens, blocks)
-        if not lifecycle.ripe or free >= max(wanted, self._reserve) + steps * groups * most:
+        packed = sum(self._outlook.least_blocks(life) for life in lifecycle.still_read if not life.full)
+        if free >= max(wanted, self._reserve) + steps * groups * most + packed:
             return
-        soon = groups * sum(map(self._again.next_blocks, running))
-        packers = filter(None, (lifecycle.lives.get(request.request_id) for request in running))
-        soon += sum(self._outlook.least_blocks(life) for life in packers if life.ahead and not life.full)
+        soon = groups * min(most, sum(map(self._again.next_blocks, running)))
         coming = sum(map(_returns, lifecycle.packing.values()))
-        there = free + coming - steps * soon
+        there = free + coming - steps * soon - packed
         if there >= max(wanted, self._reserve):
             return
         offers = self._look()
@@ -147,12 +158,12 @@ class Pressure:
         chosen_from = region.blocks if grows else held
         keep, budget = settings.keep, settings.budget
         least = self._outlook.settings.budget_blocks(region, policy, keep, format, budget, chosen_from)
-        most = least
-        if PRESETS[policy].lasting:
-            most = max(least, min(cdiv(held, 2), region.blocks_for_all(format)))
         first = 0 if life.packing is None else life.packing.region.full_blocks
         alone = blocks[max(first, region.shared_blocks) : region.full_blocks]
         frees = len(life.blocks) + sum(block.ref_cnt == 1 for block in alone)
+        most = least
+        if PRESETS[policy].lasting:
+            most = max(least, min(cdiv(held, 2), region.blocks_for_all(format), frees - 1))
         if not least or (least >= frees and not grows):
             if life.packing is not None and not grows:
                 self._lifecycle.spare(request.request_id)  # it has given all that it may

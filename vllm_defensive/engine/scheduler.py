@@ -159,8 +159,7 @@ class _EvictionMixin(Scheduler):
             # where a packing ends, for nobody begins with it without the others' caches.
             published_at = self.eviction_manager.resumes_at(request.request_id)
             resume_at = published_at or resume_at or limit // self.block_size * self.block_size
-        if limit is not None:
-            self.eviction_manager.note_hit(request.request_id, hit)
+        self.eviction_manager.note_hit(request.request_id, hit)
         if self._answers is not None:
             self._last_hit = blocks.blocks[self.eviction_manager.kv_cache_group_id]
         return blocks, hit, resume_at, diverged

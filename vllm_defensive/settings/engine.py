@@ -315,7 +315,8 @@ class EvictionConfig(BaseModel):
 
     def evict_late(self, answers: Answers) -> list[str]:
         """The policies that requests may name and that can evict them when memory is short."""
-        return [name for name in self.choices if self.evicts_late(self.meant(name), answers) is not None]
+        meant = {name: self.meant(name, boundary=answers == "evict") for name in self.choices}
+        return [name for name in meant if self.evicts_late(meant[name], answers) is not None]
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON, from which `parse` makes the same settings: vLLM hashes it, and prints it with its config.
