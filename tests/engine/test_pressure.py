@@ -242,3 +242,13 @@ def test_beside_other_layers_who_would_wait_is_let_in_too(tiny_model: Path, besi
             assert len(ripe) < 2, "somebody waits, and two that could give have not been asked"
     assert len(h.evictions) > 2
     h.assert_all_returned()
+
+
+def test_who_can_give_nothing_is_asked_for_no_room_to_give(tiny_model: Path) -> None:
+    """A prompt of 32 blocks in 38 can never be packed, which would take 8 more; it is served all the same."""
+    settings = {**FULL, "answers": "evict", "interval": 64}
+    h = Harness(tiny_model, num_blocks=38, policy="streamingllm", max_model_len=1120, **settings)
+    h.add(text(1000, 1), max_tokens=4)
+    h.run(60)
+    assert not h.evictions
+    h.assert_all_returned()
