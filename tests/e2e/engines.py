@@ -160,15 +160,6 @@ def largest_difference(ours: Sequence[Answer], theirs: Sequence[Answer]) -> floa
     return max(float((a.logprobs - b.logprobs).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def largest_until_a_tie(ours: Sequence[Answer], theirs: Sequence[Answer]) -> float:
-    """The same, up to where two tokens were so close that rounding chose one here and the other there."""
-    found = []
-    for a, b in zip(ours, theirs, strict=True):
-        same = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y), len(a.tokens))
-        found.append(float((a.logprobs[: same + 1] - b.logprobs[: same + 1]).abs().max()))
-    return max(found)
-
-
 def core_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core
 

@@ -27,9 +27,8 @@ from tests.reference_model import ReferenceLlama, decode_logprobs
 pytestmark = pytest.mark.e2e
 
 FULL: dict[str, Any] = {"when": "full", "keep": 0.2}
-PROMPTS = random_prompts(
-    (320, 517, 416, 352, 320)
-)  # most end with a block: nothing is behind what they are packed from
+# Most end with a block: nothing is behind what they are packed from again.
+PROMPTS = random_prompts((320, 517, 416, 352, 320))
 TOKENS = 150
 ROUNDING = 1e-4  # a few hundred float32 roundings of logits up to 16
 

@@ -24,6 +24,16 @@ def share(h: Harness, request_id: str) -> float:
     return 1.0 if packing is None else len(packing.blocks) / packing.region.blocks
 
 
+def run_whole(h: Harness) -> None:
+    """To the end; nobody is thrown out on the way."""
+    for _ in range(3000):
+        if not h.live:
+            return
+        assert not h.step().preempted_req_ids
+        h.check()
+    raise AssertionError(f"stuck: {h.live}")
+
+
 @SCHEDULING
 @pytest.mark.parametrize(
     "policy, settings",
@@ -56,7 +66,7 @@ def test_a_pool_that_is_always_full(
         if h.live and rng.random() < 0.02:
             h.abort(rng.choice(h.live))
         h.ghost.declines = {name for name in h.live if declines and rng.random() < 0.5}
-        able = [offer for offer in h.manager.pressure._look() if offer.least < offer.frees]
+        able = [offer for offer in h.manager.pressure._look() if offer.worth]
         left = [offer for offer in able if "answers" not in settings or offer.least <= h.free]
         if h.step().preempted_req_ids:
             assert not left or lifecycle.packing or declines, "somebody could have given"
@@ -134,35 +144,32 @@ def test_what_others_hold_too_is_not_packed(tiny_model: Path) -> None:
     """Six blocks of two prompts are the same ones: they would not come free."""
     h = Harness(tiny_model, num_blocks=30, policy="streamingllm", **FULL)
     common = text(192, 9)
-    names = [h.add(common + text(160, seed), max_tokens=400) for seed in range(2)]
+    h.add(common + text(160, 0), max_tokens=400)
     h.step()
+    second = h.add(common + text(160, 1), max_tokens=400)
     h.step()
-    h.step()
-    assert h.hits[names[1]] == 0 or h.hits[names[1]] == 192
-    shared = h.manager.req_to_blocks[names[0]][0].ref_cnt
+    assert h.hits[second] == 192 and not h.evictions
     h.add(text(320, 5), max_tokens=100)
     while not h.evictions:
         h.step()
-    assert {e.region.shared_blocks for e in h.evictions} == ({6} if shared == 2 else {0})
+    assert {e.region.shared_blocks for e in h.evictions} == {6}
     h.run()
     h.assert_all_returned()
 
 
 def test_answers_that_outgrow_the_memory_together(tiny_model: Path) -> None:
     """Four of 900 tokens in memory for 1,280, from prompts that are too short to be evicted themselves."""
-    settings = {"when": "full", "keep": 0.15, "answers": "evict", "interval": 64}
+    settings = {"when": "full", "keep": 0.15, "answers": "evict", "interval": 128}
     h = Harness(tiny_model, num_blocks=40, policy="streamingllm", max_model_len=1024, **settings)
     for seed in range(4):
         h.add(text(20, seed), max_tokens=900)
-    while h.live:
-        assert not h.step().preempted_req_ids
-        h.check()
+    run_whole(h)
     assert {e.region.stop > 300 for e in h.evictions} == {False, True}
     for name in {e.request_id for e in h.evictions}:
         own = [e for e in h.evictions if e.request_id == name]
         for before, after in itertools.pairwise(own):
             held = len(before.packing.blocks) + after.region.full_blocks - before.region.full_blocks
-            assert held - len(after.packing.blocks) >= 64 // 32, "what an interval takes, at least"
+            assert held - len(after.packing.blocks) >= 128 // 32, "what an interval takes, at least"
     h.assert_all_returned()
 
 
@@ -211,7 +218,7 @@ def test_a_step_with_room_for_all_looks_at_nobody(tiny_model: Path, monkeypatch:
     h.assert_all_returned()
 
 
-@pytest.mark.parametrize("lengths, blocks", [((310,) * 4, 40), ((1000, 100), 46)], ids=["answers", "uneven"])
+@pytest.mark.parametrize("lengths, blocks", [((310,) * 4, 40), ((1000, 100), 42)], ids=["answers", "uneven"])
 def test_of_who_comes_in_one_step_each_leaves_what_others_are_packed_into(
     tiny_model: Path, lengths: tuple[int, ...], blocks: int
 ) -> None:
@@ -220,9 +227,7 @@ def test_of_who_comes_in_one_step_each_leaves_what_others_are_packed_into(
     h = Harness(tiny_model, num_blocks=blocks, policy="streamingllm", **arguments, **FULL, **own)
     for seed, length in enumerate(lengths):
         h.add(text(length, seed), max_tokens=100)
-    while h.live:
-        assert not h.step().preempted_req_ids
-        h.check()
+    run_whole(h)
     assert h.evictions
     h.assert_all_returned()
 

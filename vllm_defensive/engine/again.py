@@ -143,8 +143,7 @@ class Again:
         request_id, settings, stop = life.request.request_id, life.settings, life.again
         region, held = self.region(life, stop)
         policy = PRESETS[settings.policy].evicts_answers_by
-        format = self._outlook.format(settings)
-        count = self._outlook.settings.budget_blocks(region, policy, settings.keep, format, settings.budget, held)
+        count = self._outlook.budget_blocks(settings, region, policy, held)
         if not count or (life.packing is not None and region.full_blocks == life.packing.region.full_blocks):
             life.again = self._stop_behind(life, stop)
             return 0
@@ -153,7 +152,8 @@ class Again:
         assert policy is not None
         first = 0 if life.packing is None else life.packing.region.full_blocks
         source = [block.block_id for block in self._blocks_of[request_id][first : cdiv(stop, region.block_tokens)]]
-        self._lifecycle.pack_again(life, policy, region, self._pool.get_new_blocks(count), source, format)
+        packed, format = self._pool.get_new_blocks(count), self._outlook.format(settings)
+        self._lifecycle.pack_again(life, policy, region, packed, source, format)
         life.again = self._stop_behind(life, stop)
         return count
 
@@ -205,10 +205,7 @@ class Again:
             region = self._outlook.region(longest, protected)
             if settings.policy != NONE:
                 policy = PRESETS[settings.policy].evicts_answers_by if life.again else settings.policy
-                format, blocks = self._outlook.format(settings), region.blocks
-                packed = self._outlook.settings.budget_blocks(
-                    region, policy, settings.keep, format, settings.budget, blocks
-                )
+                packed = self._outlook.budget_blocks(settings, region, policy, region.blocks)
             if packed and life.again:
                 part = settings.interval if settings.answers == "evict" else longest - request.num_prompt_tokens
                 if life.bounded:

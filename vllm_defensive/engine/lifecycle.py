@@ -38,10 +38,8 @@ class Lifecycle:
         # Those of `lives` in these phases: few, and asked for in every step.
         self.echoing: dict[str, Life] = {}
         self.packing: dict[str, Life] = {}
-        # Those that are to give memory back when it is wanted: that can, and that are still read; and how often any of
-        # that has changed.
+        # Those that are to give memory back when it is wanted, and how often that, or what they can give, has changed.
         self.ripe: dict[str, Life] = {}
-        self.unripe: dict[str, Life] = {}
         self.ripe_changes = 0
         self.scheduled = self.processed = 0  # steps
         # Since the workers were last told: windows of requests that generate, and who has passed its own and is evicted
@@ -73,9 +71,6 @@ class Lifecycle:
                 self._watched.add(request_id)
                 if life.key is not None and self.library.find(life.key) is None:
                     self.packers.setdefault(life.key, request_id)
-                if life.full:
-                    self.unripe[request_id] = life
-                    self.ripe_changes += 1
             elif life.full and life.settings.answers == "evict" and not life.brief:
                 self.ripen(life)
 
@@ -90,14 +85,13 @@ class Lifecycle:
             life.turn(Phase.WHOLE)
             if life.reads_window:
                 self.hold(life.request.request_id)
-        self.unripe.pop(life.request.request_id, None)
         self.ripe[life.request.request_id] = life
         self.ripe_changes += 1
 
     def spare(self, request_id: str) -> None:
         """The request is asked for no memory any more."""
-        if self.ripe.pop(request_id, None) or self.unripe.pop(request_id, None):
-            self.ripe_changes += 1
+        self.ripe.pop(request_id, None)
+        self.ripe_changes += 1
 
     def is_being_packed(self, key: Key) -> bool:
         """Whether a request is on its way to the packing of this key."""

@@ -203,9 +203,15 @@ class Outlook:
     def _budget(self, life: Life, shared_blocks: int) -> tuple[Region, int]:
         protected = min(cdiv(life.settings.protect, self.block_tokens), life.stop // self.block_tokens)
         region = self.region(life.stop, max(shared_blocks, protected))
-        settings = life.settings
-        format = self.format(settings)
-        return region, self.settings.budget_blocks(region, settings.policy, settings.keep, format, settings.budget)
+        return region, self.budget_blocks(life.settings, region)
+
+    def budget_blocks(
+        self, settings: RequestSettings, region: Region, policy: str | None = None, held_blocks: int | None = None
+    ) -> int:
+        """`K` of a request with these settings, by another policy if one is named. held_blocks: see
+        `Region.budget_blocks`."""
+        policy, format = policy or settings.policy, self.format(settings)
+        return self.settings.budget_blocks(region, policy, settings.keep, format, settings.budget, held_blocks)
 
     def region(self, stop: int, shared_blocks: int) -> Region:
         """What an eviction at `stop` chooses from."""

@@ -35,6 +35,7 @@ class _Offer(NamedTuple):
     """What one request can give.
 
     there: share of its memory that is still there. frees: blocks that come back; least, most: blocks that this takes.
+    worth: whether enough would be gained; if not, what it takes later is still to be left free.
     source: ids of whole blocks that are packed, and of the one behind them, if that has tokens before the stop.
     """
 
@@ -42,6 +43,7 @@ class _Offer(NamedTuple):
     frees: int
     least: int
     most: int
+    worth: bool
     life: Life
     region: Region
     source: list[int]
@@ -63,7 +65,6 @@ class Pressure:
         self._again, self._blocks_of = again, blocks_of
         self._reserve = 0  # free blocks that packing takes
         self._seen, self._age = 0, 0  # changes among these requests when that was found, and steps since
-        self._running = 0  # requests, in the last step
         self._asked: dict[str, int] = {}  # in this step, by requests without blocks
         self._wanted = 0  # of these, what there was no room for
 
@@ -74,8 +75,8 @@ class Pressure:
         own = self._own(life)
         # While it is read, the others go on.
         request_id, tokens = life.request.request_id, self._outlook.block_tokens
-        reads = cdiv(life.request.num_tokens, self._again.step_tokens) + 2
-        needed = blocks + max(own, self._reserve) + cdiv(self._running * reads, tokens) + bool(self._running)
+        reads, others = cdiv(life.request.num_tokens, self._again.step_tokens) + 2, len(self._lifecycle.lives)
+        needed = blocks + max(own, self._reserve) + cdiv(others * reads, tokens) + bool(others)
         beside = self._outlook.blocks_beside(life.request.num_tokens)  # of which vLLM counts those that it lacks
         self._asked[request_id] = max(needed + beside, self._asked.get(request_id, 0))
         return needed
@@ -97,11 +98,10 @@ class Pressure:
         """A step was scheduled: plan the evictions that are to be carried out with it."""
         wanted, self._wanted = self._wanted, 0
         self._asked.clear()
-        lifecycle, steps, self._running = self._lifecycle, 2 if self._again.ahead else 1, len(running)
+        lifecycle, steps, blocks = self._lifecycle, 2 if self._again.ahead else 1, self._outlook.block_tokens
         free, self._age = self._pool.get_num_free_blocks(), self._age + 1
-        blocks = self._outlook.block_tokens
-        if self._seen != lifecycle.ripe_changes or self._age * (1 + self._again.drafts) >= blocks:  # answers grow
-            self._look()
+        grown = self._age * (1 + self._again.drafts) >= blocks
+        offers = self._look() if grown or self._seen != lifecycle.ripe_changes else None
         if not lifecycle.ripe:
             return
         # What all that run can take at most, of each KV cache group, before anybody counts it.
@@ -115,14 +115,14 @@ class Pressure:
         there = free + coming - steps * soon - packed
         if there >= max(wanted, self._reserve):
             return
-        offers = self._look()
-        if wanted > there + sum(max(offer.frees - offer.least, 0) for offer in offers):
+        offers = self._look() if offers is None else offers
+        if wanted > there + sum(offer.frees - offer.least for offer in offers if offer.worth):
             wanted = 0  # it would wait all the same
         short = max(wanted, self._reserve) - there
         room = free - soon if self._again.ahead else free
         for offer in offers:
             count = min(offer.most, room)
-            if short > 0 and offer.least <= count < offer.frees:
+            if short > 0 and offer.worth and offer.least <= count < offer.frees:
                 self._pack(offer, count)
                 room, short = room - count, short - (offer.frees - count)
 
@@ -134,7 +134,7 @@ class Pressure:
         # Answers grow, and what they are packed into with them: by a block until somebody looks again.
         takes = [offer.least + (offer.life.settings.answers == "evict") for offer in offers]
         takes += [min(offer.most, self._pool.num_gpu_blocks // _MOST_SET_ASIDE) for offer in offers[:1]]
-        takes += map(self._outlook.least_blocks, self._lifecycle.unripe.values())
+        takes += [self._outlook.least_blocks(life) for life in self._lifecycle.still_read if life.full and life.ahead]
         self._seen, self._age, self._reserve = self._lifecycle.ripe_changes, 0, max(takes, default=0)
         return offers
 
@@ -153,25 +153,22 @@ class Pressure:
         if life.packing is None:
             region = self._outlook.region(stop, max(region.shared_blocks, self._shared(blocks, region)))
             held = region.blocks
-        format, policy = self._outlook.format(settings), settings.policy
         grows = settings.answers == "evict"  # and gives something later, if it does not now
-        chosen_from = region.blocks if grows else held
-        keep, budget = settings.keep, settings.budget
-        least = self._outlook.settings.budget_blocks(region, policy, keep, format, budget, chosen_from)
+        least = self._outlook.budget_blocks(settings, region, held_blocks=region.blocks if grows else held)
         first = 0 if life.packing is None else life.packing.region.full_blocks
         alone = blocks[max(first, region.shared_blocks) : region.full_blocks]
         frees = len(life.blocks) + sum(block.ref_cnt == 1 for block in alone)
         most = least
-        if PRESETS[policy].lasting:
-            most = max(least, min(cdiv(held, 2), region.blocks_for_all(format), frees - 1))
+        if PRESETS[settings.policy].lasting:
+            for_all = region.blocks_for_all(self._outlook.format(settings))
+            most = max(least, min(cdiv(held, 2), for_all, frees - 1))
         if not least or (least >= frees and not grows):
             if life.packing is not None and not grows:
                 self._lifecycle.spare(request.request_id)  # it has given all that it may
             return None
-        if grows and life.packing is not None and frees - least < cdiv(settings.interval, region.block_tokens):
-            frees = 0  # not worth it, yet
+        enough = cdiv(settings.interval, region.block_tokens) if grows and life.packing is not None else 1
         source = [block.block_id for block in blocks[first : cdiv(stop, region.block_tokens)]]
-        return _Offer(held / region.blocks, frees, least, most, life, region, source)
+        return _Offer(held / region.blocks, frees, least, most, frees - least >= enough, life, region, source)
 
     def _shared(self, blocks: Sequence[KVCacheBlock], region: Region) -> int:
         """Leading blocks that others hold too: to pack them frees nothing."""

@@ -208,9 +208,8 @@ class Repeats:
         else:
             kept, begin, source = self._known.of(score.request_id), score.since.full_blocks, score.source_blocks
         first, behind = begin * score.region.block_tokens, score.region.full_blocks - begin
-        pages_LHB = self._view.of_blocks(
-            torch.tensor(source, dtype=torch.int64)
-        )  # with a tail, which is not chosen from
+        # With a tail, which is not chosen from; none at all where nothing has come behind what is packed.
+        pages_LHB = self._view.of_blocks(torch.tensor(source, dtype=torch.int64))
         growth_LHB = pages_LHB[:, :, : behind * self._view.pages_per_block]
         layers, heads, pages = growth_LHB.shape
         score_LHT = torch.zeros(layers, heads, pages * self._view.page_tokens)
