@@ -218,17 +218,44 @@ def test_a_step_with_room_for_all_looks_at_nobody(tiny_model: Path, monkeypatch:
     h.assert_all_returned()
 
 
-@pytest.mark.parametrize("lengths, blocks", [((310,) * 4, 40), ((1000, 100), 42)], ids=["answers", "uneven"])
-def test_of_who_comes_in_one_step_each_leaves_what_others_are_packed_into(
-    tiny_model: Path, lengths: tuple[int, ...], blocks: int
-) -> None:
-    own = {"answers": "evict", "interval": 64} if len(lengths) > 2 else {}
-    arguments = {"chunk": 2048, "max_model_len": 1120}
-    h = Harness(tiny_model, num_blocks=blocks, policy="streamingllm", **arguments, **FULL, **own)
-    for seed, length in enumerate(lengths):
-        h.add(text(length, seed), max_tokens=100)
+@pytest.mark.parametrize("answers", ["keep", "evict"])
+def test_of_who_comes_in_one_step_each_leaves_what_others_are_packed_into(tiny_model: Path, answers: str) -> None:
+    """One that can give much, and one that can give nothing and would take the room for that."""
+    h = Harness(
+        tiny_model, num_blocks=42, policy="streamingllm", chunk=2048, max_model_len=1120, answers=answers, **FULL
+    )
+    h.add(text(1000, 1), max_tokens=100)
+    h.add(text(100, 2), max_tokens=100, extra_args={"kv_eviction": "none"})
     run_whole(h)
     assert h.evictions
+    h.assert_all_returned()
+
+
+def test_room_is_left_for_who_is_still_read(tiny_model: Path) -> None:
+    """For eight blocks, a quarter of 1,000 tokens, whoever ends meanwhile."""
+    h = Harness(tiny_model, num_blocks=60, policy="streamingllm", chunk=96, **FULL)
+    short, long = h.add(text(50, 1), max_tokens=3), h.add(text(1000, 2), max_tokens=3)
+    while short in h.live:
+        h.step()
+    h.step()
+    assert h.manager.lifecycle.lives[long].ahead and h.manager.pressure._reserve == 8
+    h.run()
+    h.assert_all_returned()
+
+
+def test_answers_give_what_an_interval_takes_or_nothing(tiny_model: Path) -> None:
+    settings = {**FULL, "keep": 0.15, "answers": "evict", "interval": 128}
+    h = Harness(tiny_model, num_blocks=40, policy="streamingllm", max_model_len=1024, **settings)
+    for seed in range(4):
+        h.add(text(20, seed), max_tokens=900)
+    while not h.manager.lifecycle.totals.late:
+        h.step()
+    name, worth = h.evictions[0].request_id, []
+    while len(h.evictions) < 12:
+        worth += [offer.worth for offer in h.manager.pressure._look() if offer.life.request.request_id == name]
+        h.step()
+    assert not worth[0] and any(worth), "five blocks are left, of which two would do; later it is more"
+    h.run()
     h.assert_all_returned()
 
 
